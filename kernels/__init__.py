@@ -1,0 +1,46 @@
+"""Floor 1: the numerics of the neuron, its custom op and the kernels that compute it.
+
+The folder stands at the root of the repository and is installed as ``mfpsn_fx.kernels``.
+"""
+
+if __name__ != "mfpsn_fx.kernels":
+    raise ImportError(
+        f"this package is mfpsn_fx.kernels, but was imported as {__name__!r}, which would register its "
+        "operators a second time; install the project (pip install -e .) and import mfpsn_fx.kernels"
+    )
+
+from . import conv1d, conv2d, matmul, shifted_add  # noqa: F401  (each registers its kernels)
+from .layout import Layout, to_layout
+from .op import backward_input, backward_reductions, fire, fold, neuron, statistics
+from .quantiser import Gradient, dequantise, exponents, power_of_two, quantise
+from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, kernels, register_kernel, unregister_kernel
+from .surrogate import ATan, Rational, Sigmoid, Surrogate, register_surrogate, spike
+
+__all__ = [
+    "DEFAULT_KERNEL",
+    "ATan",
+    "Gradient",
+    "Kernel",
+    "Layout",
+    "Problem",
+    "Rational",
+    "Sigmoid",
+    "Surrogate",
+    "backward_input",
+    "backward_reductions",
+    "dequantise",
+    "exponents",
+    "fire",
+    "fold",
+    "get_kernel",
+    "kernels",
+    "neuron",
+    "power_of_two",
+    "quantise",
+    "register_kernel",
+    "register_surrogate",
+    "spike",
+    "statistics",
+    "to_layout",
+    "unregister_kernel",
+]

@@ -1,0 +1,45 @@
+"""Depthwise Conv2d with a (1, k) kernel on time-last tensors (appendix B, 2): views, no permute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layout import Layout
+from .parts import FilterParts
+from .registry import register_kernel
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(N, C, *, T) → (N, C, P, T)."""
+    return x.flatten(2, -2) if x.ndim > 3 else x.unsqueeze(2)
+
+
+@register_kernel("conv2d", layouts=[Layout.TIME_LAST])
+class Conv2d(FilterParts):
+    """Depthwise Conv2d with a (1, k) kernel on (N, C, P, T)."""
+
+    def filter(self, call, x, w):
+        reach = (w.shape[1] - 1) * call.dilation
+        h = F.conv2d(
+            _planes(x), w[:, None, None, :], padding=(0, reach), dilation=(1, call.dilation), groups=w.shape[0]
+        )
+        return h[..., : x.shape[-1]].reshape(x.shape)
+
+    def filter_backward(self, call, dh, x, w, input_grad):
+        reach = (w.shape[1] - 1) * call.dilation
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            F.pad(_planes(dh), (0, reach)),
+            _planes(x),
+            w[:, None, None, :],
+            None,
+            [1, 1],
+            [0, reach],
+            [1, call.dilation],
+            False,
+            [0, 0],
+            w.shape[0],
+            [input_grad, True, False],
+        )
+        return (dx.reshape(x.shape) if input_grad else None), dw[:, 0, 0, :]

@@ -1,0 +1,510 @@
+"""The canonical op ``mfpsn::neuron``, its backward, and its parts, on whichever kernel is bound.
+
+Every neuron of every graph is one call of this op, whatever computes it. Appendix C of the paper: the temporal
+filter runs once with W for the batch statistics and once with W_q = Q(γ/√(σ²+ε)·W) for the spikes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .parts import Call
+from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds, power_of_two, quantiser_slope
+from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel
+from .surrogate import get_surrogate
+
+__all__ = ["backward_input", "backward_reductions", "fire", "fold", "neuron", "statistics"]
+
+_log = logging.getLogger("mfpsn_fx")
+_warned: set[tuple[str, str, str]] = set()
+
+_AFFINE = "Tensor? scale=None, Tensor? shift=None, Tensor? mask=None"
+_PLACE = "int dilation=1, str layout='time_first', str kernel='', str layer=''"
+_SURROGATE = "str surrogate='atan', float alpha=2.0"
+_QUANTISER = f"str gradient='straight-through', int min_exponent={MIN_EXPONENT}, int max_exponent={MAX_EXPONENT}"
+
+# define/impl, not custom_op: 20 arguments through the convenience layer cost about twice as much per call
+_lib = torch.library.Library("mfpsn", "DEF")
+_lib.define(
+    f"neuron(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, {_AFFINE}, "
+    f"*, float eps=1e-5, {_SURROGATE}, {_QUANTISER}, bool training=False, {_PLACE}) "
+    "-> (Tensor spikes, Tensor mean, Tensor var)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "neuron_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, "
+    f"{_AFFINE}, *, float eps=1e-5, {_SURROGATE}, {_QUANTISER}, bool training=False, bool input_grad=True, {_PLACE}) "
+    "-> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dscale, Tensor dshift)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    f"statistics(Tensor x, Tensor weight, {_AFFINE}, *, {_PLACE}) -> (Tensor mean, Tensor var)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    f"fire(Tensor x, Tensor taps, Tensor bias, {_AFFINE}, *, {_PLACE}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    f"backward_reductions(Tensor grad, Tensor x, Tensor taps, Tensor bias, {_AFFINE}, *, {_SURROGATE}, {_PLACE}) "
+    "-> (Tensor dtaps, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "backward_input(Tensor grad, Tensor x, Tensor taps, Tensor bias, Tensor weight, Tensor? offset=None, "
+    f"Tensor? slope=None, {_AFFINE}, *, bool input_grad=True, {_SURROGATE}, {_PLACE}) "
+    "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+neuron = torch.ops.mfpsn.neuron
+statistics = torch.ops.mfpsn.statistics
+fire = torch.ops.mfpsn.fire
+backward_reductions = torch.ops.mfpsn.backward_reductions
+backward_input = torch.ops.mfpsn.backward_input
+
+
+def _named(layer: str) -> str:
+    return f"{layer}: " if layer else ""
+
+
+def _sum_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+
+
+def _check(x: Tensor, weight: Tensor, mask: Tensor | None, dilation: int, layout: str, layer: str) -> Layout:
+    place = Layout.parse(layout)
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{_named(layer)}the input must be floating point, found {x.dtype}; convert it, e.g. with x.float()"
+        )
+    if x.ndim < 3:
+        raise ValueError(
+            f"{_named(layer)}the input must have at least 3 dims, "
+            f"{'(T, N, C, *)' if place is Layout.TIME_FIRST else '(N, C, *, T)'}, found shape {tuple(x.shape)}"
+        )
+    if weight.ndim != 2 or weight.shape[1] < 1:
+        raise ValueError(f"{_named(layer)}the weight must be (C, k) with k >= 1, found {tuple(weight.shape)}")
+    if x.shape[place.channel_dim] != weight.shape[0]:
+        raise ValueError(
+            f"{_named(layer)}expected {weight.shape[0]} channels in dim {place.channel_dim} of the {place} input, "
+            f"found {x.shape[place.channel_dim]} in shape {tuple(x.shape)}"
+        )
+    if dilation < 1:
+        raise ValueError(f"{_named(layer)}dilation must be at least 1, found {dilation}")
+    if mask is not None:
+        wanted = (x.shape[place.time_dim], x.shape[place.batch_dim])
+        if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
+            raise ValueError(
+                f"{_named(layer)}the mask must be bool of shape (T, N) = {wanted}, "
+                f"found {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    return place
+
+
+def _check_training(x: Tensor, weight: Tensor, layer: str) -> None:
+    if x.numel() <= weight.shape[0]:
+        raise ValueError(
+            f"{_named(layer)}expected more than 1 value per channel when training, found input of shape "
+            f"{tuple(x.shape)}; give a larger batch or call .eval()"
+        )
+
+
+def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
+    """The kernel that is bound, or the default with one warning a layer where it cannot serve."""
+    default = get_kernel(DEFAULT_KERNEL)
+    if name in ("", DEFAULT_KERNEL):
+        return default
+    try:
+        kernel = get_kernel(name)
+        refusal = kernel.refusal(problem)
+    except ValueError as error:
+        kernel, refusal = None, str(error)
+    if refusal is None:
+        return kernel
+    if (layer, name, refusal) not in _warned:
+        _warned.add((layer, name, refusal))
+        _log.warning(
+            "%skernel %r gives way to %r for input %s: %s",
+            _named(layer),
+            name,
+            DEFAULT_KERNEL,
+            tuple(problem.shape),
+            refusal,
+        )
+    return default
+
+
+class _Bound(NamedTuple):
+    parts: object
+    call: Call
+
+
+def _bind(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    *,
+    dilation: int,
+    layout: str,
+    kernel: str,
+    layer: str,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    gradient: str = "straight-through",
+    training: bool = False,
+) -> _Bound:
+    place = _check(x, weight, mask, dilation, layout, layer)
+    dtype = _sum_dtype(x, weight)
+    problem = Problem(
+        tuple(x.shape),
+        place,
+        x.dtype,
+        x.device.type,
+        weight.shape[1],
+        dilation,
+        surrogate,
+        str(Gradient.parse(gradient)),
+        training,
+        mask is not None,
+        scale is not None or shift is not None,
+    )
+    call = Call(
+        place,
+        dilation,
+        dtype,
+        get_surrogate(surrogate, alpha),
+        None if scale is None else scale.to(dtype),
+        None if shift is None else shift.to(dtype),
+        mask,
+    )
+    return _Bound(_kernel(kernel, problem, layer).parts, call)
+
+
+class Fold(NamedTuple):
+    """W_f = a·W with a = γ/√(σ²+ε), b_f = β − a·μ, W_q = Q(W_f) (appendix C); std = √(σ²+ε)."""
+
+    taps: Tensor
+    bias: Tensor
+    fused: Tensor
+    gain: Tensor
+    std: Tensor
+
+
+def fold(
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gradient: str = "straight-through",
+    min_exponent: int = MIN_EXPONENT,
+    max_exponent: int = MAX_EXPONENT,
+) -> Fold:
+    """Fold the normalisation into the taps and quantise them (appendix C). weight (C, k), the rest (C,).
+
+    γ/√(σ²+ε) is a division, not a product with a reciprocal: where γ = √(σ²+ε) it gives exactly 1.
+    """
+    std = torch.sqrt(var + eps)
+    gain = gamma / std
+    fused = weight * gain.unsqueeze(1)
+    quantised = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
+    return Fold(quantised, beta - gain * mean, fused, gain, std)
+
+
+def _neuron(
+    x,
+    weight,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    scale=None,
+    shift=None,
+    mask=None,
+    *,
+    eps=1e-5,
+    surrogate="atan",
+    alpha=2.0,
+    gradient="straight-through",
+    min_exponent=MIN_EXPONENT,
+    max_exponent=MAX_EXPONENT,
+    training=False,
+    dilation=1,
+    layout="time_first",
+    kernel="",
+    layer="",
+):
+    check_exponent_bounds(min_exponent, max_exponent)
+    parts, call = _bind(
+        x, weight, scale, shift, mask,
+        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha,
+        gradient=gradient, training=training,
+    )  # fmt: skip
+    dtype = call.dtype
+    weight, gamma, beta = weight.to(dtype), gamma.to(dtype), beta.to(dtype)
+    if training:
+        _check_training(x, weight, layer)
+        mean, var = parts.statistics(call, x, weight)
+        used = mean, var
+    else:
+        mean, var = weight.new_empty(0), weight.new_empty(0)
+        used = running_mean.to(dtype), running_var.to(dtype)
+    if x.numel() == 0:
+        return torch.empty_like(x), mean, var
+    folded = fold(weight, gamma, beta, *used, eps, gradient, min_exponent, max_exponent)
+    return parts.fire(call, x, folded.taps, folded.bias), mean, var
+
+
+def _neuron_backward(
+    grad,
+    x,
+    weight,
+    gamma,
+    beta,
+    mean,
+    var,
+    scale=None,
+    shift=None,
+    mask=None,
+    *,
+    eps=1e-5,
+    surrogate="atan",
+    alpha=2.0,
+    gradient="straight-through",
+    min_exponent=MIN_EXPONENT,
+    max_exponent=MAX_EXPONENT,
+    training=False,
+    input_grad=True,
+    dilation=1,
+    layout="time_first",
+    kernel="",
+    layer="",
+):
+    parts, call = _bind(
+        x, weight, scale, shift, mask,
+        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha,
+        gradient=gradient, training=training,
+    )  # fmt: skip
+    dtype, given = call.dtype, (weight, gamma, beta)
+    if x.numel() == 0:
+        return (
+            torch.empty_like(x) if input_grad else x.new_empty(0),
+            *(torch.zeros_like(p) for p in given),
+            x.new_empty(0) if scale is None else torch.zeros_like(scale),
+            x.new_empty(0) if shift is None else torch.zeros_like(shift),
+        )
+    weight, gamma, beta, mean, var = (p.to(dtype) for p in (weight, gamma, beta, mean, var))
+    taps, bias, fused, gain, std = fold(weight, gamma, beta, mean, var, eps, gradient, min_exponent, max_exponent)
+    dtaps, dbias, cache = parts.backward_reductions(call, grad, x, taps, bias)
+    slope = quantiser_slope(fused, taps, gradient)
+    dfused = dtaps if slope is None else dtaps * slope
+    dgain = (dfused * weight).sum(1) - dbias * mean
+    dweight = dfused * gain.unsqueeze(1)
+    offset = inner = None
+    if training:
+        # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + inner·H
+        count = x.numel() // weight.shape[0]
+        if mask is not None:
+            count = (mask.sum() * (count // mask.numel())).clamp(min=1).to(dtype)
+        inner = dgain * gamma / (-std.pow(3) * count)
+        offset = -gain * dbias / count - inner * mean
+    dx, through, dscale, dshift = parts.backward_input(
+        call, grad, x, taps, bias, weight, offset, inner, cache, input_grad
+    )
+    if through is not None:
+        dweight = dweight + through
+    return (
+        x.new_empty(0) if dx is None else dx,
+        dweight.to(given[0].dtype),
+        (dgain / std).to(given[1].dtype),
+        # a copy: an op may not return one tensor twice, nor give back what a kernel keeps
+        dbias.to(given[2].dtype, copy=True),
+        x.new_empty(0) if scale is None else dscale.to(scale.dtype),
+        x.new_empty(0) if shift is None else dshift.to(shift.dtype),
+    )
+
+
+def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""):
+    parts, call = _bind(
+        x, weight, scale, shift, mask, dilation=dilation, layout=layout, kernel=kernel, layer=layer, training=True
+    )
+    return parts.statistics(call, x, weight.to(call.dtype))
+
+
+def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""):
+    parts, call = _bind(x, taps, scale, shift, mask, dilation=dilation, layout=layout, kernel=kernel, layer=layer)
+    return parts.fire(call, x, taps.to(call.dtype), bias.to(call.dtype))
+
+
+def _backward_reductions(
+    grad,
+    x,
+    taps,
+    bias,
+    scale=None,
+    shift=None,
+    mask=None,
+    *,
+    surrogate="atan",
+    alpha=2.0,
+    dilation=1,
+    layout="time_first",
+    kernel="",
+    layer="",
+):
+    parts, call = _bind(
+        x, taps, scale, shift, mask,
+        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+    )  # fmt: skip
+    dtaps, dbias, _ = parts.backward_reductions(call, grad, x, taps.to(call.dtype), bias.to(call.dtype))
+    return dtaps, dbias
+
+
+def _backward_input(
+    grad,
+    x,
+    taps,
+    bias,
+    weight,
+    offset=None,
+    slope=None,
+    scale=None,
+    shift=None,
+    mask=None,
+    *,
+    input_grad=True,
+    surrogate="atan",
+    alpha=2.0,
+    dilation=1,
+    layout="time_first",
+    kernel="",
+    layer="",
+):
+    parts, call = _bind(
+        x, weight, scale, shift, mask,
+        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+    )  # fmt: skip
+    results = parts.backward_input(
+        call, grad, x, taps.to(call.dtype), bias.to(call.dtype), weight.to(call.dtype), offset, slope, None, input_grad
+    )
+    none = (x, weight, weight, weight)
+    return tuple(like.new_empty(0) if r is None else r for r, like in zip(results, none, strict=True))
+
+
+def _fake_neuron(
+    x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
+    training=False, dilation=1, layout="time_first", layer="", **constants,
+):  # fmt: skip
+    _check(x, weight, mask, dilation, layout, layer)
+    if training:
+        _check_training(x, weight, layer)
+    size = weight.shape[0] if training else 0
+    dtype = _sum_dtype(x, weight)
+    return torch.empty_like(x), weight.new_empty(size, dtype=dtype), weight.new_empty(size, dtype=dtype)
+
+
+def _fake_neuron_backward(
+    grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *, input_grad=True, **constants
+):
+    return (
+        torch.empty_like(x) if input_grad else x.new_empty(0),
+        weight.new_empty(weight.shape),
+        gamma.new_empty(gamma.shape),
+        beta.new_empty(beta.shape),
+        x.new_empty(0) if scale is None else scale.new_empty(scale.shape),
+        x.new_empty(0) if shift is None else shift.new_empty(shift.shape),
+    )
+
+
+def _fake_statistics(
+    x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""
+):
+    _check(x, weight, mask, dilation, layout, layer)
+    channel = weight.new_empty(weight.shape[0], dtype=_sum_dtype(x, weight))
+    return channel, torch.empty_like(channel)
+
+
+def _fake_fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", layer="", **rest):
+    _check(x, taps, mask, dilation, layout, layer)
+    return torch.empty_like(x)
+
+
+def _fake_backward_reductions(grad, x, taps, bias, *rest, **constants):
+    dtype = _sum_dtype(x, taps)
+    return taps.new_empty(taps.shape, dtype=dtype), taps.new_empty(taps.shape[0], dtype=dtype)
+
+
+def _fake_backward_input(
+    grad, x, taps, bias, weight, offset=None, slope=None, scale=None, shift=None, mask=None, *,
+    input_grad=True, **constants,
+):  # fmt: skip
+    dtype, channels = _sum_dtype(x, weight), weight.shape[0]
+    return (
+        torch.empty_like(x) if input_grad else x.new_empty(0),
+        weight.new_empty(0) if offset is None else weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(0) if scale is None else weight.new_empty(channels, dtype=dtype),
+        weight.new_empty(0) if shift is None else weight.new_empty(channels, dtype=dtype),
+    )
+
+
+for _name, _run, _fake in (
+    ("neuron", _neuron, _fake_neuron),
+    ("neuron_backward", _neuron_backward, _fake_neuron_backward),
+    ("statistics", _statistics, _fake_statistics),
+    ("fire", _fire, _fake_fire),
+    ("backward_reductions", _backward_reductions, _fake_backward_reductions),
+    ("backward_input", _backward_input, _fake_backward_input),
+):
+    _lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    x, weight, gamma, beta, running_mean, running_var, scale, shift, mask = inputs
+    _, mean, var = output
+    ctx.constants = keyword_only_inputs
+    if not keyword_only_inputs["training"]:
+        mean, var = running_mean, running_var
+    # in training the running statistics are not saved: the caller updates them in place afterwards
+    ctx.save_for_backward(x, weight, gamma, beta, mean, var, scale, shift, mask)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _mean_grad, _var_grad):
+    if grad is None:
+        return (None,) * 9
+    needs = ctx.needs_input_grad  # as long as the arguments that were given: trailing defaults are dropped
+    dx, dweight, dgamma, dbeta, dscale, dshift = torch.ops.mfpsn.neuron_backward(
+        grad, *ctx.saved_tensors, input_grad=needs[0], **ctx.constants
+    )
+    grads = (dx, dweight, dgamma, dbeta, None, None, dscale, dshift, None)
+    return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=False))
+
+
+torch.library.register_autograd("mfpsn::neuron", _backward, setup_context=_save, lib=_lib)
+
+
+def _autocast(device: str, key: str):
+    def cast(x, *args, **constants):
+        # X alone takes the autocast dtype; weights, statistics and fold stay as they are. float64 stays, as
+        # autocast itself leaves it.
+        if x.is_floating_point() and x.dtype is not torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return neuron(x, *args, **constants)
+
+    return cast
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _lib.impl("neuron", _autocast(_device, _key), _key)

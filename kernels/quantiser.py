@@ -1,0 +1,135 @@
+"""Powers of two: the quantiser of equation (13), exact on exponent and mantissa, and its gradients."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MAX_EXPONENT",
+    "MIN_EXPONENT",
+    "Gradient",
+    "check_exponent_bounds",
+    "dequantise",
+    "exponents",
+    "power_of_two",
+    "quantise",
+    "quantiser_slope",
+]
+
+# Every power in these bounds is a normal float32, and every exponent an int8.
+MIN_EXPONENT = -126
+MAX_EXPONENT = 127
+
+# round(log2 m) turns at m = √½. No float equals √½, so "m ≥ the first float above it" is exact.
+_TURN = {
+    torch.float64: math.sqrt(0.5),  # the nearest float64 lies above √½
+    torch.float32: 0.70710682868957519531,  # the nearest float32 lies below it; this is the next one up
+}
+
+
+class Gradient(str, enum.Enum):
+    """How a gradient passes the quantiser.
+
+    ``STRAIGHT_THROUGH``: Q'(w) = 1 (16), the paper's choice and the default. ``ROUND_ONLY``: Q'(w) = |Q(w)|/|w|
+    (15), 0 at w = 0. ``NONE``: there is no quantiser, Q(w) = w.
+    """
+
+    STRAIGHT_THROUGH = "straight-through"
+    ROUND_ONLY = "round-only"
+    NONE = "none"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, value: Gradient | str) -> Gradient:
+        """Return the gradient called ``value``; raise ``ValueError`` naming those that exist."""
+        try:
+            return cls(value)
+        except ValueError:
+            names = ", ".join(repr(g.value) for g in cls)
+            raise ValueError(f"unknown quantiser gradient {value!r}: choose one of {names}") from None
+
+
+def check_exponent_bounds(min_exponent: int, max_exponent: int) -> None:
+    """Raise ``ValueError`` unless -126 ≤ min ≤ max ≤ 127."""
+    if not MIN_EXPONENT <= min_exponent <= max_exponent <= MAX_EXPONENT:
+        raise ValueError(
+            f"exponent bounds must satisfy {MIN_EXPONENT} <= min <= max <= {MAX_EXPONENT}, "
+            f"found min {min_exponent}, max {max_exponent}"
+        )
+
+
+def power_of_two(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> Tensor:
+    """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13); not differentiable (see :func:`quantise`).
+
+    Exponents are clamped to the bounds. NaN stays NaN. float16 and bfloat16 are computed in float32
+    and rounded back, so there the bounds should be ones that the dtype can hold.
+    """
+    if w.dtype not in _TURN:
+        return power_of_two(w.float(), min_exponent, max_exponent).to(w.dtype)
+    mantissa, _ = torch.frexp(w)  # w = mantissa · 2^e, |mantissa| in [½, 1), the sign is the mantissa's
+    mantissa = mantissa.abs()
+    # w / 2m is ±2^(e−1) exactly; halving first keeps the largest floats from overflowing
+    low = w / (mantissa * 2)
+    q = torch.where(mantissa >= _TURN[w.dtype], low * 2, low)
+    least, most = math.ldexp(1.0, min_exponent), math.ldexp(1.0, max_exponent)
+    q = torch.copysign(q.abs().clamp(least, most), w)
+    return torch.where(w == 0, w, q)
+
+
+def quantiser_slope(w: Tensor, q: Tensor, gradient: Gradient | str) -> Tensor | None:
+    """Q'(w) given q = Q(w); None where it is 1 everywhere. Shapes as ``w``."""
+    if Gradient.parse(gradient) is not Gradient.ROUND_ONLY:
+        return None
+    return torch.where(w == 0, torch.zeros_like(w), (q / w).abs())
+
+
+def quantise(
+    w: Tensor,
+    gradient: Gradient | str = Gradient.STRAIGHT_THROUGH,
+    min_exponent: int = MIN_EXPONENT,
+    max_exponent: int = MAX_EXPONENT,
+) -> Tensor:
+    """Q(w) with a gradient: (13) forward, (16) or (15) backward. Any shape.
+
+    Raises:
+        ValueError: unknown gradient, or exponent bounds outside -126 … 127.
+    """
+    gradient = Gradient.parse(gradient)
+    check_exponent_bounds(min_exponent, max_exponent)
+    if gradient is Gradient.NONE:
+        return w
+    fixed = w.detach()
+    q = power_of_two(fixed, min_exponent, max_exponent)
+    slope = quantiser_slope(fixed, q, gradient)
+    through = w - fixed  # 0 in value, 1 in gradient
+    return q + (through if slope is None else slope * through)
+
+
+def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> tuple[Tensor, Tensor]:
+    """What a chip stores of Q(w): int8 exponents and int8 signs (−1, 0, 1), shaped as ``w``.
+
+    The exponent of a zero is 0 and its sign 0; :func:`dequantise` gives Q(w) back.
+
+    Raises:
+        ValueError: ``w`` has a NaN or infinite entry, or the bounds are not within -126 … 127.
+    """
+    check_exponent_bounds(min_exponent, max_exponent)
+    if not bool(torch.isfinite(w).all()):
+        bad = int((~torch.isfinite(w)).sum())
+        raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite and have no power of two")
+    wide = w if w.dtype in _TURN else w.float()
+    q = power_of_two(wide, min_exponent, max_exponent)
+    _, exponent = torch.frexp(q)  # q = ±½ · 2^e
+    exponent = torch.where(q == 0, torch.zeros_like(exponent), exponent - 1)
+    return exponent.to(torch.int8), torch.sign(q).to(torch.int8)
+
+
+def dequantise(exponent: Tensor, sign: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights sign · 2^exponent that :func:`exponents` took apart."""
+    return torch.ldexp(sign.to(torch.float64), exponent.to(torch.int32)).to(dtype)
