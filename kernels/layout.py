@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 __all__ = ["Layout", "per_channel", "to_layout", "valid_steps"]
 
 
-class Layout(str, enum.Enum):
+class Layout(enum.StrEnum):
     """The logical order of dims at an edge of the graph (paper, section 4.3).
 
     ``TIME_FIRST`` is ``(T, N, C, *)``, the habit of SpikingJelly, snnTorch and Norse;
@@ -20,9 +20,6 @@ class Layout(str, enum.Enum):
 
     TIME_FIRST = "time_first"
     TIME_LAST = "time_last"
-
-    def __str__(self) -> str:
-        return self.value
 
     @classmethod
     def parse(cls, value: Layout | str) -> Layout:

@@ -31,7 +31,7 @@ _TURN = {
 }
 
 
-class Gradient(str, enum.Enum):
+class Gradient(enum.StrEnum):
     """How a gradient passes the quantiser.
 
     ``STRAIGHT_THROUGH``: Q'(w) = 1 (16), the paper's choice and the default. ``ROUND_ONLY``: Q'(w) = |Q(w)|/|w|
@@ -41,9 +41,6 @@ class Gradient(str, enum.Enum):
     STRAIGHT_THROUGH = "straight-through"
     ROUND_ONLY = "round-only"
     NONE = "none"
-
-    def __str__(self) -> str:
-        return self.value
 
     @classmethod
     def parse(cls, value: Gradient | str) -> Gradient:

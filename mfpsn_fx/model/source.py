@@ -1,0 +1,139 @@
+"""What a source neuron is to us: a causal filter, a threshold, a surrogate; and the adapters that tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.surrogate import ATan, Surrogate
+
+__all__ = [
+    "Geometric",
+    "NotAFilterError",
+    "SourceNeuron",
+    "Taps",
+    "adapter_for",
+    "describe",
+    "is_source",
+    "qualified_name",
+    "register_source",
+    "unregister_source",
+]
+
+
+class NotAFilterError(ValueError):
+    """A neuron that has no linear causal filter, with the reason; ``convert`` names the layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric:
+    """The response gain·ratio^j at lag j: LIF, IF (ratio 1). ``gain`` and ``ratio`` are () or (C,) tensors."""
+
+    gain: Tensor
+    ratio: Tensor
+
+    def __call__(self, lags: Tensor) -> Tensor:
+        """lags (k,) of int → (k,) or (C, k) in float64."""
+        gain, ratio = self.gain.double(), self.ratio.double()
+        return gain.unsqueeze(-1) * ratio.unsqueeze(-1) ** lags.to(ratio.device).double()
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """A finite response, ``values[..., j]`` at lag j: (L,) or (C, L); zero from lag L on."""
+
+    values: Tensor
+
+    def __call__(self, lags: Tensor) -> Tensor:
+        """lags (k,) of int → (k,) or (C, k) in float64."""
+        values, lags = self.values.double(), lags.to(self.values.device)
+        reached = values[..., lags.clamp(max=values.shape[-1] - 1)]
+        return torch.where(lags < values.shape[-1], reached, torch.zeros_like(reached))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceNeuron:
+    """A spiking neuron without its reset (paper, equation 4): S[t] = Θ(Σ_j response(j)·X[t−j] − threshold).
+
+    Attributes:
+        response: lags (k,) of int → taps (k,), or (C, k) where channels differ; picklable.
+        threshold: () or (C,); fires at ``≥`` it, or above it if ``strict``.
+        surrogate: the one its user trained with.
+        strict: the source fires at > only.
+        channels: if the neuron itself knows them.
+        notes: what the conversion drops or approximates, for the selection table.
+    """
+
+    name: str
+    response: Callable[[Tensor], Tensor]
+    threshold: Tensor
+    surrogate: Surrogate = dataclasses.field(default_factory=ATan)
+    strict: bool = False
+    channels: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+Adapter = Callable[[nn.Module], SourceNeuron]
+_ADAPTERS: dict[str, Adapter] = {}
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register_source(*classes: type | str):
+    """Decorator: the function tells ``convert`` what neurons of ``classes`` are.
+
+    Args:
+        classes: the neuron's class, or its qualified name (``"package.module.Class"``), so that a library need
+            not be imported to be known. The exact class is matched: a subclass may behave otherwise.
+
+    The function takes the module and returns a :class:`SourceNeuron`; it raises :class:`NotAFilterError` where the
+    module's settings make it something else than a causal filter with a threshold.
+
+    Example::
+
+        @register_source(MyLIF)
+        def my_lif(m):
+            decay = torch.as_tensor(m.decay)
+            return SourceNeuron("MyLIF", Geometric(torch.ones(()), decay), torch.tensor(1.0))
+    """
+    if not classes:
+        raise ValueError("register_source needs at least one class")
+
+    def decorate(adapter: Adapter) -> Adapter:
+        for cls in classes:
+            _ADAPTERS[cls if isinstance(cls, str) else qualified_name(cls)] = adapter
+        return adapter
+
+    return decorate
+
+
+def unregister_source(*classes: type | str) -> None:
+    """Forget the adapters of ``classes``; unknown ones are ignored."""
+    for cls in classes:
+        _ADAPTERS.pop(cls if isinstance(cls, str) else qualified_name(cls), None)
+
+
+def adapter_for(module: nn.Module) -> Adapter | None:
+    """The adapter of the module's exact class, or None."""
+    return _ADAPTERS.get(qualified_name(type(module)))
+
+
+def is_source(module: nn.Module) -> bool:
+    return adapter_for(module) is not None
+
+
+def describe(module: nn.Module) -> SourceNeuron:
+    """What ``module`` is as a filter.
+
+    Raises:
+        NotAFilterError: it is not one, or there is no adapter for its class.
+    """
+    adapter = adapter_for(module)
+    if adapter is None:
+        raise NotAFilterError(f"{qualified_name(type(module))} has no adapter; add one with mfpsn_fx.register_source")
+    return adapter(module)
