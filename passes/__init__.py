@@ -8,3 +8,36 @@ if __name__ != "mfpsn_fx.passes":
         f"this package is mfpsn_fx.passes, but was imported as {__name__!r}; "
         "install the project (pip install -e .) and import mfpsn_fx.passes"
     )
+
+from .assign_dilations import AssignDilations, receptive_field
+from .autoselect import Autoselect
+from .base import Pass, Pipeline, PipelineError, Result
+from .bind_kernels import BindKernels
+from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
+from .initialise_neurons import InitialiseNeurons
+from .neurons import Neuron, neurons
+from .propagate_shapes import ObserveInputs, PropagateShapes
+from .replace_neurons import ConversionError, ReplaceNeurons
+from .snap_weights import SnapWeights
+
+__all__ = [
+    "AssignDilations",
+    "Autoselect",
+    "BindKernels",
+    "CancelConversions",
+    "ConversionError",
+    "InitialiseNeurons",
+    "InsertConversions",
+    "Neuron",
+    "ObserveInputs",
+    "Pass",
+    "Pipeline",
+    "PipelineError",
+    "PropagateShapes",
+    "ReplaceNeurons",
+    "Result",
+    "SnapWeights",
+    "conversion_nodes",
+    "neurons",
+    "receptive_field",
+]

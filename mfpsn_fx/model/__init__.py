@@ -1,0 +1,17 @@
+"""Floor 2: the neuron as a module, what source neurons are, and capture."""
+
+from . import spikingjelly_sources  # noqa: F401  (registers its adapters)
+from .capture import capture
+from .neuron import MulFreePSN
+from .source import Geometric, NotAFilterError, SourceNeuron, Taps, register_source, unregister_source
+
+__all__ = [
+    "Geometric",
+    "MulFreePSN",
+    "NotAFilterError",
+    "SourceNeuron",
+    "Taps",
+    "capture",
+    "register_source",
+    "unregister_source",
+]

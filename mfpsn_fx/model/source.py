@@ -18,8 +18,10 @@ __all__ = [
     "adapter_for",
     "describe",
     "is_source",
+    "looks_like_a_neuron",
     "qualified_name",
     "register_source",
+    "source_paths",
     "unregister_source",
 ]
 
@@ -137,3 +139,27 @@ def describe(module: nn.Module) -> SourceNeuron:
     if adapter is None:
         raise NotAFilterError(f"{qualified_name(type(module))} has no adapter; add one with mfpsn_fx.register_source")
     return adapter(module)
+
+
+# A class from here, or derived from one with an adapter, is a neuron even if nothing is known of it.
+_NEURON_PACKAGES = ("spikingjelly.activation_based.neuron", "snntorch._neurons", "norse.torch.module")
+
+
+def looks_like_a_neuron(module: nn.Module) -> bool:
+    """Whether a module without an adapter is, by its ancestry, a spiking neuron."""
+    for cls in type(module).__mro__:
+        name = qualified_name(cls)
+        if name in _ADAPTERS or name.startswith(tuple(f"{package}." for package in _NEURON_PACKAGES)):
+            return True
+    return False
+
+
+def source_paths(module: nn.Module) -> dict[str, nn.Module]:
+    """Paths of all modules that are neurons, with an adapter or by their looks; none inside another."""
+    found: dict[str, nn.Module] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        if any(path.startswith(f"{outer}.") for outer in found):
+            continue
+        if path and (is_source(child) or looks_like_a_neuron(child)):
+            found[path] = child
+    return found

@@ -1,0 +1,256 @@
+"""``convert`` and ``plan``."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import fx, nn
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.kernels.surrogate import Surrogate
+from mfpsn_fx.model.capture import capture
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.passes import (
+    AssignDilations,
+    Autoselect,
+    BindKernels,
+    CancelConversions,
+    ConversionError,
+    InitialiseNeurons,
+    InsertConversions,
+    ObserveInputs,
+    Pipeline,
+    PropagateShapes,
+    ReplaceNeurons,
+)
+
+from .selection import graph_of
+
+__all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
+
+
+def conversion_pipeline(
+    args: tuple = (),
+    kwargs: Mapping | None = None,
+    *,
+    order: int = 2,
+    dilation: str | int | Sequence[int] = "sawtooth",
+    layout: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
+    init: str = "source",
+    strict: bool = True,
+    surrogate: Surrogate | None = None,
+    gradient: str = "straight-through",
+    repeats: int = 5,
+    progress: bool | None = None,
+) -> Pipeline:
+    """The passes that :func:`convert` runs on a captured graph; arguments as there."""
+    kwargs = dict(kwargs or {})
+    passes = [
+        ObserveInputs(args, kwargs),
+        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict),
+        AssignDilations(dilation),
+        InitialiseNeurons(init, args, kwargs),
+    ]
+    if args or kwargs:
+        passes += planning_pipeline(
+            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
+        ).passes
+    elif kernels != "auto":
+        passes.append(BindKernels(_plain(kernels)))
+    return Pipeline(passes)
+
+
+def planning_pipeline(
+    args: tuple = (),
+    kwargs: Mapping | None = None,
+    *,
+    layout: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
+    repeats: int = 5,
+    progress: bool | None = None,
+) -> Pipeline:
+    """The passes that :func:`plan` runs on a converted graph; arguments as there."""
+    return Pipeline(
+        [
+            PropagateShapes(args, kwargs),
+            Autoselect(layout, _plain(kernels), repeats, progress),
+            InsertConversions(layout),
+            CancelConversions(),
+            BindKernels(_plain(kernels)),
+        ],
+        given=("neurons",),
+    )
+
+
+def convert(
+    model: nn.Module,
+    *example_args,
+    example_kwargs: Mapping | None = None,
+    order: int = 2,
+    dilation: str | int | Sequence[int] = "sawtooth",
+    layout: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
+    init: str = "source",
+    strict: bool = True,
+    inplace: bool = False,
+    surrogate: Surrogate | None = None,
+    gradient: str = "straight-through",
+    repeats: int = 5,
+    progress: bool | None = None,
+) -> fx.GraphModule:
+    """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
+
+    Args:
+        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside.
+        example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
+            the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
+            the graph, the default kernels run, and :func:`plan` can do the rest later.
+        order: k, the taps of each neuron.
+        dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
+        layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
+        kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
+        init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
+        strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
+        inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
+        surrogate: for all new neurons; None keeps each source's.
+        gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
+        repeats: m of autoselect.
+        progress: show autoselect's progress bar; None: if the terminal is one.
+
+    Returns:
+        A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
+
+    Raises:
+        TypeError: ``model`` is no module, or the example does not fit.
+        ValueError: there is no neuron in it, an option is unknown, weights are NaN, or the example is empty.
+        ConversionError: with ``strict``, a neuron cannot be converted; all are named.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
+    if layout != "auto":
+        layout = str(Layout.parse(layout))
+    if isinstance(kernels, str) and kernels != "auto":
+        get_kernel(kernels)
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+        raise ValueError(f"order must be an integer of at least 1, found {order!r}")
+    kwargs = dict(example_kwargs or {})
+    has_example = bool(example_args or kwargs)
+    if layout == "time_last" and not has_example:
+        raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    pipeline = conversion_pipeline(
+        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
+        surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
+    )  # fmt: skip
+    model = getattr(model, "_orig_mod", model)
+    _check_model(model)
+    _check_example(example_args, kwargs)
+    subject = model if inplace else _copied(model)
+    with _restored_on_error(subject):
+        gm, _ = capture(subject)
+        gm = pipeline(gm)
+        if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
+            raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
+        if inplace:
+            _swap_into(subject, gm)
+    gm.meta.clear()
+    _forget_cached_states()
+    return gm
+
+
+def plan(
+    model: nn.Module,
+    *example_args,
+    example_kwargs: Mapping | None = None,
+    layout: str = "auto",
+    kernels: str | Mapping[str, str] = "auto",
+    repeats: int = 5,
+    progress: bool | None = None,
+) -> fx.GraphModule:
+    """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
+
+    Can be repeated, on another machine or at another shape. Arguments as in :func:`convert`; weights and statistics
+    stay as they are.
+
+    Raises:
+        TypeError: ``model`` was not returned by ``convert``, or the example does not fit.
+        ValueError: no example, an empty one, or an unknown or unsupported layout or kernel.
+    """
+    gm = graph_of(model)
+    kwargs = dict(example_kwargs or {})
+    if not (example_args or kwargs):
+        raise ValueError("plan needs an example input: kernels are measured at its shapes")
+    _check_example(example_args, kwargs)
+    gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
+    gm.meta.clear()
+    return gm
+
+
+def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:
+    return kernels if isinstance(kernels, str) else dict(kernels)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not source_paths(model) and not any(isinstance(m, MulFreePSN) for m in model.modules()):
+        raise ValueError(
+            f"no spiking neuron found in {type(model).__name__}; neurons of your own are made known with "
+            "mfpsn_fx.register_source"
+        )
+    for name, tensor in model.named_parameters():
+        if not isinstance(tensor, nn.parameter.UninitializedParameter) and bool(tensor.isnan().any()):
+            raise ValueError(f"{name}: the weights contain NaN; train or reinitialise this layer before converting")
+
+
+def _check_example(args: tuple, kwargs: Mapping) -> None:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            raise ValueError(
+                f"the example is empty (shape {tuple(value.shape)}): statistics and times need at least one value"
+            )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}. Reset the network's state, "
+            "or pass inplace=True"
+        ) from error
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put ``model``'s children back as they were if converting fails half way."""
+    before = {module: dict(module._modules) for module in model.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, children in before.items():
+            module._modules.clear()
+            module._modules.update(children)
+        raise
+
+
+def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
+    for path, module in gm.named_modules(remove_duplicate=False):
+        if not isinstance(module, MulFreePSN):
+            continue
+        parent, _, child = path.rpartition(".")
+        with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
+            setattr(model.get_submodule(parent), child, module)
+
+
+def _forget_cached_states() -> None:
+    """SpikingJelly's reset_net keeps a list of modules; one that is loaded must make it anew."""
+    functional = sys.modules.get("spikingjelly.activation_based.functional")
+    invalidate = getattr(getattr(functional, "net_config", None), "invalidate_reset_cache", None)
+    if callable(invalidate):
+        with contextlib.suppress(TypeError):
+            invalidate()

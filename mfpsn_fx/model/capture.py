@@ -1,0 +1,232 @@
+"""From a module to a graph with leaves, baking nothing in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from .neuron import MulFreePSN
+from .source import is_source, qualified_name
+
+__all__ = ["ROOT_LEAF", "capture", "preserved_rng"]
+
+# The name of the one child of a graph whose source's own forward cannot be traced.
+ROOT_LEAF = "model"
+
+# Their layers look at shapes (step modes) before they call torch: leaves, as torch.nn's own are.
+_LEAF_PACKAGES = ("torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the random generators of all devices as they were found."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        yield
+
+
+class _Untraceable(Exception):
+    """Module ``path`` cannot be traced through, because of ``reason``."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+class _LeafTracer(fx.Tracer):
+    def __init__(self, leaves: dict[str, str]) -> None:
+        super().__init__(autowrap_functions=())
+        self.leaves = leaves
+        self.inside: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN):
+            return True
+        if _has_hooks(m):
+            self.leaves[module_qualified_name] = "bears hooks"
+            return True
+        if type(m).forward is nn.Sequential.forward:  # nothing of its own that could defeat tracing
+            return False
+        return qualified_name(type(m)).startswith(tuple(f"{package}." for package in _LEAF_PACKAGES))
+
+    def call_module(self, m, forward, args, kwargs):
+        path = self.path_of_module(m)
+        self.inside.append(path)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            raise _Untraceable(path, f"{type(error).__name__}: {_first_line(error)}") from error
+        self.inside.pop()
+        return result
+
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        node.meta["mfpsn_owner"] = self.inside[-1] if self.inside else ""
+        return node
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
+
+
+def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:
+    tracer = _LeafTracer(leaves)
+    try:
+        return tracer.trace(model)
+    except _Untraceable:
+        raise
+    except Exception as error:
+        raise _Untraceable("", f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _constants(node: fx.Node) -> object:
+    """A node without its identity: what must not differ between training and evaluation."""
+    strip = lambda arg: arg.name if isinstance(arg, fx.Node) else arg  # noqa: E731
+    return (node.op, node.name, node.target, fx.map_arg(node.args, strip), fx.map_arg(node.kwargs, strip))
+
+
+def _same(a: object, b: object) -> bool:
+    try:
+        return bool(operator.eq(a, b))
+    except (RuntimeError, ValueError, TypeError):  # tensors and the like among the arguments
+        return repr(a) == repr(b)
+
+
+def _differing_owner(training: fx.Graph, evaluation: fx.Graph) -> str | None:
+    """The innermost module in whose forward the two graphs part; None if they are the same."""
+    ours, theirs = list(training.nodes), list(evaluation.nodes)
+    for a, b in zip(ours, theirs, strict=False):
+        if not _same(_constants(a), _constants(b)):
+            owners = [a.meta.get("mfpsn_owner", ""), b.meta.get("mfpsn_owner", "")]
+            return _common(*owners)
+    if len(ours) != len(theirs):
+        longer = max(ours, theirs, key=len)
+        return longer[min(len(ours), len(theirs))].meta.get("mfpsn_owner", "")
+    return None
+
+
+def _common(a: str, b: str) -> str:
+    shared = []
+    for left, right in zip(a.split("."), b.split("."), strict=False):
+        if left != right:
+            break
+        shared.append(left)
+    return ".".join(shared)
+
+
+def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
+    """A graph of ``model`` in which neurons, library layers and whatever resists tracing are leaves.
+
+    The graph is traced in training and in evaluation mode on a copy; a module whose two graphs differ, that cannot
+    be traced, or that bears hooks stays a leaf, and runs its own code as before. The returned graph module shares
+    the submodules of ``model``, which is left as it was, as are the random generators.
+
+    Returns:
+        The graph module, and for each leaf that is not one by nature its path and the reason. If the root itself
+        cannot be traced, it is the child ``model`` of the returned graph module, at path ``""`` in the reasons.
+
+    Raises:
+        ValueError: the model cannot be copied for tracing.
+    """
+    leaves: dict[str, str] = {}
+    if _has_hooks(model):
+        return _root_leaf(model), {"": "bears hooks"}
+    with preserved_rng():
+        while True:
+            # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
+            # not be met again.
+            scratch = _copied(model)
+            try:
+                evaluation = _trace(_copied(model).eval(), leaves)
+                training = _trace(scratch.train(), leaves)
+                owner = _differing_owner(training, evaluation)
+                reason = "its graph differs between training and evaluation"
+            except _Untraceable as error:
+                owner, reason = error.path, error.reason
+            if owner is None:
+                break
+            if owner == "":
+                return _root_leaf(model), {"": reason}
+            leaves[owner] = reason
+    for node in training.nodes:
+        node.meta.pop("mfpsn_owner", None)
+    gm = fx.GraphModule(_with_constants(model, scratch, training), training, type(model).__name__)
+    gm.train(model.training)
+    for name, child in gm.named_modules():
+        source = _submodule(model, name)
+        if source is not None:
+            child.training = source.training
+    return gm, leaves
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied with copy.deepcopy, which capture needs to leave it untouched: "
+            f"{_first_line(error)}. Detach tensors that are kept as attributes (reset the network's state) and retry"
+        ) from error
+
+
+def _with_constants(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> nn.Module:
+    """``model``, or a shallow stand-in that also has the tensor constants which tracing put into the copy."""
+    made = [
+        node.target
+        for node in graph.nodes
+        if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target)
+    ]
+    if not made:
+        return model
+    stand_in = copy.copy(model)
+    stand_in.__dict__ = dict(model.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        stand_in.__dict__[name] = dict(model.__dict__[name])
+    for name in made:
+        stand_in.__dict__[name] = getattr(scratch, name)
+    return stand_in
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _root_leaf(model: nn.Module) -> fx.GraphModule:
+    """A graph of one call: the model's own forward, with the arguments that it takes."""
+    holder = nn.Module()
+    holder.add_module(ROOT_LEAF, model)
+    graph = fx.Graph()
+    arguments = _placeholders(model, graph)
+    graph.output(graph.call_module(ROOT_LEAF, *arguments))
+    gm = fx.GraphModule(holder, graph, type(model).__name__)
+    gm.training = model.training
+    return gm
+
+
+def _placeholders(model: nn.Module, graph: fx.Graph) -> tuple[tuple[fx.Node, ...], dict[str, fx.Node]]:
+    positional, keyword = [], {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        node = graph.create_node("placeholder", parameter.name, default)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keyword[parameter.name] = node
+        else:
+            positional.append(node)
+    return tuple(positional), keyword

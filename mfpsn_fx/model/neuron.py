@@ -1,0 +1,214 @@
+"""The multiplication-free channel-wise parallel spiking neuron as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.op import Fold, fold, neuron
+from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
+from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
+
+from .record import Measured, Plan
+from .source import SourceNeuron
+
+__all__ = ["MulFreePSN"]
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class MulFreePSN(nn.Module):
+    """S = Θ(BN(H)) with H[t][c] = Σ_i W[c][i] · X[t − (k−1−i)·d][c] (paper, equations 10, 17, 18, appendix C).
+
+    Training normalises with the batch statistics of the unquantised filter, folds them into the weights, quantises
+    those to powers of two, and fires; gradients flow through mean and variance. Evaluation uses the running
+    statistics: shifts, additions, one comparison with the threshold −b_f.
+
+    Args:
+        channels: C.
+        order: k, the number of taps. ``weight[:, k−1]`` meets the present step.
+        dilation: d, the distance of taps in steps. Taps that reach before t = 0 read zeros.
+        surrogate: what stands for the derivative of Θ in backward.
+        gradient: of the quantiser: ``"straight-through"`` (16), ``"round-only"`` (15) or ``"none"`` (no quantiser).
+        layout: of the input where the call does not say: ``"time_first"`` (T, N, C, *) or ``"time_last"`` (N, C, *, T).
+        eps, momentum: as in ``torch.nn.BatchNorm1d``.
+        min_exponent, max_exponent: bounds on the exponents of the quantised weights, within −126 … 127.
+
+    Shapes: input (T, N, C, *) or (N, C, *, T), floating point; output the same, of zeros and ones. Parameters
+    ``weight`` (C, k), ``gamma`` (C,) = 1, ``beta`` (C,) = −1; buffers ``running_mean``, ``running_var`` (C,). They
+    stay float32 when the model is moved to half precision, and go to float64 with it.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        order: int = 2,
+        dilation: int = 1,
+        *,
+        surrogate: Surrogate | None = None,
+        gradient: Gradient | str = Gradient.STRAIGHT_THROUGH,
+        layout: Layout | str = Layout.TIME_FIRST,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        min_exponent: int = MIN_EXPONENT,
+        max_exponent: int = MAX_EXPONENT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("order", order), ("dilation", dilation)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"MulFreePSN: {name} must be an integer of at least 1, found {value!r}")
+        if not (0 <= momentum <= 1 and eps > 0):
+            raise ValueError(f"MulFreePSN: eps must be positive and momentum in [0, 1], found {eps} and {momentum}")
+        check_exponent_bounds(min_exponent, max_exponent)
+        surrogate = ATan() if surrogate is None else surrogate
+        get_surrogate(surrogate.name, surrogate.alpha)
+        if dtype in _LOW_PRECISION:
+            dtype = torch.float32
+        self.channels, self.order, self.dilation = channels, order, dilation
+        self.surrogate = surrogate
+        self.gradient = str(Gradient.parse(gradient))
+        self.layout = str(Layout.parse(layout))
+        self.eps, self.momentum = eps, momentum
+        self.min_exponent, self.max_exponent = min_exponent, max_exponent
+        # Where there is no node to carry a binding (inside a leaf), the module's own defaults do.
+        self.kernel = self.eval_kernel = ""
+        self.path = ""  # what messages call this layer
+        self.source: SourceNeuron | None = None
+        self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
+        self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(channels, order, **factory))
+        self.gamma = nn.Parameter(torch.ones(channels, **factory))
+        self.beta = nn.Parameter(torch.full((channels,), -1.0, **factory))
+        self.register_buffer("running_mean", torch.zeros(channels, **factory))
+        self.register_buffer("running_var", torch.ones(channels, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W as a depthwise convolution's (uniform in ±1/√k), γ = 1, β = −1, running statistics (0, 1)."""
+        with torch.no_grad():
+            bound = 1 / math.sqrt(self.order)
+            self.weight.uniform_(-bound, bound)
+            self.gamma.fill_(1)
+            self.beta.fill_(-1)
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        layout: str | None = None,
+        kernel: str | None = None,
+        eval_kernel: str | None = None,
+    ) -> Tensor:
+        """Spikes of ``x``.
+
+        Args:
+            x: (T, N, C, *) or (N, C, *, T), as ``layout`` says.
+            mask: (T, N) of bool, the steps that are valid; others are read as zero, count in no statistic and
+                do not fire.
+            layout, kernel, eval_kernel: this call's binding; None for the module's own.
+
+        Raises:
+            TypeError: x is not floating point.
+            ValueError: rank or channels do not fit, or there is one value per channel in training.
+        """
+        chosen = (
+            (self.kernel if kernel is None else kernel)
+            if self.training
+            else (self.eval_kernel if eval_kernel is None else eval_kernel)
+        )
+        spikes, mean, var = neuron(
+            x,
+            self.weight,
+            self.gamma,
+            self.beta,
+            self.running_mean,
+            self.running_var,
+            None,
+            None,
+            mask,
+            eps=self.eps,
+            surrogate=self.surrogate.name,
+            alpha=self.surrogate.alpha,
+            gradient=self.gradient,
+            min_exponent=self.min_exponent,
+            max_exponent=self.max_exponent,
+            training=self.training,
+            dilation=self.dilation,
+            layout=self.layout if layout is None else layout,
+            kernel=chosen,
+            layer=self.path,
+        )
+        if self.training:
+            self._update_statistics(mean, var, x, mask)
+        return spikes
+
+    def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
+        with torch.no_grad():
+            count = x.numel() // self.channels
+            if mask is None:
+                unbiased = var * (count / (count - 1))
+            else:
+                valid = mask.sum() * (count // mask.numel())
+                unbiased = var * (valid / (valid - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+    def folded(self) -> Fold:
+        """Taps W_q (C, k) and bias b_f (C,) that evaluation fires with (appendix C), and what they are made of."""
+        with torch.no_grad():
+            return fold(
+                self.weight,
+                self.gamma,
+                self.beta,
+                self.running_mean,
+                self.running_var,
+                self.eps,
+                self.gradient,
+                self.min_exponent,
+                self.max_exponent,
+            )
+
+    def bind(self, *, layout: str | None = None, kernel: str | None = None, eval_kernel: str | None = None) -> None:
+        """Set the defaults of this module; ``ValueError`` if a layout or kernel is unknown."""
+        if layout is not None:
+            self.layout = str(Layout.parse(layout))
+        if kernel is not None:
+            self.kernel = kernel and get_kernel(kernel).name
+        if eval_kernel is not None:
+            self.eval_kernel = eval_kernel and get_kernel(eval_kernel).name
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if moved.dtype in _LOW_PRECISION:
+                return t.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.channels}, order={self.order}, dilation={self.dilation}, "
+            f"surrogate={type(self.surrogate).__name__}({self.surrogate.alpha:g}), gradient={self.gradient!r}, "
+            f"layout={self.layout!r}, eps={self.eps:g}, momentum={self.momentum:g}"
+        )
+        if (self.min_exponent, self.max_exponent) != (MIN_EXPONENT, MAX_EXPONENT):
+            text += f", min_exponent={self.min_exponent}, max_exponent={self.max_exponent}"
+        if self.kernel or self.eval_kernel:
+            text += f", kernel={self.kernel!r}, eval_kernel={self.eval_kernel!r}"
+        if self.source is not None:
+            text += f", source={self.source.name}"
+        return text

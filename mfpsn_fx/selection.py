@@ -1,0 +1,225 @@
+"""The selection table: what each layer became, what was measured, and what was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.record import Candidate, Measured
+from mfpsn_fx.model.source import NotAFilterError, describe, qualified_name, source_paths
+from mfpsn_fx.passes import conversion_nodes, neurons
+
+__all__ = ["Row", "Selection", "print_selection", "selection"]
+
+VANILLA = ("vanilla-conv1d", "time_first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One call of one neuron. Times are milliseconds; ``shape`` is that of the input in its layout.
+
+    ``ratio`` is the vanilla way's forward and backward over the chosen kernel's: above 1 is faster than vanilla.
+    What was not measured is None.
+    """
+
+    layer: str
+    source: str
+    shape: tuple[int, ...] | None
+    order: int
+    dilation: int
+    layout: str
+    kernel: str
+    eval_kernel: str
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    eval_ms: float | None = None
+    ratio: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """All rows, the totals under each layout, the conversions in the graph, and what stayed unconverted."""
+
+    rows: tuple[Row, ...]
+    totals_ms: tuple[tuple[str, float], ...] = ()
+    neuron_totals_ms: tuple[tuple[str, float], ...] = ()
+    conversions: int = 0
+    autoselect_s: float | None = None
+    repeats: int | None = None
+    unconverted: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> str:
+        """The table as JSON text; :meth:`from_json` gives an equal one back."""
+        return json.dumps({"format": 1, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Selection:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: it is not JSON, or not a selection of this format.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != 1:
+                raise ValueError("unknown format")
+            rows = tuple(
+                Row(
+                    **{
+                        **row,
+                        "shape": None if row["shape"] is None else tuple(row["shape"]),
+                        "notes": tuple(row["notes"]),
+                    }
+                )
+                for row in data.pop("rows")
+            )
+            pairs = ("totals_ms", "neuron_totals_ms", "unconverted")
+            return cls(rows, **{k: tuple(map(tuple, v)) if k in pairs else v for k, v in data.items()})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"this is not a selection written by to_json: {error}") from error
+
+    def table(self, style: str = "simple") -> str:
+        """The table as text; ``style`` is any of tabulate's formats, e.g. ``"github"``."""
+        headers = [
+            "layer", "source neuron", "input shape", "k", "d", "layout", "kernel", "forward ms", "backward ms",
+            "x vanilla", "notes",
+        ]  # fmt: skip
+        body = [
+            [
+                row.layer,
+                row.source,
+                "" if row.shape is None else "x".join(map(str, row.shape)),
+                row.order,
+                row.dilation,
+                row.layout,
+                row.kernel if row.eval_kernel in ("", row.kernel) else f"{row.kernel} (eval: {row.eval_kernel})",
+                _number(row.forward_ms, ".3f"),
+                _number(row.backward_ms, ".3f"),
+                _number(row.ratio, ".2f"),
+                "; ".join(row.notes),
+            ]
+            for row in self.rows
+        ]
+        text = tabulate(body, headers, tablefmt=style, disable_numparse=True, colalign=_ALIGN if body else None)
+        return "\n".join([text, *self._footer()])
+
+    def _footer(self) -> list[str]:
+        lines = [""]
+        alone = dict(self.neuron_totals_ms)
+        for layout, total in self.totals_ms:
+            lines.append(
+                f"total {layout}: {total:.3f} ms forward and backward "
+                f"(neurons {alone.get(layout, total):.3f}, conversions {total - alone.get(layout, total):.3f})"
+            )
+        lines.append(f"layout conversions inserted: {self.conversions}")
+        if self.autoselect_s is not None:
+            lines.append(f"autoselect took {self.autoselect_s:.2f} s (mean of the last {self.repeats} runs each)")
+        else:
+            lines.append("nothing measured yet: mfpsn_fx.plan(model, *example_args) measures and chooses")
+        lines += [f"not converted: {path}: {reason}" for path, reason in self.unconverted]
+        return lines
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+_ALIGN = ("left", "left", "left", "right", "right", "left", "left", "right", "right", "right", "left")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def selection(model: nn.Module) -> Selection:
+    """What ``convert`` and ``plan`` chose for ``model`` (also when compiled), read from the graph as it is now.
+
+    Raises:
+        TypeError: ``model`` is no converted network.
+    """
+    gm = graph_of(model)
+    found = neurons(gm)
+    plan = next((n.module.plan for n in found if n.module is not None and n.module.plan is not None), None)
+    return Selection(
+        tuple(_row(neuron) for neuron in found),
+        totals_ms=plan.totals if plan else (),
+        neuron_totals_ms=plan.neuron_totals if plan else (),
+        conversions=len(conversion_nodes(gm)),
+        autoselect_s=plan.seconds if plan else None,
+        repeats=plan.repeats if plan else None,
+        unconverted=tuple(_unconverted(gm)),
+    )
+
+
+def print_selection(model: nn.Module, style: str = "simple") -> None:
+    """Print :func:`selection` with tabulate; ``style`` is any of its formats."""
+    print(selection(model).table(style))
+
+
+def graph_of(model: nn.Module) -> fx.GraphModule:
+    """The converted graph in ``model``, behind torch.compile's wrapper too."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, fx.GraphModule) or not any(isinstance(m, MulFreePSN) for m in model.modules()):
+        raise TypeError(f"{type(model).__name__} is no network that mfpsn_fx.convert returned")
+    return model
+
+
+def _row(neuron) -> Row:
+    module = neuron.module
+    measured: Measured | None = module.measured.get(neuron.key) if module is not None else None
+    row = Row(
+        layer=neuron.name,
+        source=module.source.name if module is not None and module.source else "MulFreePSN",
+        shape=None if measured is None else neuron.layout.shape_from(measured.shape, "time_first"),
+        order=neuron.order,
+        dilation=neuron.dilation,
+        layout=str(neuron.layout),
+        kernel=neuron.kernel or DEFAULT_KERNEL,
+        eval_kernel=neuron.eval_kernel or DEFAULT_KERNEL,
+        notes=tuple(_notes(neuron, measured)),
+    )
+    if measured is None:
+        return row
+    times = _find(measured.candidates, row.kernel, row.layout)
+    vanilla = _find(measured.candidates, *VANILLA)
+    ratio = None
+    if times and vanilla and times.training_ms and vanilla.training_ms:
+        ratio = vanilla.training_ms / times.training_ms
+    evaluated = _find(measured.candidates, row.eval_kernel, row.layout)
+    return dataclasses.replace(
+        row,
+        forward_ms=times.forward_ms if times else None,
+        backward_ms=times.backward_ms if times else None,
+        eval_ms=evaluated.eval_ms if evaluated else None,
+        ratio=ratio,
+    )
+
+
+def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidate | None:
+    return next((c for c in candidates if (c.kernel, c.layout) == (kernel, layout) and c.error is None), None)
+
+
+def _notes(neuron, measured: Measured | None):
+    if neuron.node is None:
+        yield "inside a leaf"
+    if neuron.module is not None and neuron.module.source is not None:
+        yield from neuron.module.source.notes
+    for candidate in measured.candidates if measured else ():
+        if candidate.error is not None and not candidate.error.startswith("not applicable"):
+            yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"
+
+
+def _unconverted(gm: fx.GraphModule):
+    for path, module in source_paths(gm).items():
+        try:
+            why = "it was left as it was"
+            describe(module)
+        except NotAFilterError as error:
+            why = str(error)
+        yield path, f"{qualified_name(type(module))}: {why}"

@@ -1,0 +1,244 @@
+"""The one view of a neuron that passes see, whatever form it has in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.registry import Problem
+from mfpsn_fx.model.neuron import MulFreePSN
+
+__all__ = ["INPUTS", "Neuron", "input_meta", "neurons"]
+
+_OPS = (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default)
+INPUTS = "mfpsn_inputs"  # gm.meta: path -> (shape, dtype, device) at each neuron, in the order of execution
+
+
+class Neuron:
+    """A neuron of a graph: its properties, its binding with setters, and its input.
+
+    ``node`` is None for a neuron inside a leaf module, whose binding is kept by the module itself; ``module`` is
+    None where the graph holds the bare op (Dynamo's graphs).
+    """
+
+    name: str
+    node: fx.Node | None
+    module: MulFreePSN | None
+    order: int
+    dilation: int
+    surrogate: str
+    gradient: str
+    alpha: float
+    channels: int
+    layout: Layout
+    kernel: str
+    eval_kernel: str
+
+    def __init__(self, gm: fx.GraphModule, name: str, node: fx.Node | None) -> None:
+        self.gm, self.name, self.node = gm, name, node
+
+    def __repr__(self) -> str:
+        return f"Neuron({self.name!r}, order={self.order}, dilation={self.dilation}, layout={str(self.layout)!r})"
+
+    @property
+    def key(self) -> str:
+        """What the neuron's measurements are filed under in its module."""
+        return self.node.name if self.node is not None else ""
+
+    @property
+    def input(self) -> fx.Node | None:
+        """The node that feeds it; None inside a leaf."""
+        return self.node.args[0] if self.node is not None else None
+
+    @property
+    def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
+        """(shape, dtype, device) of the input as it comes, or None before shapes are propagated."""
+        if self.node is None:
+            return self.gm.meta.get(INPUTS, {}).get(self.name)
+        return input_meta(self.input)
+
+    def problem(self, layout: Layout | None = None, training: bool = True) -> Problem | None:
+        """What a kernel would have to compute under ``layout`` (default: the neuron's own); None without a shape."""
+        if self.meta is None:
+            return None
+        shape, dtype, device = self.meta
+        layout = self.layout if layout is None else layout
+        return Problem(
+            layout.shape_from(shape, self.layout),
+            layout,
+            dtype,
+            device.type,
+            self.order,
+            self.dilation,
+            self.surrogate,
+            self.gradient,
+            training,
+            self.masked,
+        )
+
+
+class _ModuleNeuron(Neuron):
+    def __init__(self, gm: fx.GraphModule, name: str, node: fx.Node | None, module: MulFreePSN) -> None:
+        super().__init__(gm, name, node)
+        self.module = module
+
+    order = property(lambda self: self.module.order)
+    dilation = property(lambda self: self.module.dilation)
+    surrogate = property(lambda self: self.module.surrogate.name)
+    alpha = property(lambda self: self.module.surrogate.alpha)
+    gradient = property(lambda self: self.module.gradient)
+    channels = property(lambda self: self.module.channels)
+
+    @dilation.setter
+    def dilation(self, value: int) -> None:
+        self.module.dilation = value
+
+    @property
+    def masked(self) -> bool:
+        return self.node is not None and (len(self.node.args) > 1 or "mask" in self.node.kwargs)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.parse(self._get("layout") or self.module.layout)
+
+    @layout.setter
+    def layout(self, value: Layout | str) -> None:
+        self._set("layout", str(Layout.parse(value)))
+
+    @property
+    def kernel(self) -> str:
+        return self._get("kernel") or self.module.kernel
+
+    @kernel.setter
+    def kernel(self, value: str) -> None:
+        self._set("kernel", value)
+
+    @property
+    def eval_kernel(self) -> str:
+        return self._get("eval_kernel") or self.module.eval_kernel
+
+    @eval_kernel.setter
+    def eval_kernel(self, value: str) -> None:
+        self._set("eval_kernel", value)
+
+    def _get(self, name: str) -> str | None:
+        return None if self.node is None else self.node.kwargs.get(name)
+
+    def _set(self, name: str, value: str) -> None:
+        if self.node is None:
+            if name == "layout" and value != self.module.layout:
+                raise ValueError(
+                    f"{self.name}: the layout of a neuron inside a leaf is its leaf's, {self.module.layout}"
+                )
+            self.module.bind(**{name: value})
+        else:
+            self.node.kwargs = {**self.node.kwargs, name: value}
+
+
+class _OpNeuron(Neuron):
+    module = None
+
+    def _constant(self, name: str, default: object) -> object:
+        return self.node.kwargs.get(name, default)
+
+    order = property(lambda self: self._shape("weight", 1)[1])
+    channels = property(lambda self: self._shape("weight", 1)[0])
+    dilation = property(lambda self: self._constant("dilation", 1))
+    surrogate = property(lambda self: self._constant("surrogate", "atan"))
+    alpha = property(lambda self: self._constant("alpha", 2.0))
+    gradient = property(lambda self: self._constant("gradient", "straight-through"))
+    training = property(lambda self: self._constant("training", False))
+
+    @property
+    def masked(self) -> bool:
+        return len(self.node.args) > 8 and self.node.args[8] is not None
+
+    def _shape(self, name: str, position: int) -> tuple[int, ...]:
+        argument = self.node.args[position] if len(self.node.args) > position else self.node.kwargs[name]
+        meta = input_meta(argument)
+        if meta is None:
+            raise ValueError(f"{self.name}: the graph does not tell the shape of its {name}; propagate shapes first")
+        return meta[0]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.parse(self._constant("layout", "time_first"))
+
+    @layout.setter
+    def layout(self, value: Layout | str) -> None:
+        self._set("layout", str(Layout.parse(value)))
+
+    @property
+    def kernel(self) -> str:
+        return self._constant("kernel", "") if self.training else ""
+
+    @kernel.setter
+    def kernel(self, value: str) -> None:
+        if self.training:
+            self._set("kernel", value)
+
+    @property
+    def eval_kernel(self) -> str:
+        return "" if self.training else self._constant("kernel", "")
+
+    @eval_kernel.setter
+    def eval_kernel(self, value: str) -> None:
+        if not self.training:
+            self._set("kernel", value)
+
+    def _set(self, name: str, value: str) -> None:
+        self.node.kwargs = {**self.node.kwargs, name: value}
+
+
+def input_meta(node: fx.Node | None) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
+    """(shape, dtype, device) of the tensor that ``node`` makes, as propagated or as Dynamo's fake tensor says."""
+    if node is None:
+        return None
+    value = node.meta.get("mfpsn_tensor")
+    if value is not None:
+        return value
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return None
+    # a symbolic size counts as its hint: what is measured is the example's size
+    shape = tuple(int(getattr(getattr(size, "node", None), "hint", None) or size) for size in value.shape)
+    return shape, value.dtype, value.device
+
+
+def neurons(gm: fx.GraphModule) -> list[Neuron]:
+    """All neurons of ``gm`` in the order in which data meets them; those inside a leaf at the leaf's place.
+
+    A module that several nodes call appears once for each, named ``path``, ``path@2``, …
+    """
+    found: list[Neuron] = []
+    uses: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            if isinstance(module, MulFreePSN):
+                uses[node.target] = uses.get(node.target, 0) + 1
+                count = uses[node.target]
+                name = node.target if count == 1 else f"{node.target}@{count}"
+                found.append(_ModuleNeuron(gm, name, node, module))
+            elif node.target not in uses:
+                uses[node.target] = 1
+                found.extend(_inside(gm, node.target, module))
+        elif node.op == "call_function" and node.target in _OPS:
+            layer = node.kwargs.get("layer") or node.name
+            uses[layer] = uses.get(layer, 0) + 1
+            found.append(_OpNeuron(gm, layer if uses[layer] == 1 else f"{layer}@{uses[layer]}", node))
+    return found
+
+
+def _inside(gm: fx.GraphModule, path: str, leaf: nn.Module) -> Iterator[Neuron]:
+    met = {
+        name: _ModuleNeuron(gm, f"{path}.{name}", None, module)
+        for name, module in leaf.named_modules()
+        if isinstance(module, MulFreePSN)
+    }
+    order = list(gm.meta.get(INPUTS, {}))  # in the order of execution, where an example has shown it
+    rank = {name: index for index, name in enumerate(order)}
+    return iter(sorted(met.values(), key=lambda neuron: rank.get(neuron.name, len(rank))))
