@@ -23,8 +23,9 @@ __all__ = ["backward_input", "backward_reductions", "fire", "fold", "neuron", "s
 _log = logging.getLogger("mfpsn_fx")
 _warned: set[tuple[str, str, str]] = set()
 
+# The kernel's name travels as "method": Inductor's fallback for custom ops has a parameter of its own called "kernel".
 _AFFINE = "Tensor? scale=None, Tensor? shift=None, Tensor? mask=None"
-_PLACE = "int dilation=1, str layout='time_first', str kernel='', str layer=''"
+_PLACE = "int dilation=1, str layout='time_first', str method='', str layer=''"
 _SURROGATE = "str surrogate='atan', float alpha=2.0"
 _QUANTISER = f"str gradient='straight-through', int min_exponent={MIN_EXPONENT}, int max_exponent={MAX_EXPONENT}"
 
@@ -154,7 +155,7 @@ def _bind(
     *,
     dilation: int,
     layout: str,
-    kernel: str,
+    method: str,
     layer: str,
     surrogate: str = "atan",
     alpha: float = 2.0,
@@ -185,7 +186,7 @@ def _bind(
         None if shift is None else shift.to(dtype),
         mask,
     )
-    return _Bound(_kernel(kernel, problem, layer).parts, call)
+    return _Bound(_kernel(method, problem, layer).parts, call)
 
 
 class Fold(NamedTuple):
@@ -240,13 +241,13 @@ def _neuron(
     training=False,
     dilation=1,
     layout="time_first",
-    kernel="",
+    method="",
     layer="",
 ):
     check_exponent_bounds(min_exponent, max_exponent)
     parts, call = _bind(
         x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha,
+        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
         gradient=gradient, training=training,
     )  # fmt: skip
     dtype = call.dtype
@@ -286,12 +287,12 @@ def _neuron_backward(
     input_grad=True,
     dilation=1,
     layout="time_first",
-    kernel="",
+    method="",
     layer="",
 ):
     parts, call = _bind(
         x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha,
+        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
         gradient=gradient, training=training,
     )  # fmt: skip
     dtype, given = call.dtype, (weight, gamma, beta)
@@ -333,15 +334,15 @@ def _neuron_backward(
     )
 
 
-def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""):
+def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
     parts, call = _bind(
-        x, weight, scale, shift, mask, dilation=dilation, layout=layout, kernel=kernel, layer=layer, training=True
+        x, weight, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, training=True
     )
     return parts.statistics(call, x, weight.to(call.dtype))
 
 
-def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""):
-    parts, call = _bind(x, taps, scale, shift, mask, dilation=dilation, layout=layout, kernel=kernel, layer=layer)
+def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
+    parts, call = _bind(x, taps, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer)
     return parts.fire(call, x, taps.to(call.dtype), bias.to(call.dtype))
 
 
@@ -358,12 +359,12 @@ def _backward_reductions(
     alpha=2.0,
     dilation=1,
     layout="time_first",
-    kernel="",
+    method="",
     layer="",
 ):
     parts, call = _bind(
         x, taps, scale, shift, mask,
-        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
     )  # fmt: skip
     dtaps, dbias, _ = parts.backward_reductions(call, grad, x, taps.to(call.dtype), bias.to(call.dtype))
     return dtaps, dbias
@@ -386,12 +387,12 @@ def _backward_input(
     alpha=2.0,
     dilation=1,
     layout="time_first",
-    kernel="",
+    method="",
     layer="",
 ):
     parts, call = _bind(
         x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, kernel=kernel, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
     )  # fmt: skip
     results = parts.backward_input(
         call, grad, x, taps.to(call.dtype), bias.to(call.dtype), weight.to(call.dtype), offset, slope, None, input_grad
@@ -426,7 +427,7 @@ def _fake_neuron_backward(
 
 
 def _fake_statistics(
-    x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", kernel="", layer=""
+    x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""
 ):
     _check(x, weight, mask, dilation, layout, layer)
     channel = weight.new_empty(weight.shape[0], dtype=_sum_dtype(x, weight))

@@ -173,21 +173,21 @@ class _OpNeuron(Neuron):
 
     @property
     def kernel(self) -> str:
-        return self._constant("kernel", "") if self.training else ""
+        return self._constant("method", "") if self.training else ""
 
     @kernel.setter
     def kernel(self, value: str) -> None:
         if self.training:
-            self._set("kernel", value)
+            self._set("method", value)
 
     @property
     def eval_kernel(self) -> str:
-        return "" if self.training else self._constant("kernel", "")
+        return "" if self.training else self._constant("method", "")
 
     @eval_kernel.setter
     def eval_kernel(self, value: str) -> None:
         if not self.training:
-            self._set("kernel", value)
+            self._set("method", value)
 
     def _set(self, name: str, value: str) -> None:
         self.node.kwargs = {**self.node.kwargs, name: value}

@@ -39,9 +39,9 @@ class _Untraceable(Exception):
 
 
 class _LeafTracer(fx.Tracer):
-    def __init__(self, leaves: dict[str, str]) -> None:
-        super().__init__(autowrap_functions=())
-        self.leaves = leaves
+    def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
+        super().__init__()
+        self.leaves = {} if leaves is None else leaves
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -148,7 +148,7 @@ class MulFreePSN(nn.Module):
             training=self.training,
             dilation=self.dilation,
             layout=self.layout if layout is None else layout,
-            kernel=chosen,
+            method=chosen,
             layer=self.path,
         )
         if self.training:
