@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # Runs wherever torch runs, in both layouts, and was the fastest of the ATen kernels at small orders
-# (`python -m mfpsn_fx kernels --time` shows the ratios on this machine).
+# of the digits network (the selection table of `python -m mfpsn_fx demo` shows the ratios).
 DEFAULT_KERNEL = "shifted-add"
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

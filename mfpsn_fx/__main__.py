@@ -1,0 +1,73 @@
+"""The command line: ``python -m mfpsn_fx kernels`` and ``python -m mfpsn_fx demo``."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from mfpsn_fx.kernels import Layout, Problem, kernels
+
+__all__ = ["main"]
+
+# Examples are part of the repository, not of the package.
+_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def kernel_rows() -> list[list[str]]:
+    """A row for each registered kernel: name, layouts, dtypes, where it runs here, or why not, what it does."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for kernel in kernels():
+        here, reasons = [], []
+        for device in devices:
+            layout = kernel.layouts[0]
+            shape = layout.shape_from((4, 2, 8, 8), Layout.TIME_FIRST)
+            reason = kernel.refusal(Problem(shape, layout, kernel.dtypes[0], device, 2, 1))
+            if reason is None:
+                here.append(device)
+            else:
+                reasons.append(f"not on {device}: {reason}")
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes)
+        place = "; ".join([", ".join(here)] * bool(here) + reasons)
+        rows.append([kernel.name, ", ".join(map(str, kernel.layouts)), dtypes, place, kernel.summary])
+    return rows
+
+
+def demo(arguments: list[str]) -> int:
+    """Run ``examples/digits.py`` of this checkout."""
+    script = _EXAMPLES / "digits.py"
+    if not script.exists():
+        print(
+            "the demo is part of the repository, not of the installed package: run it from a checkout that is "
+            "installed with pip install -e .",
+            file=sys.stderr,
+        )
+        return 1
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mfpsn_fx", description="Multiplication-free spiking networks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("kernels", help="list every registered kernel, where it can run here, and if not, why")
+    commands.add_parser("demo", help="convert, compile and train a network on digits (see --help of the example)",
+                        add_help=False)  # fmt: skip
+    options, rest = parser.parse_known_args(argv)
+    if options.command == "demo":
+        return demo(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
