@@ -1,27 +1,166 @@
-"""interim"""
+"""SpikingJelly's neurons as filters. Classes are known by name; the library is not imported here."""
+
+from __future__ import annotations
 
 import torch
-from mfpsn_fx.kernels.surrogate import ATan, Sigmoid
-from .source import Geometric, SourceNeuron, register_source
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
+
+from .source import Geometric, NotAFilterError, SourceNeuron, Taps, register_source
+
+_NEURONS = "spikingjelly.activation_based.neuron"
+_SURROGATES = {"ATan": ATan, "Sigmoid": Sigmoid}
 
 
-@register_source("spikingjelly.activation_based.neuron.lif.LIFNode")
-def _lif(m):
-    tau = float(m.tau)
-    gain = 1 / tau if m.decay_input else 1.0
+def _names(cls: str, module: str) -> tuple[str, ...]:
+    """Where version 2 keeps the class, and where older ones, whose neurons are one file, do."""
+    return f"{_NEURONS}.{module}.{cls}", f"{_NEURONS}.{cls}"
+
+
+def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
+    function = m.surrogate_function
+    kind = type(function).__name__
+    if getattr(function, "spiking", True) is False:
+        raise NotAFilterError(f"its surrogate function {kind} has spiking=False: it puts out no spikes")
+    if kind in _SURROGATES and isinstance(getattr(function, "alpha", None), (int, float)):
+        return _SURROGATES[kind](float(function.alpha)), ()
+    return ATan(), (f"surrogate {kind} replaced by ATan(2)",)
+
+
+def _finite(m: nn.Module, **values: object) -> list[Tensor]:
+    """Copies of the values in float64; NotAFilterError naming those that are NaN or infinite."""
+    tensors = {name: torch.as_tensor(value).detach().double().clone() for name, value in values.items()}
+    if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise NotAFilterError(f"{', '.join(bad)} of its {type(m).__name__} is NaN or infinite")
+    return list(tensors.values())
+
+
+def _multi_step(m: nn.Module) -> None:
+    if getattr(m, "step_mode", "m") == "s":
+        raise NotAFilterError(
+            "it is in step-by-step mode, but all of time is needed at once: call "
+            "spikingjelly.activation_based.functional.set_step_mode(net, 'm') and feed (T, N, C, *)"
+        )
+
+
+def _reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
+    """IF and the LIFs: V relaxes to v_reset, so in V − v_reset it is linear and the threshold moves along."""
+    _multi_step(m)
+    surrogate, notes = _surrogate(m)
+    threshold, rest = _finite(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
+    notes = ("reset dropped", *notes)
+    if float(rest) != 0:
+        notes += (f"v_reset {float(rest):g} folded into the threshold",)
+    if getattr(m, "store_v_seq", False):
+        notes += ("the membrane sequence is no longer stored",)
+    return SourceNeuron(type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, notes=notes)
+
+
+@register_source(*_names("IFNode", "integrate_and_fire"))
+def integrate_and_fire(m: nn.Module) -> SourceNeuron:
+    """H[t] = V[t−1] + X[t]: all ones."""
+    one = torch.ones((), dtype=torch.float64)
+    return _reset_neuron(m, one, one.clone())
+
+
+@register_source(*_names("LIFNode", "lif"))
+def leaky(m: nn.Module) -> SourceNeuron:
+    """(1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
+    (tau,) = _finite(m, tau=m.tau)
+    rate = 1 / tau
+    return _reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+
+
+@register_source(*_names("ParametricLIFNode", "plif"))
+def parametric_leaky(m: nn.Module) -> SourceNeuron:
+    """LIF with 1/τ = sigmoid(w)."""
+    (w,) = _finite(m, w=m.w)
+    rate = torch.sigmoid(w)
+    return _reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+
+
+@register_source(*_names("GatedLIFNode", "lif_variants"))
+def gated_leaky(m: nn.Module) -> SourceNeuron:
+    """V ← (1 − α(1−τ))·V + (1 − β(1−conduct))·X − (1−α)·leak, every parameter behind its sigmoid."""
+    _multi_step(m)
+    surrogate, notes = _surrogate(m)
+    raw = _finite(
+        m, alpha=m.alpha, beta=m.beta, tau=m.tau, v_threshold=m.v_threshold, linear_decay=m.linear_decay,
+        conduct=m.conduct,
+    )  # fmt: skip
+    alpha, beta, tau, threshold, leak, conduct = (torch.sigmoid(value) for value in raw)
+    ratio = 1 - alpha * (1 - tau)
+    gain = 1 - beta * (1 - conduct.mean(0))
+    steps = torch.arange(1, m.T + 1, dtype=torch.float64)
+    # what the constant leak has added up to, in the mean over the T steps
+    drift = ((1 - alpha) * leak / (1 - ratio)).unsqueeze(-1) * (1 - ratio.unsqueeze(-1) ** steps)
+    notes = ("reset dropped", "constant leak folded into the threshold in its mean over T", *notes)
+    if bool((conduct != conduct[:1]).any()):
+        notes += ("conduct averaged over T",)
+    channels = alpha.numel() if alpha.ndim else None
+    gain, ratio = torch.broadcast_tensors(gain, ratio)
     return SourceNeuron(
-        "LIFNode",
-        Geometric(torch.tensor(gain), torch.tensor(1 - 1 / tau)),
-        torch.tensor(m.v_threshold - (m.v_reset or 0.0)),
-        notes=("reset dropped",),
-    )
+        "GatedLIFNode", Geometric(gain.clone(), ratio.clone()), threshold + drift.mean(-1), surrogate,
+        channels=channels, notes=notes,
+    )  # fmt: skip
 
 
-@register_source("spikingjelly.activation_based.neuron.integrate_and_fire.IFNode")
-def _if(m):
-    return SourceNeuron(
-        "IFNode",
-        Geometric(torch.tensor(1.0), torch.tensor(1.0)),
-        torch.tensor(m.v_threshold - (m.v_reset or 0.0)),
-        notes=("reset dropped",),
-    )
+def _along_diagonals(weight: Tensor) -> Taps:
+    """(T, T) → the mean response at each lag; what looks ahead of t (upper triangle) is not causal and left out."""
+    return Taps(torch.stack([weight.diagonal(-lag).mean() for lag in range(weight.shape[0])]))
+
+
+@register_source(*_names("PSN", "psn"))
+def parallel(m: nn.Module) -> SourceNeuron:
+    """H = W X + B: each step its own weights, averaged here over the steps for each lag."""
+    surrogate, notes = _surrogate(m)
+    weight, bias = _finite(m, weight=m.weight, bias=m.bias)
+    notes = ("T x T weights averaged along diagonals", *notes)
+    return SourceNeuron("PSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
+
+
+@register_source(*_names("MaskedPSN", "psn"))
+def masked_parallel(m: nn.Module) -> SourceNeuron:
+    """PSN behind its mask at the present λ."""
+    _multi_step(m)
+    surrogate, notes = _surrogate(m)
+    weight, bias = _finite(m, weight=m.masked_weight(), bias=m.bias)
+    notes = ("T x T weights averaged along diagonals", *notes)
+    return SourceNeuron("MaskedPSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
+
+
+@register_source(*_names("SlidingPSN", "psn"))
+def sliding_parallel(m: nn.Module) -> SourceNeuron:
+    """One filter of k taps for all channels, the newest last: exactly ours."""
+    _multi_step(m)
+    surrogate, notes = _surrogate(m)
+    weight, bias = _finite(m, weight=m.weight, bias=m.bias)
+    return SourceNeuron("SlidingPSN", Taps(weight.flip(0)), -bias.reshape(()), surrogate, notes=notes)
+
+
+_REFUSED = {
+    "ilif.ILIFNode": "it fires integers, not zeros and ones",
+    "lif_variants.LIAFNode": "it puts out its activation, not spikes",
+    "online_learning.OTTTLIFNode": "it trains online, step by step",
+    "online_learning.SLTTLIFNode": "it trains online, step by step",
+    "nonlinear_if.QIFNode": "its membrane is quadratic, not a linear filter",
+    "nonlinear_if.EIFNode": "its membrane is exponential, not a linear filter",
+    "adapt.IzhikevichNode": "its membrane is quadratic and adapts, not a linear filter",
+    "ternary.TernaryIFNode": "it fires -1, 0 and 1",
+    "ternary.TernaryLIFNode": "it fires -1, 0 and 1",
+    "integrate_and_fire.NonSpikingIFNode": "it puts out its membrane, not spikes",
+    "lif.NonSpikingLIFNode": "it puts out its membrane, not spikes",
+}
+
+
+def _refuse(reason: str):
+    def adapter(m: nn.Module) -> SourceNeuron:
+        raise NotAFilterError(reason)
+
+    return adapter
+
+
+for _path, _reason in _REFUSED.items():
+    _module, _, _cls = _path.rpartition(".")
+    register_source(*_names(_cls, _module))(_refuse(_reason))
