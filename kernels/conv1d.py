@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .layout import Layout
 from .parts import FilterParts
 from .registry import register_kernel
+from .vmapping import vmap
 
 
 def _causal(x: Tensor, w: Tensor, dilation: int) -> Tensor:
@@ -76,7 +77,7 @@ class VmapConv1d(FilterParts):
     """Depthwise Conv1d on (N, C, T), vmapped over the positions of (N, C, *, T)."""
 
     def filter(self, call, x, w):
-        h = torch.vmap(lambda row: _causal(row, w, call.dilation), in_dims=2, out_dims=2)(_positions(x))
+        h = vmap(lambda row: _causal(row, w, call.dilation), in_dims=2, out_dims=2)(_positions(x))
         return h.reshape(x.shape)
 
     def filter_backward(self, call, dh, x, w, input_grad):
@@ -84,5 +85,5 @@ class VmapConv1d(FilterParts):
             dx, dw = _causal_backward(dh, x, w, call.dilation, input_grad)
             return (dx, dw) if input_grad else (dw,)
 
-        *dx, dw = torch.vmap(one, in_dims=2, out_dims=(2, 0) if input_grad else (0,))(_positions(dh), _positions(x))
+        *dx, dw = vmap(one, in_dims=2, out_dims=(2, 0) if input_grad else (0,))(_positions(dh), _positions(x))
         return (dx[0].reshape(x.shape) if input_grad else None), dw.sum(0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .layout import Layout
 from .parts import FilterParts
 from .registry import register_kernel
+from .vmapping import vmap
 
 
 def toeplitz(w: Tensor, steps: int, dilation: int) -> Tensor:
@@ -30,7 +31,7 @@ def _tap_sums(da: Tensor, order: int, dilation: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    return torch.vmap(torch.mm)(left, right)
+    return vmap(torch.mm)(left, right)
 
 
 @register_kernel("vmap-mm")

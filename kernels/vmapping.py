@@ -1,0 +1,33 @@
+"""vmap that works inside a custom op wherever the op is called from."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["vmap"]
+
+_FUNCTORCH = (
+    "FuncTorchDynamicLayerBackMode",
+    "FuncTorchDynamicLayerFrontMode",
+    "FuncTorchBatched",
+    "FuncTorchVmapMode",
+)
+
+
+def vmap(function, in_dims=0, out_dims=0):
+    """``torch.vmap`` of ``function``, for use inside an op.
+
+    Compiled graphs call ops with functorch's dispatch keys excluded, and batched tensors would then reach kernels that
+    look for their storage ("Cannot access storage of BatchedTensorImpl", torch 2.13): the keys are let in again for
+    the call.
+    """
+    batched = torch.vmap(function, in_dims, out_dims)
+
+    def run(*args):
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        for name in _FUNCTORCH:
+            excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            return batched(*args)
+
+    return run
