@@ -140,7 +140,7 @@ class FilterParts(Parts):
         if call.mask is not None:
             dx = dx * valid_steps(call.mask, x.ndim, call.layout)
         dims = _all_but_channels(call, x)
-        dscale = (dx * x).sum(dims) if call.scale is not None else None
+        dscale = (dx * self._valid(call, x)).sum(dims) if call.scale is not None else None
         dshift = dx.sum(dims) if call.shift is not None else None
         if not input_grad:
             return None, dweight, dscale, dshift
@@ -148,6 +148,12 @@ class FilterParts(Parts):
             dx = dx * per_channel(call.scale, x.ndim, call.layout)
         out = torch.empty_like(x)
         return out.copy_(dx), dweight, dscale, dshift
+
+    @staticmethod
+    def _valid(call: Call, x: Tensor) -> Tensor:
+        """x in the dtype of the sums with what stands in the padding, NaN included, set to zero."""
+        x = x.to(call.dtype)
+        return x if call.mask is None else x.masked_fill(~valid_steps(call.mask, x.ndim, call.layout), 0)
 
     @staticmethod
     def _lift(call: Call, x: Tensor) -> Tensor:

@@ -45,10 +45,13 @@ class InitialiseNeurons(Pass):
         self.init, self.args, self.kwargs = init, tuple(args), dict(kwargs or {})
 
     def call(self, gm: fx.GraphModule) -> Result:
-        if self.init == "random":
-            return Result(gm)
         changes = []
         ours = {path: module for path, module in gm.named_modules() if isinstance(module, MulFreePSN) and module.source}
+        if self.init == "random":
+            for path, module in ours.items():
+                module.reset_parameters()
+                changes.append(f"{path}: random weight, gamma 1, beta -1")
+            return Result(gm, changes)
         for path, module in ours.items():
             kept = _sample_response(module)
             changes.append(f"{path}: weight from {module.source.name}, {kept:.0%} of its response's energy in reach")

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.quantiser import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
+from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import NotAFilterError, describe, is_source, qualified_name, source_paths
 
@@ -91,15 +92,16 @@ class ReplaceNeurons(Pass):
                 "it); give convert an example input"
             )
         place = next((t for t in [*old.parameters(), *old.buffers(), *gm.parameters()]), torch.empty(0))
-        new = MulFreePSN(
-            channels,
-            self.order,
-            surrogate=self.surrogate or source.surrogate,
-            gradient=self.gradient,
-            device=place.device,
-            dtype=place.dtype if place.is_floating_point() else None,
-            **self.settings,
-        )
+        with preserved_rng():  # initialise_neurons draws where that is wanted
+            new = MulFreePSN(
+                channels,
+                self.order,
+                surrogate=self.surrogate or source.surrogate,
+                gradient=self.gradient,
+                device=place.device,
+                dtype=place.dtype if place.is_floating_point() else None,
+                **self.settings,
+            )
         new.source, new.path = source, path
         return new.train(old.training)
 
