@@ -217,8 +217,8 @@ def _notes(neuron, measured: Measured | None):
 
 def _unconverted(gm: fx.GraphModule):
     for path, module in source_paths(gm).items():
+        why = "it was left as it was"
         try:
-            why = "it was left as it was"
             describe(module)
         except NotAFilterError as error:
             why = str(error)

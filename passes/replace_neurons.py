@@ -9,7 +9,7 @@ from mfpsn_fx.kernels.quantiser import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import NotAFilterError, describe, is_source, qualified_name, source_paths
+from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
 from .neurons import INPUTS
@@ -79,11 +79,6 @@ class ReplaceNeurons(Pass):
         return Result(gm, [f"{path}: {new.source.name} -> {new!r}" for path, new in swaps])
 
     def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:
-        if not is_source(old):
-            raise NotAFilterError(
-                f"{qualified_name(type(old))} has no adapter, and a subclass of a known neuron may behave otherwise; "
-                "add one with mfpsn_fx.register_source"
-            )
         source = describe(old)
         channels = _observed_channels(gm, path) or source.channels or _channels_before(gm, path)
         if channels is None:

@@ -91,10 +91,11 @@ def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:
         raise _Untraceable("", f"{type(error).__name__}: {_first_line(error)}") from error
 
 
-def _constants(node: fx.Node) -> object:
-    """A node without its identity: what must not differ between training and evaluation."""
-    strip = lambda arg: arg.name if isinstance(arg, fx.Node) else arg  # noqa: E731
-    return (node.op, node.name, node.target, fx.map_arg(node.args, strip), fx.map_arg(node.kwargs, strip))
+def _constants(node: fx.Node, wired: bool) -> object:
+    """What of a node must not differ between training and evaluation; its inputs' names too if ``wired``."""
+    strip = lambda arg: (arg.name if wired else "node") if isinstance(arg, fx.Node) else arg  # noqa: E731
+    name = node.name if wired else ""
+    return (node.op, name, node.target, fx.map_arg(node.args, strip), fx.map_arg(node.kwargs, strip))
 
 
 def _same(a: object, b: object) -> bool:
@@ -106,15 +107,23 @@ def _same(a: object, b: object) -> bool:
 
 def _differing_owner(training: fx.Graph, evaluation: fx.Graph) -> str | None:
     """The innermost module in whose forward the two graphs part; None if they are the same."""
-    ours, theirs = list(training.nodes), list(evaluation.nodes)
-    for a, b in zip(ours, theirs, strict=False):
-        if not _same(_constants(a), _constants(b)):
-            owners = [a.meta.get("mfpsn_owner", ""), b.meta.get("mfpsn_owner", "")]
-            return _common(*owners)
-    if len(ours) != len(theirs):
-        longer = max(ours, theirs, key=len)
-        return longer[min(len(ours), len(theirs))].meta.get("mfpsn_owner", "")
+    # First by what each module's own forward does, whatever it is wired to: a node more or less in one module
+    # shifts the names of all that follow, elsewhere too.
+    ours, theirs = _by_owner(training), _by_owner(evaluation)
+    parted = [owner for owner in ours | theirs if not _same(ours.get(owner), theirs.get(owner))]
+    if parted:
+        return max(parted, key=lambda owner: (owner != "", owner.count("."), owner))
+    for a, b in zip(training.nodes, evaluation.nodes, strict=True):
+        if not _same(_constants(a, True), _constants(b, True)):
+            return _common(a.meta["mfpsn_owner"], b.meta["mfpsn_owner"])
     return None
+
+
+def _by_owner(graph: fx.Graph) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for node in graph.nodes:
+        found.setdefault(node.meta["mfpsn_owner"], []).append(_constants(node, False))
+    return found
 
 
 def _common(a: str, b: str) -> str:
@@ -163,10 +172,10 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     for node in training.nodes:
         node.meta.pop("mfpsn_owner", None)
     gm = fx.GraphModule(_with_constants(model, scratch, training), training, type(model).__name__)
-    gm.train(model.training)
+    # FX makes the containers anew; the layers in them are the source's own, with their modes
     for name, child in gm.named_modules():
         source = _submodule(model, name)
-        if source is not None:
+        if source is not None and source is not child:
             child.training = source.training
     return gm, leaves
 

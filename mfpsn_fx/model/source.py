@@ -137,7 +137,10 @@ def describe(module: nn.Module) -> SourceNeuron:
     """
     adapter = adapter_for(module)
     if adapter is None:
-        raise NotAFilterError(f"{qualified_name(type(module))} has no adapter; add one with mfpsn_fx.register_source")
+        raise NotAFilterError(
+            f"{qualified_name(type(module))} has no adapter, and a subclass of a known neuron may behave otherwise; "
+            "add one with mfpsn_fx.register_source"
+        )
     return adapter(module)
 
 
