@@ -46,9 +46,9 @@ class Layout(enum.StrEnum):
     def other(self) -> Layout:
         return Layout.TIME_LAST if self is Layout.TIME_FIRST else Layout.TIME_FIRST
 
-    def shape_from(self, shape: tuple[int, ...], source: Layout) -> tuple[int, ...]:
+    def shape_from(self, shape: tuple[int, ...], source: Layout | str) -> tuple[int, ...]:
         """The shape that a tensor of ``shape`` in layout ``source`` has in this one."""
-        if self is source:
+        if self is Layout.parse(source):
             return tuple(shape)
         if self is Layout.TIME_LAST:
             return (*shape[1:], shape[0])

@@ -80,8 +80,9 @@ def test_the_model_may_repeat_its_input_over_time(example):
         def forward(self, x):
             return self.lif(self.conv(x.unsqueeze(0).repeat(4, 1, 1, 1))).mean(0)
 
-    converted = quick(Repeats(), torch.randn(2, 1, 8))
-    assert mfpsn_fx.selection(converted).rows[0].shape[0] == 4 or conversion_nodes(converted)
+    for layout, shape in (("time_first", (4, 2, 4, 8)), ("time_last", (2, 4, 8, 4))):
+        converted = quick(Repeats(), torch.randn(2, 1, 8), layout=layout)
+        assert mfpsn_fx.selection(converted).rows[0].shape == shape
     assert converted(torch.randn(2, 1, 8)).shape == (2, 4, 8)
 
 

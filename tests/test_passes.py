@@ -1,0 +1,306 @@
+"""Passes one by one, and the pipeline."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+import mfpsn_fx
+from mfpsn_fx import MulFreePSN, Pass, Pipeline, PipelineError, conversion_pipeline, planning_pipeline
+from mfpsn_fx.kernels import power_of_two, to_layout
+from mfpsn_fx.model import capture
+from mfpsn_fx.passes import (
+    AssignDilations,
+    Autoselect,
+    BindKernels,
+    CancelConversions,
+    InitialiseNeurons,
+    InsertConversions,
+    ObserveInputs,
+    PropagateShapes,
+    ReplaceNeurons,
+    Result,
+    SnapWeights,
+    conversion_nodes,
+    neurons,
+    receptive_field,
+)
+
+
+@pytest.fixture
+def gm(net):
+    return capture(copy.deepcopy(net))[0]
+
+
+class TestOneByOne:
+    def test_graph_runs_after_every_pass(self, gm, example):
+        """Unbound is legal: runnable and differentiable after each pass."""
+        for one in conversion_pipeline((example,), repeats=1, progress=False):
+            result = one(gm)
+            gm = result.graph_module
+            gm(example).sum().backward()
+            for module in gm.modules():
+                if isinstance(module, neuron.LIFNode):
+                    module.reset()
+
+    def test_passes_tell_what_they_changed(self, gm, example):
+        told = {one.name: one(gm).changes for one in conversion_pipeline((example,), repeats=1, progress=False)}
+        assert told["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
+        assert told["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
+        assert "100%" not in told["initialise_neurons"][0]
+        assert told["observe_inputs"] == (
+            "features.2: (6, 5, 4, 8)",
+            "features.4: (6, 5, 4, 8)",
+            "features.7: (6, 5, 6)",
+        )
+
+    def test_any_order_where_needs_are_met(self, gm, example):
+        Pipeline([ReplaceNeurons(), BindKernels("vanilla-conv1d"), AssignDilations(2), AssignDilations(3)])(gm)
+        assert [n.dilation for n in neurons(gm)] == [3, 3, 3]
+        gm(example)
+
+    @pytest.mark.parametrize(
+        ("dilation", "expected"),
+        [("sawtooth", [1, 2, 3]), (4, [4, 4, 4]), ([2, 5], [2, 5, 2]), ([1, 2, 3, 4], [1, 2, 3])],
+    )
+    def test_dilations(self, gm, dilation, expected):
+        Pipeline([ReplaceNeurons(order=3), AssignDilations(dilation)])(gm)
+        assert [n.dilation for n in neurons(gm)] == expected
+        assert receptive_field(gm) == 1 + 2 * sum(expected)
+
+    def test_sawtooth_period(self, gm):
+        Pipeline([ReplaceNeurons(), AssignDilations("sawtooth", period=2)])(gm)
+        assert [n.dilation for n in neurons(gm)] == [1, 2, 1]
+
+    def test_shapes(self, gm, example):
+        Pipeline([ReplaceNeurons(), PropagateShapes((example,))])(gm)
+        assert [n.meta[0] for n in neurons(gm)] == [(6, 5, 4, 8), (6, 5, 4, 8), (6, 5, 6)]
+        with pytest.raises(ValueError, match="no example was given"):
+            PropagateShapes()(capture(nn.Sequential(MulFreePSN(2)))[0])
+
+
+class TestConversions:
+    def test_dataflow_is_unchanged_and_conversions_are_shared(self, example):
+        class Skip(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = (MulFreePSN(3) for _ in range(3))
+                self.linear = nn.Linear(4, 4)
+
+            def forward(self, x):
+                y = self.a(x)
+                return self.linear(self.b(y) + self.c(torch.relu(y)) + x) + y
+
+        x = torch.randn(5, 2, 3, 4)
+        gm, _ = capture(Skip().eval())
+        expected = gm(x)
+        pipeline = Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])
+        pipeline(gm)
+        assert torch.equal(gm(x), expected)
+        # x once for three readers, the sum before linear, linear's result for the last addition, the end
+        assert len(conversion_nodes(gm)) == 4
+        assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 3
+        assert gm.graph is not None
+        again = InsertConversions("time_last")(gm)
+        assert torch.equal(again.graph_module(x), expected)
+        assert len(conversion_nodes(gm)) == 4
+        InsertConversions("time_first")(gm)
+        assert conversion_nodes(gm) == []
+        assert torch.equal(gm(x), expected)
+
+    def test_in_place_addition_is_kept_in_place(self):
+        class InPlace(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.a, self.b = nn.Linear(4, 4), MulFreePSN(3), MulFreePSN(3)
+
+            def forward(self, x):
+                out, identity = self.a(self.linear(x)), self.linear(x)
+                out += identity
+                out = self.b(out)
+                identity += out
+                return out + identity
+
+        x = torch.randn(5, 2, 3, 4)
+        model = InPlace().eval()
+        gm, _ = capture(model)
+        with torch.no_grad():
+            expected = model(x)
+            Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])(gm)
+            assert torch.equal(gm(x), expected)
+
+    def test_cancel(self):
+        gm = torch.fx.symbolic_trace(
+            lambda x: to_layout(
+                to_layout(to_layout(x + 1, "time_first", "time_last"), "time_last", "time_first"),
+                "time_first",
+                "time_last",
+            )  # fmt: skip
+        )
+        assert len(conversion_nodes(gm)) == 3
+        result = CancelConversions()(gm)
+        assert result.modified
+        assert len(conversion_nodes(gm)) == 1
+        x = torch.randn(2, 3, 4)
+        assert torch.equal(gm(x), to_layout(x + 1, "time_first", "time_last"))
+        assert not CancelConversions()(gm).modified
+
+
+class TestAutoselect:
+    def test_every_layer_kernel_and_layout_is_tried(self, gm, example):
+        pipeline = conversion_pipeline((example,), repeats=1, progress=False)
+        gm = pipeline(gm)
+        for n in neurons(gm):
+            tried = {(c.layout, c.kernel) for c in n.module.measured[n.key].candidates}
+            assert len(tried) == 2 * len(mfpsn_fx.kernels.kernels())
+            working = [c for c in n.module.measured[n.key].candidates if c.error is None and c.layout == n.layout]
+            assert n.kernel == min(working, key=lambda c: c.training_ms).kernel
+            assert n.eval_kernel == min(working, key=lambda c: c.eval_ms).kernel
+
+    def test_the_smaller_total_wins(self, gm, example, monkeypatch):
+        """With costs that favour it, time-last is chosen, conversions counted."""
+        from mfpsn_fx.kernels.timing import Times
+        from mfpsn_fx.passes import autoselect
+
+        def fake(problem, name, repeats, alpha):
+            cheap = problem.layout == "time_last" and name == "conv2d"
+            return Times(1.0, 1.0, 1.0) if cheap else Times(50.0, 50.0, 50.0)
+
+        monkeypatch.setattr(autoselect, "time_kernel", fake)
+        monkeypatch.setattr(autoselect, "measure", lambda run, repeats, device: 5.0)
+        gm = conversion_pipeline((example,), repeats=1, progress=False)(gm)
+        table = mfpsn_fx.selection(gm)
+        assert {(r.layout, r.kernel) for r in table.rows} == {("time_last", "conv2d")}
+        assert dict(table.neuron_totals_ms) == {"time_first": 300.0, "time_last": 6.0}
+        assert dict(table.totals_ms) == {"time_first": 300.0, "time_last": 6.0 + 6 * 10.0}
+        assert {r.ratio for r in table.rows} == {50.0}
+        monkeypatch.setattr(autoselect, "measure", lambda run, repeats, device: 500.0)
+        planning_pipeline((example,), repeats=1, progress=False)(gm)
+        assert {r.layout for r in mfpsn_fx.selection(gm).rows} == {"time_first"}
+
+    def test_identical_layers_are_measured_once(self, example, monkeypatch):
+        from mfpsn_fx.passes import autoselect
+
+        calls = []
+        monkeypatch.setattr(autoselect, "time_kernel", lambda p, name, *a, **k: calls.append((p, name)) or _times())
+        model = nn.Sequential(*(neuron.LIFNode(step_mode="m") for _ in range(3)))
+        mfpsn_fx.convert(model, torch.randn(4, 2, 3), dilation=1, repeats=1, progress=False)
+        assert len(calls) == len(set(calls)) > 0
+
+    def test_all_fail(self, gm, example, monkeypatch):
+        from mfpsn_fx.passes import autoselect
+
+        def broken(*args, **kwargs):
+            raise MemoryError("too big")
+
+        monkeypatch.setattr(autoselect, "time_kernel", broken)
+        with pytest.raises(
+            ValueError, match=r"(?s)features\.2: no kernel can serve.*shifted-add.*MemoryError: too big"
+        ):
+            conversion_pipeline((example,), repeats=1, progress=False)(gm)
+
+
+def _times():
+    from mfpsn_fx.kernels.timing import Times
+
+    return Times(1.0, 1.0, 1.0)
+
+
+class TestSnap:
+    def converted(self, net, example):
+        converted = mfpsn_fx.convert(net, example, init="random", repeats=1, progress=False)
+        for _ in range(3):
+            converted(example)
+        return converted.eval()
+
+    def test_weights_fold_to_powers_of_two_and_spikes_stay(self, net, example):
+        converted = self.converted(net, example).double()
+        expected = converted(example.double())
+        result = SnapWeights()(converted)
+        assert len(result.changes) == 3
+        assert "weights moved by up to" in result.changes[0]
+        for n in neurons(converted):
+            fused = n.module.folded().fused
+            torch.testing.assert_close(fused, power_of_two(fused), rtol=1e-14, atol=0)
+        assert torch.equal(converted(example.double()), expected)
+
+    def test_gamma_of_zero_and_nan_are_refused_together(self, net, example):
+        converted = self.converted(net, example)
+        with torch.no_grad():
+            converted.get_submodule("features.2").gamma[1] = 0
+            converted.get_submodule("features.4").weight[0] = float("nan")
+        with pytest.raises(ValueError, match=r"(?s)features\.2: gamma is 0 in 1 of 4 channels.*features\.4: 2 of 8"):
+            SnapWeights()(converted)
+
+
+class TestPipeline:
+    def test_all_violations_in_one_error(self):
+        with pytest.raises(PipelineError) as error:
+            Pipeline([AssignDilations(), Autoselect(), ReplaceNeurons(), InitialiseNeurons()])
+        text = str(error.value)
+        assert (
+            "0: assign_dilations needs 'neurons', which nothing before it gives; move it behind replace_neurons" in text
+        )
+        assert "1: autoselect needs 'shapes', which nothing before it gives; no pass in the pipeline gives it" in text
+        assert len(text.splitlines()) == 4
+
+    def test_printed_taken_apart_and_extended(self, example):
+        pipeline = conversion_pipeline((example,))
+        text = str(pipeline)
+        for one in pipeline:
+            assert one.name in text
+        names = [p.name for p in pipeline]
+        assert names[0] == "observe_inputs"
+        assert [p.name for p in pipeline.without("cancel_conversions")] == [
+            n for n in names if n != "cancel_conversions"
+        ]
+        longer = pipeline.inserted(SnapWeights(), after="initialise_neurons")
+        assert longer[4].name == "snap_weights"
+        assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
+        assert pipeline.inserted(SnapWeights(), before="autoselect")[5].name == "snap_weights"
+        assert pipeline.replaced("assign_dilations", AssignDilations(7))[2].sequence == (7,)
+        assert len(pipeline) == len(names)
+        with pytest.raises(ValueError, match="no pass called 'x'"):
+            pipeline.without("x")
+        with pytest.raises(ValueError, match="not both"):
+            pipeline.inserted(SnapWeights(), before="autoselect", after="autoselect")
+
+    def test_a_users_pass(self, gm, example):
+        class Scale(Pass):
+            """Multiply all γ by two."""
+
+            name = "scale"
+            needs = ("neurons",)
+
+            def call(self, gm):
+                for n in neurons(gm):
+                    n.module.gamma.data.mul_(2)
+                return Result(gm, ["doubled"])
+
+        gm = Pipeline([ReplaceNeurons(), Scale()])(gm)
+        assert all((n.module.gamma == 2).all() for n in neurons(gm))
+
+        def plain(gm):
+            return None
+
+        Pipeline([plain], given=["neurons"])(gm)(example)
+
+    def test_debug_folder(self, net, example, tmp_path, monkeypatch):
+        monkeypatch.setenv("MFPSN_FX_DEBUG", str(tmp_path / "debug"))
+        mfpsn_fx.convert(net, example, repeats=1, progress=False)
+        files = sorted(p.name for p in (tmp_path / "debug").iterdir())
+        assert "01_replace_neurons.before.txt" in files
+        assert "LIFNode" in (tmp_path / "debug" / "01_replace_neurons.before.txt").read_text()
+        assert "MulFreePSN" in (tmp_path / "debug" / "01_replace_neurons.after.txt").read_text()
+        text = (tmp_path / "debug" / "02_assign_dilations.changes.txt").read_text()
+        assert text.startswith("time: ")
+        assert "features.4: dilation 1 -> 2" in text
+        assert len(files) == 3 * len(conversion_pipeline((example,)))
+
+
+def test_observe_inputs_without_an_example_does_nothing(gm):
+    assert not ObserveInputs()(gm).modified
