@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -152,8 +151,8 @@ def _name(one: object) -> str:
 
 
 def _graph_text(gm: fx.GraphModule) -> str:
-    modules = [f"# {n}: {m!r}" for n, m in gm.named_modules() if n and not list(m.children())]
-    return "\n".join([str(copy.copy(gm.graph)), "", gm.code, *modules, ""])
+    modules = [f"# {path}: {type(m).__name__}({m.extra_repr()})" for path, m in gm.named_modules() if path]
+    return "\n".join([str(gm.graph), "", gm.code, *modules, ""])
 
 
 def _dump(

@@ -139,7 +139,7 @@ class TestConversions:
                 to_layout(to_layout(x + 1, "time_first", "time_last"), "time_last", "time_first"),
                 "time_first",
                 "time_last",
-            )  # fmt: skip
+            )
         )
         assert len(conversion_nodes(gm)) == 3
         result = CancelConversions()(gm)
