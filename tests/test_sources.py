@@ -105,7 +105,8 @@ def test_surrogates():
     other = describe(neuron.LIFNode(surrogate_function=surrogate.Erf(), step_mode="m"))
     assert other.surrogate == ATan(2.0)
     assert "surrogate Erf replaced by ATan(2)" in other.notes
-    m = neuron.LIFNode(step_mode="m")
+    # one of its own: the default is one object for all neurons
+    m = neuron.LIFNode(surrogate_function=surrogate.Sigmoid(), step_mode="m")
     m.surrogate_function.set_spiking_mode(False)
     with pytest.raises(NotAFilterError, match="spiking=False"):
         describe(m)

@@ -1,0 +1,71 @@
+"""What a call of the op costs beyond its work: define/impl against ``torch.library.custom_op``, and plain Python.
+
+Run with ``python benchmarks/op_overhead.py``. Variants are interleaved; medians of many short runs, as ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from mfpsn_fx.kernels import neuron
+from mfpsn_fx.kernels.op import _neuron
+
+
+@torch.library.custom_op("mfpsn_bench::neuron", mutates_args=())
+def convenient(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    gradient: str = "straight-through",
+    min_exponent: int = -126,
+    max_exponent: int = 127,
+    training: bool = False,
+    dilation: int = 1,
+    layout: str = "time_first",
+    method: str = "",
+    layer: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _neuron(
+        x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, eps=eps, surrogate=surrogate,
+        alpha=alpha, gradient=gradient, min_exponent=min_exponent, max_exponent=max_exponent, training=training,
+        dilation=dilation, layout=layout, method=method, layer=layer,
+    )  # fmt: skip
+
+
+def main(rounds: int = 60, calls: int = 50) -> None:
+    x = torch.zeros(0, 1, 2)  # nothing to compute: what remains is the way to the kernel
+    one = torch.ones(2)
+    arguments = (x, torch.ones(2, 2), one, -one, 0 * one, one)
+    variants = {"plain Python call": _neuron, "define/impl (ours)": neuron, "torch.library.custom_op": convenient}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, function in variants.items():
+                started = time.perf_counter()
+                for _ in range(calls):
+                    function(*arguments, dilation=1, layer="lif")
+                samples[name].append((time.perf_counter() - started) / calls * 1e6)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    base = medians["plain Python call"]
+    print(f"torch {torch.__version__}, CPU with {torch.get_num_threads()} threads")
+    print(tabulate([[n, f"{m:.1f}", f"{m / base:.2f}"] for n, m in medians.items()],
+                   ["way", "us per call", "ratio"]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
