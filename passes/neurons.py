@@ -142,7 +142,10 @@ class _OpNeuron(Neuron):
     module = None
 
     def _constant(self, name: str, default: object) -> object:
-        return self.node.kwargs.get(name, default)
+        value = self.node.kwargs.get(name, default)
+        if isinstance(value, fx.Node):  # with dynamic=True Dynamo makes numbers of a module inputs of the graph
+            value = _hint(value.meta["example_value"])
+        return value
 
     order = property(lambda self: self._shape("weight", 1)[1])
     channels = property(lambda self: self._shape("weight", 1)[0])
@@ -203,9 +206,12 @@ def input_meta(node: fx.Node | None) -> tuple[tuple[int, ...], torch.dtype, torc
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return None
-    # a symbolic size counts as its hint: what is measured is the example's size
-    shape = tuple(int(getattr(getattr(size, "node", None), "hint", None) or size) for size in value.shape)
-    return shape, value.dtype, value.device
+    return tuple(_hint(size) for size in value.shape), value.dtype, value.device
+
+
+def _hint(value: object) -> object:
+    """A number, or the one that the example showed in a symbolic number's place."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
 
 
 def neurons(gm: fx.GraphModule) -> list[Neuron]:

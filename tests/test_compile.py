@@ -172,3 +172,14 @@ def test_spikingjelly_models(name):
     with torch.no_grad():
         assert torch.equal(compiled(x), converted(x))
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "mfpsn_fx"])
+def test_dynamic_from_the_start(backend):
+    """Dynamo then makes the module's numbers (α, ε) inputs of the graph."""
+    model = nn.Sequential(nn.Linear(4, 4), MulFreePSN(3, dilation=2)).double()
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    for batch in (5, 2, 9):
+        x = torch.randn(6, batch, 3, 4, dtype=torch.float64)
+        for a, b in zip(results(compiled, x), results(model, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
