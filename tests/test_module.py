@@ -80,22 +80,25 @@ def test_weights_follow_the_device_and_stay_wide():
     assert sn.to("meta").weight.device.type == "meta"
 
 
-def test_gradients_reach_w_through_the_statistics():
-    """With the quantiser's own gradient cut off at every weight, mean and variance still carry one."""
-    sn, x = MulFreePSN(2, surrogate=ATan(2.0)).double(), torch.randn(6, 3, 2, dtype=torch.float64)
-    (sn(x) * torch.randn(6, 3, 2)).sum().backward()
-    training = sn.weight.grad.clone()
-    sn.zero_grad()
-    mean, var = x.new_zeros(2), x.new_zeros(2)
-    found = torch.ops.mfpsn.statistics(x, sn.weight.detach())
-    mean.copy_(found[0])
-    var.copy_(found[1])
+def test_gradients_flow_through_the_statistics():
+    """Training and evaluation with equal statistics fire alike; W's gradients differ by what the statistics carry."""
+    sn, x = MulFreePSN(2).double(), torch.randn(6, 3, 2, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(6, 3, 2, dtype=torch.float64)
+    mean, var = torch.ops.mfpsn.statistics(x.detach(), sn.weight.detach())
+    spikes = sn(x)
+    training = torch.autograd.grad(spikes, [x, sn.weight], grad)
     sn.running_mean.copy_(mean)
     sn.running_var.copy_(var)
-    torch.manual_seed(0)
     sn.eval()
-    (sn(x) * torch.randn(6, 3, 2)).sum().backward()
-    assert not torch.allclose(training, sn.weight.grad)
+    again = sn(x)
+    assert torch.equal(spikes, again)
+    fixed = torch.autograd.grad(again, [x, sn.weight], grad)
+    options = {"training": True, "surrogate": ATan(2.0)}
+    arguments = [t.detach() for t in (x, sn.weight, sn.gamma, sn.beta, sn.running_mean, sn.running_var)]
+    expected = reference.backward(grad, *arguments, **options)
+    for ours, constant, want in zip(training, fixed, expected, strict=False):
+        torch.testing.assert_close(ours, want)
+        assert not torch.allclose(ours, constant)
 
 
 def test_round_trips():
