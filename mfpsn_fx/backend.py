@@ -35,7 +35,9 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor], **options):
 
     unbound = [neuron for neuron in neurons(gm) if not (neuron.kernel or neuron.eval_kernel)]
     if unbound:
+        given = dict(gm.meta)
         gm = backend_pipeline()(gm)
+        gm.meta = given  # what was measured is in the nodes now, and no business of the compiler's caches
         for neuron in neurons(gm):
             _log.info("%s: %s in %s", neuron.name, neuron.kernel or neuron.eval_kernel, neuron.layout)
     return compile_fx(gm, example_inputs, config_patches=options.get("options") or None)

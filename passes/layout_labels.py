@@ -71,13 +71,11 @@ def label_nodes(gm: fx.GraphModule, layout: Layout) -> dict[fx.Node, Layout]:
 
 def conversions(gm: fx.GraphModule, labels: dict[fx.Node, Layout]) -> list[Conversion]:
     """The conversions that ``labels`` need, each shared by its readers."""
+    inputs = {neuron.node: neuron.input for neuron in neurons(gm)}
     needed = []
     for node, label in labels.items():
-        readers = tuple(user for user in node.users if labels[user] is not label and _reads_a_sequence(node))
+        # of what a neuron reads only X has a layout: a mask stays (T, N)
+        readers = tuple(user for user in node.users if labels[user] is not label and inputs.get(user, node) is node)
         if readers:
             needed.append(Conversion(node, label, label.other, readers))
     return needed
-
-
-def _reads_a_sequence(node: fx.Node) -> bool:
-    return node.op != "get_attr"

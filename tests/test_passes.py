@@ -133,6 +133,30 @@ class TestConversions:
             Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])(gm)
             assert torch.equal(gm(x), expected)
 
+    def test_masks_and_parameters_of_full_shape(self):
+        """A mask stays (T, N) for a time-last neuron; a tensor of the sequence's shape is converted like one."""
+
+        class Masked(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = MulFreePSN(3), MulFreePSN(3)
+                self.offset = nn.Parameter(torch.randn(5, 2, 3, 4))
+
+            def forward(self, x, mask):
+                return self.b(self.a(x, mask) + self.offset, mask=mask)
+
+        x, mask = torch.randn(5, 2, 3, 4), torch.rand(5, 2) < 0.6
+        model = Masked().eval()
+        for sn in (model.a, model.b):
+            nn.init.zeros_(sn.beta)
+        gm, _ = capture(model)
+        expected = gm(x, mask)
+        assert 0 < expected.sum() < expected.numel()
+        Pipeline([PropagateShapes((x, mask)), InsertConversions("time_last")], given=["neurons"])(gm)
+        assert torch.equal(gm(x, mask), expected)
+        assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 2
+        assert len(conversion_nodes(gm)) == 3
+
     def test_cancel(self):
         gm = torch.fx.symbolic_trace(
             lambda x: to_layout(
