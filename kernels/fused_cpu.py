@@ -21,7 +21,7 @@ _SUFFIX = {
     torch.float16: "float16",
 }
 # Values of a slab (T, B) that share the first-level cache with the two or three others of a task; at large T longer
-# rows matter more than that cache (T = 32: 0.8 of the time at 8192 values, 1.7 times it at 1024), up to a second bound.
+# rows matter more than that cache (T = 32, k = 4: 0.8 of the time at 8192 values, 2.1 times it at 1024), up to a second bound.
 _SLAB, _ROW, _MOST = 4096, 256, 65536
 # Tasks below which the batch is cut into chunks too: enough for the threads of a desktop
 _TASKS = 16

@@ -110,7 +110,7 @@ void expand(const Problem& p, const void* v, int64_t j0, int64_t width, acc* out
 }
 
 // out[b] (+)= Σ_m left_m[b] · right_m[b], the products added in their order. What filters, transposed filters and
-// correlations have in common; four products a sweep keep out in registers (one at a time took 1.5 times as long).
+// correlations have in common; up to four products a sweep, so that out is loaded and stored once for them.
 template <typename acc>
 struct Products {
   std::vector<const acc*> left, right;
