@@ -20,7 +20,7 @@ _SUFFIX = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-# Values of a slab (T, B) that share the first-level cache with the two or three others of a task. At large T longer rows
+# Values of a slab (T, B) that share the first-level cache with the two or three others of a task. At large T long rows
 # matter more than that cache, up to a second bound: at T = 32, k = 4 a slab of 8192 values took 0.8 of the time that
 # one of 4096 took, and one of 1024 took 2.1 times it.
 _SLAB, _ROW, _MOST = 4096, 256, 65536

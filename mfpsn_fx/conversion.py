@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,7 +12,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import capture
+from mfpsn_fx.model.capture import capture, copied
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.passes import (
@@ -151,7 +150,7 @@ def convert(
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
     _check_example(example_args, kwargs)
-    subject = model if inplace else _copied(model)
+    subject = model if inplace else copied(model)
     with _restored_on_error(subject):
         gm, _ = capture(subject)
         gm = pipeline(gm)
@@ -213,16 +212,6 @@ def _check_example(args: tuple, kwargs: Mapping) -> None:
             raise ValueError(
                 f"the example is empty (shape {tuple(value.shape)}): statistics and times need at least one value"
             )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied with copy.deepcopy: {error}. Reset the network's state, "
-            "or pass inplace=True"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import fx, nn
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
 
-__all__ = ["ROOT_LEAF", "capture", "preserved_rng"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
@@ -156,9 +156,9 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
         while True:
             # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
             # not be met again.
-            scratch = _copied(model)
+            scratch = copied(model)
             try:
-                evaluation = _trace(_copied(model).eval(), leaves)
+                evaluation = _trace(copied(model).eval(), leaves)
                 training = _trace(scratch.train(), leaves)
                 owner = _differing_owner(training, evaluation)
                 reason = "its graph differs between training and evaluation"
@@ -180,12 +180,13 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     return gm, leaves
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, or ``ValueError`` saying what stands in its way."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied with copy.deepcopy, which capture needs to leave it untouched: "
+            f"{type(model).__name__} cannot be copied with copy.deepcopy, which is needed to leave it untouched: "
             f"{_first_line(error)}. Detach tensors that are kept as attributes (reset the network's state) and retry"
         ) from error
 
