@@ -10,8 +10,9 @@ if __name__ != "mfpsn_fx.kernels":
     )
 
 from . import conv1d, conv2d, fused_cpu, matmul, shifted_add  # noqa: F401  (each registers its kernels)
+from .fold import fold
 from .layout import Layout, to_layout
-from .op import backward_input, backward_reductions, fire, fold, neuron, statistics
+from .op import backward_input, backward_reductions, fire, neuron, statistics
 from .quantiser import Gradient, dequantise, exponents, power_of_two, quantise
 from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, kernels, register_kernel, unregister_kernel
 from .surrogate import ATan, Rational, Sigmoid, Surrogate, register_surrogate, spike

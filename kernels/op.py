@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .fold import Folding
 from .layout import Layout
 from .parts import Call
-from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds, power_of_two, quantiser_slope
+from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel
 from .surrogate import get_surrogate
 
-__all__ = ["backward_input", "backward_reductions", "fire", "fold", "neuron", "statistics"]
+__all__ = ["backward_input", "backward_reductions", "fire", "neuron", "statistics"]
 
 _log = logging.getLogger("mfpsn_fx")
 _warned: set[tuple[str, str, str]] = set()
@@ -190,38 +191,6 @@ def _bind(
     return _Bound(_kernel(method, problem, layer).parts, call)
 
 
-class Fold(NamedTuple):
-    """W_f = a·W with a = γ/√(σ²+ε), b_f = β − a·μ, W_q = Q(W_f) (appendix C); std = √(σ²+ε)."""
-
-    taps: Tensor
-    bias: Tensor
-    fused: Tensor
-    gain: Tensor
-    std: Tensor
-
-
-def fold(
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    gradient: str = "straight-through",
-    min_exponent: int = MIN_EXPONENT,
-    max_exponent: int = MAX_EXPONENT,
-) -> Fold:
-    """Fold the normalisation into the taps and quantise them (appendix C). weight (C, k), the rest (C,).
-
-    γ/√(σ²+ε) is a division, not a product with a reciprocal: where γ = √(σ²+ε) it gives exactly 1.
-    """
-    std = torch.sqrt(var + eps)
-    gain = gamma / std
-    fused = weight * gain.unsqueeze(1)
-    quantised = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
-    return Fold(quantised, beta - gain * mean, fused, gain, std)
-
-
 def _neuron(
     x,
     weight,
@@ -252,18 +221,18 @@ def _neuron(
         gradient=gradient, training=training,
     )  # fmt: skip
     dtype = call.dtype
-    weight, gamma, beta = weight.to(dtype), gamma.to(dtype), beta.to(dtype)
     if training:
         _check_training(x, weight, layer)
-        mean, var = parts.statistics(call, x, weight)
-        used = mean, var
+        used = None, None
     else:
-        mean, var = weight.new_empty(0), weight.new_empty(0)
         used = running_mean.to(dtype), running_var.to(dtype)
     if x.numel() == 0:
-        return torch.empty_like(x), mean, var
-    folded = fold(weight, gamma, beta, *used, eps, gradient, min_exponent, max_exponent)
-    return parts.fire(call, x, folded.taps, folded.bias), mean, var
+        return torch.empty_like(x), weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
+    folding = Folding(eps, gradient, min_exponent, max_exponent)
+    spikes, mean, var = parts.forward(call, folding, x, weight.to(dtype), gamma.to(dtype), beta.to(dtype), *used)
+    if not training:
+        mean, var = weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
+    return spikes, mean, var
 
 
 def _neuron_backward(
@@ -304,32 +273,20 @@ def _neuron_backward(
             x.new_empty(0) if scale is None else torch.zeros_like(scale),
             x.new_empty(0) if shift is None else torch.zeros_like(shift),
         )
-    weight, gamma, beta, mean, var = (p.to(dtype) for p in (weight, gamma, beta, mean, var))
-    taps, bias, fused, gain, std = fold(weight, gamma, beta, mean, var, eps, gradient, min_exponent, max_exponent)
-    dtaps, dbias, cache = parts.backward_reductions(call, grad, x, taps, bias)
-    slope = quantiser_slope(fused, taps, gradient)
-    dfused = dtaps if slope is None else dtaps * slope
-    dgain = (dfused * weight).sum(1) - dbias * mean
-    dweight = dfused * gain.unsqueeze(1)
-    offset = inner = None
-    if training:
-        # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + inner·H
-        count = x.numel() // weight.shape[0]
-        if mask is not None:
-            count = (mask.sum() * (count // mask.numel())).clamp(min=1).to(dtype)
-        inner = dgain * gamma / (-std.pow(3) * count)
-        offset = -gain * dbias / count - inner * mean
-    dx, through, dscale, dshift = parts.backward_input(
-        call, grad, x, taps, bias, weight, offset, inner, cache, input_grad
+    dx, dweight, dgamma, dbeta, dscale, dshift = parts.backward(
+        call,
+        Folding(eps, gradient, min_exponent, max_exponent),
+        grad,
+        x,
+        *(p.to(dtype) for p in (weight, gamma, beta, mean, var)),
+        training,
+        input_grad,
     )
-    if through is not None:
-        dweight = dweight + through
     return (
         x.new_empty(0) if dx is None else dx,
         dweight.to(given[0].dtype),
-        (dgain / std).to(given[1].dtype),
-        # a copy: an op may not return one tensor twice, nor give back what a kernel keeps
-        dbias.to(given[2].dtype, copy=True),
+        dgamma.to(given[1].dtype),
+        dbeta.to(given[2].dtype),
         x.new_empty(0) if scale is None else dscale.to(scale.dtype),
         x.new_empty(0) if shift is None else dshift.to(shift.dtype),
     )

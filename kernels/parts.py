@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .fold import Folding, fold, fold_backward
 from .layout import Layout, per_channel, valid_steps
 from .surrogate import Surrogate
 
@@ -29,7 +30,10 @@ class Call(NamedTuple):
 
 
 class Parts:
-    """The four parts of the op, which may be called apart, so that ranks can add up what they found.
+    """The four parts of the op, which may be called apart, so that ranks can add up what they found; and the whole.
+
+    ``forward`` and ``backward`` put the parts together. A kernel that can do better than one part after the other
+    (fewer calls, the fold on the device) overrides them too; the values must be those of the parts.
 
     x and grad are (T, N, C, *) or (N, C, *, T) as ``call.layout`` says; weights (C, k), the newest tap last;
     everything else (C,). U = fire's filter output + bias, H = the unquantised filter's output.
@@ -72,6 +76,63 @@ class Parts:
         dshift are None where the call has no scale or shift.
         """
         raise TypeError(f"{type(self).__name__} has no backward")
+
+    def forward(
+        self,
+        call: Call,
+        folding: Folding,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(S, μ, σ²). In training ``mean`` and ``var`` are None and taken from this batch; in eval they are given.
+
+        x has at least one element; parameters and statistics are of ``call.dtype``.
+        """
+        if mean is None:
+            mean, var = self.statistics(call, x, weight)
+        folded = fold(weight, gamma, beta, mean, var, *folding)
+        return self.fire(call, x, folded.taps, folded.bias), mean, var
+
+    def backward(
+        self,
+        call: Call,
+        folding: Folding,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        training: bool,
+        input_grad: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(dX or None without ``input_grad``, dW, dγ, dβ, dscale, dshift), no two of them one tensor.
+
+        ``mean`` and ``var`` are those that forward used: of the batch in ``training``, else the running ones.
+        """
+        folded = fold(weight, gamma, beta, mean, var, *folding)
+        dtaps, dbias, cache = self.backward_reductions(call, grad, x, folded.taps, folded.bias)
+        count = self._count(call, x) if training else None
+        found = fold_backward(folded, dtaps, dbias, weight, gamma, mean, folding.gradient, count)
+        dx, through, dscale, dshift = self.backward_input(
+            call, grad, x, folded.taps, folded.bias, weight, found.offset, found.inner, cache, input_grad
+        )
+        dweight = found.weight if through is None else found.weight + through
+        # a copy: an op may not give back what a kernel keeps
+        return dx, dweight, found.gamma, found.beta.clone(), dscale, dshift
+
+    @staticmethod
+    def _count(call: Call, x: Tensor) -> Tensor | int:
+        """Valid values per channel, at least 1 so that a batch of nothing but padding gives zeros, not NaN."""
+        count = x.numel() // x.shape[call.layout.channel_dim]
+        if call.mask is None:
+            return count
+        return (call.mask.sum() * (count // call.mask.numel())).clamp(min=1).to(call.dtype)
 
 
 class FilterParts(Parts):
@@ -173,12 +234,6 @@ class FilterParts(Parts):
         if call.mask is not None:
             du = du.masked_fill(~valid_steps(call.mask, lifted.ndim, call.layout), 0)
         return du
-
-    @staticmethod
-    def _count(call: Call, x: Tensor) -> Tensor:
-        """Valid values per channel, at least 1 so that a batch of nothing but padding gives zeros, not NaN."""
-        positions = x.numel() // (call.mask.numel() * x.shape[call.layout.channel_dim])
-        return (call.mask.sum() * positions).clamp(min=1).to(call.dtype)
 
 
 def _all_but_channels(call: Call, x: Tensor) -> tuple[int, ...]:

@@ -62,11 +62,12 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A way to compute the op: what it serves, and the object whose four methods do the work.
+    """A way to compute the op: what it serves, and the object whose methods do the work.
 
-    ``parts`` gives ``statistics``, ``fire``, ``backward_reductions`` and ``backward_input`` (see
-    :class:`mfpsn_fx.kernels.parts.Parts`, which documents their shapes). ``supports(problem)`` returns None or
-    the reason why not; ``unavailable()`` returns None or the reason why the kernel cannot run on this machine.
+    ``parts`` gives ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
+    ``backward``, which put them together (see :class:`mfpsn_fx.kernels.parts.Parts`, which documents their shapes).
+    ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
+    kernel cannot run on this machine.
     """
 
     name: str
@@ -115,7 +116,7 @@ def register_kernel(
 
     Raises:
         ValueError: the name is taken (and ``replace`` is false), empty, or a layout is unknown.
-        TypeError: one of the four parts is missing.
+        TypeError: one of the parts is missing.
     """
     places = tuple(Layout.parse(layout) for layout in layouts)
     if not name:
@@ -123,9 +124,9 @@ def register_kernel(
 
     def decorate(cls):
         parts = cls() if isinstance(cls, type) else cls
-        wanted = ("statistics", "fire", "backward_reductions", "backward_input")
+        wanted = ("statistics", "fire", "backward_reductions", "backward_input", "forward", "backward")
         if missing := [part for part in wanted if not callable(getattr(parts, part, None))]:
-            raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}")
+            raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.parts.Parts")
         if name in _KERNELS and not replace:
             raise ValueError(f"a kernel called {name!r} is registered already; pass replace=True to replace it")
         doc = (parts.__doc__ or "").strip().splitlines()

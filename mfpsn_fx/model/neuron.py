@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mfpsn_fx.kernels.fold import Fold, fold
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.op import Fold, fold, neuron
+from mfpsn_fx.kernels.op import neuron
 from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate

@@ -1,0 +1,89 @@
+"""Fold the normalisation into the taps and quantise them, and the chain rule back through that (appendix C)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantiser_slope
+
+__all__ = ["Fold", "FoldGrads", "Folding", "fold", "fold_backward"]
+
+
+class Folding(NamedTuple):
+    """The constants of a fold: ε, how a gradient passes the quantiser, and the bounds of its exponents."""
+
+    eps: float = 1e-5
+    gradient: str = "straight-through"
+    min_exponent: int = MIN_EXPONENT
+    max_exponent: int = MAX_EXPONENT
+
+
+class Fold(NamedTuple):
+    """W_f = a·W with a = γ/√(σ²+ε), b_f = β − a·μ, W_q = Q(W_f) (appendix C); std = √(σ²+ε)."""
+
+    taps: Tensor
+    bias: Tensor
+    fused: Tensor
+    gain: Tensor
+    std: Tensor
+
+
+def fold(
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    gradient: str = "straight-through",
+    min_exponent: int = MIN_EXPONENT,
+    max_exponent: int = MAX_EXPONENT,
+) -> Fold:
+    """Fold the normalisation into the taps and quantise them (appendix C). weight (C, k), the rest (C,).
+
+    γ/√(σ²+ε) is a division, not a product with a reciprocal: where γ = √(σ²+ε) it gives exactly 1.
+    """
+    std = torch.sqrt(var + eps)
+    gain = gamma / std
+    fused = weight * gain.unsqueeze(1)
+    quantised = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
+    return Fold(quantised, beta - gain * mean, fused, gain, std)
+
+
+class FoldGrads(NamedTuple):
+    """What :func:`fold_backward` gives: dW without its share through the statistics (C, k), dγ, dβ (C,); offset and
+    inner (C,), or None in eval: the statistics' share of dL/dH is offset + inner · H."""
+
+    weight: Tensor
+    gamma: Tensor
+    beta: Tensor
+    offset: Tensor | None
+    inner: Tensor | None
+
+
+def fold_backward(
+    folded: Fold,
+    dtaps: Tensor,
+    dbias: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    gradient: str,
+    count: Tensor | int | None,
+) -> FoldGrads:
+    """The chain rule through :func:`fold`: dtaps (C, k), dbias (C,).
+
+    ``count`` is how many values of H per channel the statistics were taken over; None if they were given (eval).
+    """
+    slope = quantiser_slope(folded.fused, folded.taps, gradient)
+    dfused = dtaps if slope is None else dtaps * slope
+    dgain = (dfused * weight).sum(1) - dbias * mean
+    offset = inner = None
+    if count is not None:
+        # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + inner·H
+        inner = dgain * gamma / (-folded.std.pow(3) * count)
+        offset = -folded.gain * dbias / count - inner * mean
+    return FoldGrads(dfused * folded.gain.unsqueeze(1), dgain / folded.std, dbias, offset, inner)
