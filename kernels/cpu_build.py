@@ -46,7 +46,7 @@ def _command(compiler: str, output: str) -> list[str]:
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     return [
-        compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", *openmp, *include, str(_SOURCE),
+        compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include, str(_SOURCE),
         "-o", output, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
@@ -59,7 +59,8 @@ def _library() -> ctypes.CDLL | BuildError:
         command = _command(compiler, "")
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
         processor = _processor() if os.path.exists("/proc/cpuinfo") else platform.processor()
-        identity = "\n".join([_SOURCE.read_text(encoding="utf-8"), *command, torch.__version__, version, processor])
+        sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
+        identity = "\n".join([*sources, *command, torch.__version__, version, processor])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
         folder = pathlib.Path(root) / "mfpsn_fx"

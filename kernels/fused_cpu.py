@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .cpu_build import library, unavailable
+from .fold import Folding
 from .layout import Layout
 from .parts import Call, Parts
+from .quantiser import Gradient
 from .registry import Problem, register_kernel
 
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
+_GRADIENTS = {str(Gradient.STRAIGHT_THROUGH): 0, str(Gradient.ROUND_ONLY): 1, str(Gradient.NONE): 2}
 _SUFFIX = {
     torch.float32: "float32",
     torch.float64: "float64",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-# Values of a slab (T, B) that share the first-level cache with the two or three others of a task. At large T long rows
-# matter more than that cache, up to a second bound: at T = 32, k = 4 a slab of 8192 values took 0.8 of the time that
-# one of 4096 took, and one of 1024 took 2.1 times it.
-_SLAB, _ROW, _MOST = 4096, 256, 65536
-# Tasks below which the batch is cut into chunks too: enough for the threads of a desktop
-_TASKS = 16
 
 
 class _View(ctypes.Structure):
@@ -39,14 +37,19 @@ class _View(ctypes.Structure):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("steps", "batch", "elements", "positions", "order", "dilation")),
-        ("block", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("steps", "batch", "elements", "channels", "inner", "order", "dilation")),
+        ("surrogate", ctypes.c_int64),
+        ("alpha", ctypes.c_double),
         ("scale", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
-        ("surrogate", ctypes.c_int64),
-        ("alpha", ctypes.c_double),
+    ]
+
+
+class _Folding(ctypes.Structure):
+    _fields_ = [
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("gradient", "min_exponent", "max_exponent", "training")),
     ]
 
 
@@ -64,63 +67,75 @@ def _uniform(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
     return 1 if step is None else step
 
 
-class _Operand:
-    """A tensor as the C++ side sees it; keeps the table of offsets alive."""
+class _Geometry:
+    """A tensor's elements (all dims but T and N) in the order in which they lie in memory: no strides are refused."""
 
-    def __init__(self, x: Tensor, layout: Layout) -> None:
-        elements = slice(2, None) if layout is Layout.TIME_FIRST else slice(1, -1)
-        sizes, strides = x.shape[elements], x.stride()[elements]
-        uniform, self.table = _uniform(sizes, strides), None
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], layout: Layout) -> None:
+        time, batch = layout.time_dim % len(shape), layout.batch_dim
+        self.steps, self.batch, self.channels = shape[time], shape[batch], shape[layout.channel_dim]
+        dims = sorted((d for d in range(len(shape)) if d not in (time, batch)), key=lambda d: -strides[d])
+        self.dims = tuple(dims)
+        inside = self.dims[self.dims.index(layout.channel_dim) + 1 :]
+        self.inner = torch.Size(shape[d] for d in inside).numel()
+        self.elements = torch.Size(shape[d] for d in dims).numel()
+
+
+_geometry = functools.lru_cache(maxsize=256)(_Geometry)
+
+
+class _Operand:
+    """A tensor of given strides as the C++ side sees it; keeps the table of offsets alive."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], layout: Layout, dims: tuple[int, ...]) -> None:
+        sizes, steps = [shape[d] for d in dims], [strides[d] for d in dims]
+        uniform, self.table = _uniform(sizes, steps), None
         if uniform is None:
             self.table = torch.zeros(1, dtype=torch.int64)
-            for size, stride in zip(sizes, strides, strict=True):
-                self.table = (self.table[:, None] + torch.arange(size) * stride).flatten()
+            for size, step in zip(sizes, steps, strict=True):
+                self.table = (self.table[:, None] + torch.arange(size) * step).flatten()
         self.view = _View(
-            x.stride(layout.time_dim),
-            x.stride(layout.batch_dim),
+            strides[layout.time_dim],
+            strides[layout.batch_dim],
             None if self.table is None else self.table.data_ptr(),
             0 if uniform is None else uniform,
         )
-        self.pointer = ctypes.c_void_p(x.data_ptr())
+        self.address = ctypes.addressof(self.view)
 
 
-def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
-    return None if t is None else ctypes.c_void_p(t.data_ptr())
+# A table of offsets is as large as one step of one sample; few are kept
+_operand = functools.lru_cache(maxsize=64)(_Operand)
 
 
 class _Run:
     """One call into the library: sizes, constants, and what has to stay alive meanwhile."""
 
     def __init__(self, call: Call, x: Tensor, order: int) -> None:
-        layout = call.layout
-        self.steps, self.batch = x.shape[layout.time_dim], x.shape[layout.batch_dim]
-        self.channels, self.order = x.shape[layout.channel_dim], order
-        self.elements = x.numel() // (self.steps * self.batch)
-        block = max(_SLAB // self.steps, min(_ROW, _MOST // self.steps))
-        block = max(16, min(1024, block // 16 * 16, -(-self.elements // 16) * 16))
-        blocks = -(-self.elements // block)
-        self.chunks = min(self.batch, max(1, _TASKS // blocks))
-        # the mask is shared by all channels; anything that is not plain memory is made so
-        self.alive = [None if t is None else t.contiguous() for t in (call.scale, call.shift, call.mask)]
-        name = call.surrogate.name
+        self.layout, self.order = call.layout, order
+        g = self.geometry = _geometry(tuple(x.shape), x.stride(), call.layout)
+        self.alive: list = [t if t is None else t.contiguous() for t in (call.scale, call.shift, call.mask)]
         self.problem = _Problem(
-            self.steps, self.batch, self.elements, self.elements // self.channels, order, call.dilation, block,
-            self.chunks, *(_pointer(t) for t in self.alive), _SURROGATES[name], call.surrogate.alpha,
+            g.steps, g.batch, g.elements, g.channels, g.inner, order, call.dilation, _SURROGATES[call.surrogate.name],
+            call.surrogate.alpha, *(None if t is None else t.data_ptr() for t in self.alive),
         )  # fmt: skip
         self.suffix = _SUFFIX[x.dtype]
 
-    def __call__(self, part: str, *arguments) -> None:
-        passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
-        getattr(library(), f"mfpsn_{part}_{self.suffix}")(ctypes.byref(self.problem), *passed)
+    def operand(self, x: Tensor) -> tuple[int, int]:
+        """Addresses of the view of ``x`` and of its values."""
+        operand = _operand(tuple(x.shape), x.stride(), self.layout, self.geometry.dims)
+        self.alive.append(operand)
+        return operand.address, x.data_ptr()
 
-    def partials(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """(chunks, rows, C, P), every entry of which a task writes."""
-        return torch.empty(self.chunks, rows, self.channels, self.elements // self.channels, dtype=dtype)
+    def vectors(self, *tensors: Tensor | None) -> list[int | None]:
+        """Addresses of parameters, made contiguous."""
+        dense = [None if t is None else t.contiguous() for t in tensors]
+        self.alive.append(dense)
+        return [None if t is None else t.data_ptr() for t in dense]
 
-
-def _sums(partials: Tensor) -> Tensor:
-    """(rows, C); torch sums by cascade, so float32 will do, and no wider copy is made."""
-    return partials.sum((0, 3))
+    def __call__(self, part: str, *addresses: int | None) -> None:
+        function = getattr(library(), f"mfpsn_{part}_{self.suffix}")
+        passed = (None if a is None else ctypes.c_void_p(a) for a in (ctypes.addressof(self.problem), *addresses))
+        if function(*passed) != 0:
+            raise MemoryError(f"fused-cpp: no memory for the scratch space of {part}, order {self.order}")
 
 
 def _supports(problem: Problem) -> str | None:
@@ -131,41 +146,28 @@ def _supports(problem: Problem) -> str | None:
 
 @register_kernel("fused-cpp", devices=["cpu"], supports=_supports, unavailable=unavailable)
 class FusedCpu(Parts):
-    """C++: slabs of T steps in cache, taps summed in order, H never written; any strides, both layouts."""
+    """C++: tiles of T steps in cache, taps summed in order, H never written; any strides, both layouts."""
 
     def statistics(self, call, x, weight):
         x = _wide(call, x)
-        run, view, weight = _Run(call, x, weight.shape[1]), _Operand(x, call.layout), weight.contiguous()
-        out = run.partials(3, call.dtype)
-        run("statistics", view.view, view.pointer, _pointer(weight), _pointer(out))
-        count, mean, square = (part.transpose(0, 1).flatten(1) for part in out.double().unbind(1))
-        total = count.sum(1)
-        safe = total.clamp(min=1)
-        centre = (count * mean).sum(1) / safe
-        # Chan's update once more, over elements and chunks: no difference of large sums
-        square = square.sum(1) + (count * (mean - centre[:, None]).square()).sum(1)
-        return centre.to(call.dtype), (square / safe).to(call.dtype)
+        run = _Run(call, x, weight.shape[1])
+        mean, var = (weight.new_empty(weight.shape[0], dtype=call.dtype) for _ in range(2))
+        run("statistics", *run.operand(x), *run.vectors(weight, mean, var))
+        return mean, var
 
     def fire(self, call, x, taps, bias):
         given, x = x, _wide(call, x)
-        run, view, taps = _Run(call, x, taps.shape[1]), _Operand(x, call.layout), taps.contiguous()
+        run = _Run(call, x, taps.shape[1])
         spikes = torch.empty_like(x)
-        out = _Operand(spikes, call.layout)
-        run("fire", view.view, view.pointer, _pointer(taps), _pointer(bias.contiguous()), out.view, out.pointer)
-        return spikes if given is x else torch.empty_like(given).copy_(spikes)
+        run("fire", *run.operand(x), *run.vectors(taps, bias), *run.operand(spikes))
+        return _narrow(given, spikes)
 
     def backward_reductions(self, call, grad, x, taps, bias):
         x, grad = _wide(call, x), _wide(call, grad.to(x.dtype))
-        run, taps, bias = _Run(call, x, taps.shape[1]), taps.contiguous(), bias.contiguous()
-        view, grads, out = (
-            _Operand(x, call.layout),
-            _Operand(grad, call.layout),
-            run.partials(run.order + 1, call.dtype),
-        )
-        run("backward_reductions", view.view, view.pointer, grads.view, grads.pointer, _pointer(taps), _pointer(bias),
-            _pointer(out))  # fmt: skip
-        sums = _sums(out)
-        return sums[:-1].t().contiguous(), sums[-1].contiguous(), None
+        run = _Run(call, x, taps.shape[1])
+        dtaps, dbias = taps.new_empty(taps.shape), bias.new_empty(bias.shape)
+        run("backward_reductions", *run.operand(x), *run.operand(grad), *run.vectors(taps, bias, dtaps, dbias))
+        return dtaps, dbias, None
 
     def backward_input(self, call, grad, x, taps, bias, weight, offset, slope, cache=None, input_grad=True):
         affine = call.scale is not None or call.shift is not None
@@ -173,24 +175,65 @@ class FusedCpu(Parts):
             return None, None, None, None
         given, x = x, _wide(call, x)
         grad = _wide(call, grad.to(given.dtype))
-        run, view, grads = _Run(call, x, taps.shape[1]), _Operand(x, call.layout), _Operand(grad, call.layout)
-        vectors = [None if t is None else t.contiguous() for t in (taps, bias, weight, offset, slope)]
+        run = _Run(call, x, taps.shape[1])
         dx = torch.empty_like(x) if input_grad else None
-        target = _Operand(dx if input_grad else x, call.layout)
-        out = run.partials(run.order + 2, call.dtype)
-        run("backward_input", view.view, view.pointer, grads.view, grads.pointer, *map(_pointer, vectors), target.view,
-            target.pointer if input_grad else None, _pointer(out))  # fmt: skip
-        sums = _sums(out)
-        if input_grad and given is not x:
-            dx = torch.empty_like(given).copy_(dx)
-        return (
-            dx,
-            None if offset is None else sums[:-2].t().contiguous(),
-            None if call.scale is None else sums[-2].contiguous(),
-            None if call.shift is None else sums[-1].contiguous(),
-        )
+        dweight = None if offset is None else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dscale, dshift = _like(call.scale), _like(call.shift)
+        run(
+            "backward_input", *run.operand(x), *run.operand(grad),
+            *run.vectors(taps, bias, weight, offset, slope), *_target(run, x, dx),
+            *run.vectors(dweight, dscale, dshift),
+        )  # fmt: skip
+        return None if dx is None else _narrow(given, dx), dweight, dscale, dshift
+
+    def forward(self, call, folding, x, weight, gamma, beta, mean, var):
+        given, x, training = x, _wide(call, x), mean is None
+        run = _Run(call, x, weight.shape[1])
+        if training:
+            mean, var = torch.empty_like(gamma), torch.empty_like(gamma)
+        spikes = torch.empty_like(x)
+        constants = _folding(folding, training)
+        run(
+            "forward", ctypes.addressof(constants), *run.operand(x), *run.vectors(weight, gamma, beta, mean, var),
+            *run.operand(spikes),
+        )  # fmt: skip
+        return _narrow(given, spikes), mean, var
+
+    def backward(self, call, folding, grad, x, weight, gamma, beta, mean, var, training, input_grad):
+        given, x = x, _wide(call, x)
+        grad = _wide(call, grad.to(given.dtype))
+        run = _Run(call, x, weight.shape[1])
+        dx = torch.empty_like(x) if input_grad else None
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dgamma, dbeta = torch.empty_like(gamma), torch.empty_like(gamma)
+        dscale, dshift = _like(call.scale), _like(call.shift)
+        constants = _folding(folding, training)
+        run(
+            "backward", ctypes.addressof(constants), *run.operand(x), *run.operand(grad),
+            *run.vectors(weight, gamma, beta, mean, var), *_target(run, x, dx),
+            *run.vectors(dweight, dgamma, dbeta, dscale, dshift),
+        )  # fmt: skip
+        return None if dx is None else _narrow(given, dx), dweight, dgamma, dbeta, dscale, dshift
 
 
 def _wide(call: Call, x: Tensor) -> Tensor:
     """float64 sums of a narrower input: it is lifted first."""
     return x.double() if call.dtype is torch.float64 else x
+
+
+def _narrow(given: Tensor, out: Tensor) -> Tensor:
+    return out if out.dtype is given.dtype else torch.empty_like(given).copy_(out)
+
+
+def _like(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else torch.empty_like(vector, memory_format=torch.contiguous_format)
+
+
+def _target(run: _Run, x: Tensor, dx: Tensor | None) -> tuple[int, int | None]:
+    """View and address for dX; no address where it is not wanted."""
+    return run.operand(dx) if dx is not None else (run.operand(x)[0], None)
+
+
+def _folding(folding: Folding, training: bool) -> _Folding:
+    eps, gradient, min_exponent, max_exponent = folding
+    return _Folding(eps, _GRADIENTS[str(gradient)], min_exponent, max_exponent, training)

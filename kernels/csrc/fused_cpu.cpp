@@ -1,430 +1,568 @@
-// The four parts of the neuron on the CPU, each in as few sweeps over memory as it can be done in.
+// The neuron on the CPU: statistics, spikes and gradients, each in one sweep over memory.
 //
-// A tensor is seen as (T, N, J) with J = C·P elements (channel and position), whatever its layout and strides: element
-// (t, n, j) lies at t·st + n·sn + offset[j]. A task takes a block of B elements j and a chunk of the batch, loads the
-// slab (T, B) of one n into a buffer that stays in cache (lifted to the type of the sums, affine and mask applied), and
-// does everything that needs it there. All inner loops run over j with unit stride, so the compiler vectorises them
-// whatever C and P are; taps are expanded to (k, B) once a block. H is never written to memory.
-//
-// Sums: per element j over n and t within a task, in a fixed order; the caller adds elements and chunks. So results do
-// not depend on the number of threads.
+// A task takes some blocks of elements and a chunk of the batch. For each n it has the block's slab of X (and of the
+// gradient) in cache, does everything that needs it there, and sums lane by lane; at its end it adds up the lanes of each
+// channel in float64. What tasks found is added in their order, so results depend on sizes alone, not on threads. H is
+// never written to memory.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include <new>
 #include <vector>
 
+#include "cpu_fold.h"
+#include "cpu_slabs.h"
+#include "cpu_sweeps.h"
+
+namespace mfpsn {
 namespace {
 
-struct View {
-  int64_t st, sn;         // strides of t and n
-  const int64_t* offset;  // (J), or null where offset[j] = j·sj
-  int64_t sj;
+// Values of a slab, T · B: the first-level cache holds it, and long rows, which prefetchers like, matter more at large T
+constexpr int64_t kSlab = 8192, kRow = 256, kLongest = 1024, kMost = 65536;
+// Values that one task should have at least: less, and starting it costs as much as it does
+constexpr int64_t kWork = 32768, kTasks = 256;
+// Values that one lane sums in float32, so that rounding stays near 1e-6 of the sum
+constexpr int64_t kSum = 4096;
+// Up to how many steps a tile is read, or written, in place
+#ifndef MFPSN_IN_PLACE
+#define MFPSN_IN_PLACE 8
+#endif
+constexpr int64_t kInPlace = MFPSN_IN_PLACE;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the work is cut: `groups` × `chunks` tasks, each of `group` blocks of `block` elements and a share of the batch
+struct Cut {
+  int64_t order;  // taps that reach no further back than T; the older ones read nothing but zeros
+  int64_t skipped, block, blocks, group, groups, chunks, slots;
+
+  Cut(const Problem& p, int64_t V) {
+    const int64_t T = p.steps, J = p.elements, period = p.channels * p.inner;
+    order = std::min(p.order, (T - 1) / p.dilation + 1);
+    skipped = p.order - order;
+    block = std::min(std::max(kSlab / T, kRow), std::min(kLongest, kMost / T));
+    block = std::min(std::max(block / V * V, V), ceil_div(J, V) * V);
+    group = 1;
+    if (p.inner < V && period < J && period * T <= kMost) {
+      // channels follow each other (channels-last): blocks of whole periods have the same channels in the same lanes
+      int64_t times = std::max<int64_t>(1, block / period);
+      while (J / period % times != 0) --times;
+      block = period * times;
+      group = std::max<int64_t>(1, kSum / T);
+    }
+    blocks = ceil_div(J, block);
+    const int64_t wanted = std::min(std::max<int64_t>(J * p.batch * T / kWork, 1), kTasks);
+    group = std::min(group, ceil_div(blocks, wanted));
+    groups = ceil_div(blocks, group);
+    chunks = std::max(ceil_div(wanted, groups), ceil_div(p.batch * T * group, kSum));
+    chunks = std::min(std::max<int64_t>(chunks, 1), p.batch);
+    slots = std::min(p.channels, (block + p.inner - 2) / p.inner + 1);
+  }
+  int64_t tasks() const { return groups * chunks; }
 };
 
-struct Problem {
-  int64_t steps, batch, elements, positions, order, dilation, block, chunks;
-  const void* scale;           // (C) of the sums' type, or null
-  const void* shift;           // (C) of the sums' type, or null
-  const uint8_t* mask;         // (T, N), or null
-  int64_t surrogate;           // 0 arctan, 1 rational, 2 sigmoid
-  double alpha;
-};
+template <typename acc>
+acc* scratch(int64_t size) {
+  // kept by the thread: fresh memory would cost a page fault for every 4 KiB, in every call
+  thread_local std::vector<acc> kept;
+  if (static_cast<int64_t>(kept.size()) < size + lanes<acc>) kept.resize(size + lanes<acc>);
+  const auto address = reinterpret_cast<uintptr_t>(kept.data());
+  return reinterpret_cast<acc*>((address + 63) / 64 * 64);
+}
 
-inline int64_t lag_of(const Problem& p, int64_t i) { return (p.order - 1 - i) * p.dilation; }
+// Runs f with the order as a compile-time constant where there is a version for it
+template <typename acc, typename F>
+void with_order(const Problem& p, int64_t order, const F& f) {
+  if (sizeof(acc) == 4 && p.mask == nullptr) {
+    switch (order) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      case 3: return f(std::integral_constant<int, 3>{});
+      case 4: return f(std::integral_constant<int, 4>{});
+      case 5: return f(std::integral_constant<int, 5>{});
+      case 6: return f(std::integral_constant<int, 6>{});
+      case 7: return f(std::integral_constant<int, 7>{});
+      case 8: return f(std::integral_constant<int, 8>{});
+    }
+  }
+  f(std::integral_constant<int, 0>{});
+}
 
+// What a task works with
 template <typename scalar, typename acc>
-void load(const Problem& p, const View& v, const scalar* x, int64_t n, int64_t j0, int64_t width, acc* out) {
-  for (int64_t t = 0; t < p.steps; ++t) {
-    const scalar* row = x + t * v.st + n * v.sn;
-    acc* to = out + t * p.block;
-    if (v.offset != nullptr) {
-      for (int64_t b = 0; b < width; ++b) to[b] = static_cast<acc>(row[v.offset[j0 + b]]);
-    } else if (v.sj == 1) {
-      const scalar* from = row + j0;
-      for (int64_t b = 0; b < width; ++b) to[b] = static_cast<acc>(from[b]);
+struct Task {
+  static constexpr int64_t V = lanes<acc>;
+  const Problem& p;
+  const Cut& cut;
+  int64_t index, group, j0, width, tiles, n0, n1;
+  acc* free;  // scratch that is not taken yet
+
+  Task(const Problem& p, const Cut& cut, int64_t index, acc* free) : p(p), cut(cut), index(index), free(free) {
+    const int64_t chunk = index / cut.groups;
+    group = index % cut.groups;
+    n0 = p.batch * chunk / cut.chunks, n1 = p.batch * (chunk + 1) / cut.chunks;
+    at(group * cut.group);
+  }
+
+  void at(int64_t block) {
+    j0 = block * cut.block;
+    width = std::min(cut.block, p.elements - j0);
+    tiles = ceil_div(width, V);
+  }
+
+  acc* take(int64_t size) {
+    acc* taken = free;
+    free += size;
+    return taken;
+  }
+  acc* take_slab() { return take(ceil_div(cut.block, V) * V * p.steps); }
+  acc* take_rows(int64_t rows) { return take(ceil_div(cut.block, V) * V * rows); }
+
+  // Calls f(b0, b1, slot) for each run of lanes that belong to one channel
+  template <typename F>
+  void each_run(const F& f) const {
+    int64_t slot = 0;
+    for (int64_t b = 0, end = p.inner - j0 % p.inner; b < width; b = end, end += p.inner) {
+      f(b, std::min(end, width), slot);
+      if (++slot == p.channels) slot = 0;
     }
   }
-  if (v.offset == nullptr && v.sj != 1) {  // time-last: rows of T, read row by row
-    for (int64_t b = 0; b < width; ++b) {
-      const scalar* from = x + n * v.sn + (j0 + b) * v.sj;
-      for (int64_t t = 0; t < p.steps; ++t) out[t * p.block + b] = static_cast<acc>(from[t * v.st]);
-    }
-  }
-}
+  int64_t channel(int64_t slot) const { return (j0 / p.inner + slot) % p.channels; }
 
-template <typename scalar, typename acc>
-void store(const Problem& p, const View& v, scalar* x, int64_t n, int64_t j0, int64_t width, const acc* in) {
-  if (v.offset == nullptr && v.sj != 1) {
-    for (int64_t b = 0; b < width; ++b) {
-      scalar* to = x + n * v.sn + (j0 + b) * v.sj;
-      for (int64_t t = 0; t < p.steps; ++t) to[t * v.st] = static_cast<scalar>(in[t * p.block + b]);
-    }
-    return;
-  }
-  for (int64_t t = 0; t < p.steps; ++t) {
-    scalar* row = x + t * v.st + n * v.sn;
-    const acc* from = in + t * p.block;
-    if (v.offset != nullptr) {
-      for (int64_t b = 0; b < width; ++b) row[v.offset[j0 + b]] = static_cast<scalar>(from[b]);
-    } else {
-      for (int64_t b = 0; b < width; ++b) row[j0 + b] = static_cast<scalar>(from[b]);
-    }
-  }
-}
-
-inline bool valid(const Problem& p, int64_t t, int64_t n) { return p.mask == nullptr || p.mask[t * p.batch + n]; }
-
-// X' = mask · (scale · X + shift)
-template <typename acc>
-void lift(const Problem& p, int64_t n, int64_t width, const acc* scale, const acc* shift, acc* x) {
-  for (int64_t t = 0; t < p.steps; ++t) {
-    acc* row = x + t * p.block;
-    if (!valid(p, t, n)) {
-      std::fill(row, row + width, acc(0));
-      continue;
-    }
-    if (p.scale != nullptr)
-      for (int64_t b = 0; b < width; ++b) row[b] *= scale[b];
-    if (p.shift != nullptr)
-      for (int64_t b = 0; b < width; ++b) row[b] += shift[b];
-  }
-}
-
-// (C, k) → (k, B): what element j needs, next to what its neighbours need
-template <typename acc>
-void expand_taps(const Problem& p, const acc* w, int64_t j0, int64_t width, acc* out) {
-  for (int64_t b = 0; b < width; ++b) {
-    const int64_t c = (j0 + b) / p.positions;
-    for (int64_t i = 0; i < p.order; ++i) out[i * p.block + b] = w[c * p.order + i];
-  }
-}
-
-template <typename acc>
-void expand(const Problem& p, const void* v, int64_t j0, int64_t width, acc* out) {
-  if (v == nullptr) return;
-  for (int64_t b = 0; b < width; ++b) out[b] = static_cast<const acc*>(v)[(j0 + b) / p.positions];
-}
-
-// out[b] (+)= Σ_m left_m[b] · right_m[b], the products added in their order. What filters, transposed filters and
-// correlations have in common; up to four products a sweep, so that out is loaded and stored once for them.
-template <typename acc>
-struct Products {
-  std::vector<const acc*> left, right;
-  void clear() { left.clear(), right.clear(); }
-  void add(const acc* l, const acc* r) { left.push_back(l), right.push_back(r); }
-
-  void sum(acc* __restrict__ out, int64_t width, bool accumulate) const {
-    const size_t count = left.size();
-    if (count == 0 && !accumulate) std::fill(out, out + width, acc(0));
-    for (size_t m = 0; m < count;) {
-      const bool add = accumulate || m > 0;
-      const acc *__restrict__ l0 = left[m], *__restrict__ r0 = right[m];
-      if (count - m >= 4) {
-        const acc *__restrict__ l1 = left[m + 1], *__restrict__ r1 = right[m + 1];
-        const acc *__restrict__ l2 = left[m + 2], *__restrict__ r2 = right[m + 2];
-        const acc *__restrict__ l3 = left[m + 3], *__restrict__ r3 = right[m + 3];
-        if (add)
-          for (int64_t b = 0; b < width; ++b)
-            out[b] = (((out[b] + l0[b] * r0[b]) + l1[b] * r1[b]) + l2[b] * r2[b]) + l3[b] * r3[b];
-        else
-          for (int64_t b = 0; b < width; ++b)
-            out[b] = ((l0[b] * r0[b] + l1[b] * r1[b]) + l2[b] * r2[b]) + l3[b] * r3[b];
-        m += 4;
-      } else if (count - m >= 2) {
-        const acc *__restrict__ l1 = left[m + 1], *__restrict__ r1 = right[m + 1];
-        if (add)
-          for (int64_t b = 0; b < width; ++b) out[b] = (out[b] + l0[b] * r0[b]) + l1[b] * r1[b];
-        else
-          for (int64_t b = 0; b < width; ++b) out[b] = l0[b] * r0[b] + l1[b] * r1[b];
-        m += 2;
-      } else {
-        if (add)
-          for (int64_t b = 0; b < width; ++b) out[b] += l0[b] * r0[b];
-        else
-          for (int64_t b = 0; b < width; ++b) out[b] = l0[b] * r0[b];
-        m += 1;
+  // (C, columns) → [tiles][columns][V], or null for null
+  const acc* spread(const void* from, int64_t columns, int64_t stride) {
+    if (from == nullptr) return nullptr;
+    acc* out = take_rows(columns);
+    if (width % V != 0) std::fill_n(out + (tiles - 1) * columns * V, columns * V, acc(0));
+    each_run([&](int64_t b0, int64_t b1, int64_t slot) {
+      const acc* row = static_cast<const acc*>(from) + channel(slot) * stride;
+      while (b0 < b1) {
+        const int64_t end = std::min(b1, (b0 / V + 1) * V);
+        acc* to = out + b0 / V * columns * V + b0 % V;
+        for (int64_t i = 0; i < columns; ++i) std::fill_n(to + i * V, end - b0, row[i]);
+        b0 = end;
       }
-    }
+    });
+    return out;
+  }
+
+  acc* sums(int64_t rows) {
+    acc* out = take_rows(rows);
+    std::fill_n(out, tiles * rows * V, acc(0));
+    return out;
+  }
+
+  // Σ over the lanes of each channel of row r, [tiles][rows][V], added to out[slot · stride]
+  void reduce(const acc* from, int64_t rows, int64_t r, double* out, int64_t stride) const {
+    each_run([&](int64_t b0, int64_t b1, int64_t slot) {
+      double total = 0;
+      while (b0 < b1) {
+        const int64_t end = std::min(b1, (b0 / V + 1) * V);
+        const acc* lane = from + (b0 / V * rows + r) * V - b0 / V * V;
+#pragma omp simd reduction(+ : total)
+        for (int64_t b = b0; b < end; ++b) total += lane[b];
+        b0 = end;
+      }
+      out[slot * stride] += total;
+    });
+  }
+
+  Walk walk(int64_t n) const {
+    return {p.steps, cut.order, p.dilation, p.mask == nullptr ? nullptr : p.mask + n, p.batch};
+  }
+
+  // Steps of n that are valid
+  int64_t count(int64_t n) const {
+    if (p.mask == nullptr) return p.steps;
+    int64_t found = 0;
+    for (int64_t t = 0; t < p.steps; ++t) found += valid(p, t, n);
+    return found;
   }
 };
 
-// One step of H (10); taps in the order i = 0 … k−1
+// The tiles of one n: in place where that can be and pays, else in the slab
 template <typename acc>
-inline void filter_step(const Problem& p, const acc* x, const acc* w, int64_t t, int64_t width, acc* h,
-                        Products<acc>& products) {
-  products.clear();
-  for (int64_t i = 0; i < p.order; ++i) {
-    const int64_t source = t - lag_of(p, i);
-    if (source >= 0) products.add(w + i * p.block, x + source * p.block);
-  }
-  products.sum(h, width, false);
-}
+struct Tiles {
+  acc *place, *slab;
+  int64_t tile_stride, step_stride, in_place, slab_stride;
 
-// du = grad · Θ'(u), in place of u
-template <typename acc>
-inline void surrogate_step(const Problem& p, const acc* grad, int64_t width, acc* u) {
-  const acc alpha = static_cast<acc>(p.alpha);
-  if (p.surrogate == 0) {
-    const acc inner = static_cast<acc>(M_PI * p.alpha / 2), outer = alpha / 2;
-    for (int64_t b = 0; b < width; ++b) {
-      const acc z = u[b] * inner;
-      u[b] = outer / (z * z + acc(1)) * grad[b];
-    }
-  } else if (p.surrogate == 1) {
-    for (int64_t b = 0; b < width; ++b) u[b] = acc(1) / (u[b] * u[b] * alpha + acc(1)) * grad[b];
-  } else {
-    for (int64_t b = 0; b < width; ++b) {
-      const acc s = acc(1) / (acc(1) + std::exp(-u[b] * alpha));
-      u[b] = s * alpha * (acc(1) - s) * grad[b];
+  Tile<acc> operator()(int64_t tile) const {
+    if (tile < in_place) return {place + tile * tile_stride, step_stride};
+    return {slab + tile * slab_stride, tile_stride};
+  }
+};
+
+template <typename scalar, typename acc>
+Tiles<acc> tiles_of(const Task<scalar, acc>& task, const View& v, const scalar* x, int64_t n, bool changed, acc* slab) {
+  Tiles<acc> out{nullptr, slab, lanes<acc>, v.st, 0, task.p.steps * lanes<acc>};
+  if constexpr (std::is_same_v<scalar, acc>) {
+    if (!changed && v.offset == nullptr && v.sj == 1 && task.p.steps <= kInPlace) {
+      out.in_place = task.width / lanes<acc>;
+      out.place = const_cast<acc*>(x) + n * v.sn + task.j0;
     }
   }
+  return out;
 }
 
-// Runs body(j0, width, n0, n1, chunk) for each block of elements and chunk of the batch
-template <typename Body>
-void for_tasks(const Problem& p, const Body& body) {
-  const int64_t blocks = (p.elements + p.block - 1) / p.block;
-  at::parallel_for(0, blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / blocks, j0 = task % blocks * p.block;
-      const int64_t n0 = p.batch * chunk / p.chunks, n1 = p.batch * (chunk + 1) / p.chunks;
-      body(j0, std::min(p.block, p.elements - j0), n0, n1, chunk);
+template <typename scalar, typename acc>
+Tiles<const acc> read(const Task<scalar, acc>& task, const View& v, const scalar* x, int64_t n, bool changed, acc* slab) {
+  const Tiles<acc> t = tiles_of(task, v, x, n, changed, slab);
+  const int64_t done = t.in_place * lanes<acc>;
+  if (done < task.width) load(task.p, v, x, n, task.j0 + done, task.width - done, slab + t.in_place * t.slab_stride);
+  return {t.place, t.slab, t.tile_stride, t.step_stride, t.in_place, t.slab_stride};
+}
+
+template <typename scalar, typename acc>
+void write_back(const Task<scalar, acc>& task, const View& v, scalar* x, int64_t n, const Tiles<acc>& t) {
+  const int64_t done = t.in_place * lanes<acc>;
+  if (done < task.width) store(task.p, v, x, n, task.j0 + done, task.width - done, t.slab + t.in_place * t.slab_stride);
+}
+
+// Runs body(task) for all tasks
+template <typename scalar, typename acc, typename Body>
+void run(const Problem& p, const Cut& cut, int64_t slabs, int64_t rows, const Body& body) {
+  const int64_t V = lanes<acc>, size = ceil_div(cut.block, V) * V;
+  at::parallel_for(0, cut.tasks(), 1, [&](int64_t begin, int64_t end) {
+    acc* free = scratch<acc>(size * (slabs * p.steps + rows) + 2 * p.steps * V);
+    for (int64_t index = begin; index < end; ++index) {
+      Task<scalar, acc> task(p, cut, index, free);
+      body(task);
     }
   });
 }
 
-// out (chunks, 3, J): count, mean, sum of squared deviations of H, by Chan's pairwise update over n
+// X' of one n, ready for the sweeps
 template <typename scalar, typename acc>
-void statistics(const Problem& p, const View& v, const scalar* x, const acc* weight, acc* out) {
-  for_tasks(p, [&](int64_t j0, int64_t width, int64_t n0, int64_t n1, int64_t chunk) {
-    const int64_t B = p.block;
-    Products<acc> products;
-    std::vector<acc> slab(p.steps * B), h(p.steps * B), w(p.order * B), scale(B), shift(B), mean(B, 0), square(B, 0), m(B);
-    expand_taps(p, weight, j0, width, w.data());
-    expand(p, p.scale, j0, width, scale.data());
-    expand(p, p.shift, j0, width, shift.data());
-    acc count = 0;
-    for (int64_t n = n0; n < n1; ++n) {
-      load(p, v, x, n, j0, width, slab.data());
-      lift(p, n, width, scale.data(), shift.data(), slab.data());
-      std::fill(m.begin(), m.end(), acc(0));
-      int64_t steps = 0;
-      for (int64_t t = 0; t < p.steps; ++t) {
-        if (!valid(p, t, n)) continue;
-        acc* row = h.data() + steps++ * B;
-        filter_step(p, slab.data(), w.data(), t, width, row, products);
-        for (int64_t b = 0; b < width; ++b) m[b] += row[b];
+Tiles<const acc> lifted(const Task<scalar, acc>& task, const View& v, const scalar* x, int64_t n, const acc* scale,
+                        const acc* shift, acc* slab) {
+  const Problem& p = task.p;
+  const bool changed = p.scale != nullptr || p.shift != nullptr || p.mask != nullptr;
+  const Tiles<const acc> tiles = read(task, v, x, n, changed, slab);
+  if (changed) lift(p, n, task.tiles, scale, shift, slab);
+  return tiles;
+}
+
+// mean and variance (C) of H, by Chan's update over what the tasks found
+template <typename scalar, typename acc>
+void statistics(const Problem& p, const Cut& cut, const View& v, const scalar* x, const acc* weight, acc* mean, acc* var) {
+  constexpr int64_t V = lanes<acc>;
+  struct Moments { double count, mean, square; };
+  std::vector<Moments> found(cut.tasks() * cut.slots);
+  run<scalar, acc>(p, cut, 1, cut.order + 5, [&](Task<scalar, acc>& task) {
+    acc* slab = task.take_slab();
+    const acc* w = task.spread(weight + cut.skipped, cut.order, p.order);
+    const acc *scale = task.spread(p.scale, 1, 1), *shift = task.spread(p.shift, 1, 1);
+    acc* rows = task.sums(3);
+    int64_t count = 0;
+    for (int64_t g = 0; g < cut.group && task.group * cut.group + g < cut.blocks; ++g) {
+      task.at(task.group * cut.group + g);
+      for (int64_t n = task.n0; n < task.n1; ++n) {
+        const int64_t steps = task.count(n);
+        if (steps == 0) continue;
+        const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
+        const Walk walk = task.walk(n);
+        with_order<acc>(p, cut.order, [&](auto K) {
+          for (int64_t i = 0; i < task.tiles; ++i)
+            statistics_tile<K>(walk, tiles(i), w + i * cut.order * V, rows + i * 3 * V, count == 0);
+        });
+        count += steps;
       }
-      if (steps == 0) continue;
-      const acc inverse = acc(1) / steps, total = count + steps, share = steps / total, both = count * share;
-      for (int64_t b = 0; b < width; ++b) m[b] *= inverse;
-      for (int64_t t = 0; t < steps; ++t) {
-        const acc* row = h.data() + t * B;
-        for (int64_t b = 0; b < width; ++b) square[b] += (row[b] - m[b]) * (row[b] - m[b]);
-      }
-      for (int64_t b = 0; b < width; ++b) {
-        const acc delta = m[b] - mean[b];
-        mean[b] += delta * share;
-        square[b] += delta * delta * both;
-      }
-      count = total;
     }
-    acc* to = out + chunk * 3 * p.elements + j0;
-    std::fill(to, to + width, count);
-    std::copy(mean.begin(), mean.begin() + width, to + p.elements);
-    std::copy(square.begin(), square.begin() + width, to + 2 * p.elements);
+    Moments* out = found.data() + task.index * cut.slots;
+    for (int64_t s = 0; s < cut.slots; ++s) out[s] = {0, 0, 0};
+    if (count == 0) return;
+    const auto lane = [&](int64_t b, int64_t r) -> double { return rows[(b / V * 3 + r) * V + b % V]; };
+    task.each_run([&](int64_t b0, int64_t b1, int64_t slot) {
+      // all lanes about one pivot, the first one's
+      const double pivot = lane(b0, 0), n = count;
+      double sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int64_t b = b0; b < b1; ++b) {
+        const double apart = lane(b, 0) - pivot, mine = lane(b, 1);
+        sum += mine + n * apart;
+        square += lane(b, 2) + apart * (2 * mine + n * apart);
+      }
+      const double total = n * (b1 - b0), centre = sum / total;
+      const Moments other{total, pivot + centre, square - sum * centre};
+      Moments& all = out[slot];
+      const double delta = other.mean - all.mean, both = all.count + total;
+      all.square += other.square + delta * delta * all.count * total / both;
+      all.mean += delta * total / both;
+      all.count = both;
+    });
+  });
+  for (int64_t c = 0; c < p.channels; ++c) mean[c] = var[c] = 0;
+  at::parallel_for(0, p.channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Moments all{0, 0, 0};
+      for (int64_t index = 0; index < cut.tasks(); ++index) {
+        const int64_t first = index % cut.groups * cut.group * cut.block / p.inner % p.channels;
+        const int64_t slot = (c - first + p.channels) % p.channels;
+        if (slot >= cut.slots) continue;
+        const Moments& one = found[index * cut.slots + slot];
+        if (one.count == 0) continue;
+        const double delta = one.mean - all.mean, both = all.count + one.count;
+        all.square += one.square + delta * delta * all.count * one.count / both;
+        all.mean += delta * one.count / both;
+        all.count = both;
+      }
+      mean[c] = static_cast<acc>(all.mean);
+      var[c] = static_cast<acc>(all.count == 0 ? 0 : all.square / all.count);
+    }
+  });
+}
+
+// out(c, row) = Σ over tasks
+template <typename F>
+void add_up(const Problem& p, const Cut& cut, const std::vector<double>& found, int64_t rows, const F& out) {
+  at::parallel_for(0, p.channels, 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(rows);
+    for (int64_t c = begin; c < end; ++c) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t index = 0; index < cut.tasks(); ++index) {
+        const int64_t first = index % cut.groups * cut.group * cut.block / p.inner % p.channels;
+        const int64_t slot = (c - first + p.channels) % p.channels;
+        if (slot >= cut.slots) continue;
+        const double* one = found.data() + (index * cut.slots + slot) * rows;
+        for (int64_t r = 0; r < rows; ++r) total[r] += one[r];
+      }
+      for (int64_t r = 0; r < rows; ++r) out(c, r, total[r]);
+    }
   });
 }
 
 template <typename scalar, typename acc>
-void fire(const Problem& p, const View& v, const scalar* x, const acc* taps, const acc* bias, const View& vs, scalar* spikes) {
-  for_tasks(p, [&](int64_t j0, int64_t width, int64_t n0, int64_t n1, int64_t) {
-    const int64_t B = p.block;
-    Products<acc> products;
-    std::vector<acc> slab(p.steps * B), out(p.steps * B), w(p.order * B), scale(B), shift(B), threshold(B);
-    expand_taps(p, taps, j0, width, w.data());
-    expand(p, p.scale, j0, width, scale.data());
-    expand(p, p.shift, j0, width, shift.data());
-    expand(p, bias, j0, width, threshold.data());
-    for (int64_t b = 0; b < width; ++b) threshold[b] = -threshold[b];
-    for (int64_t n = n0; n < n1; ++n) {
-      load(p, v, x, n, j0, width, slab.data());
-      lift(p, n, width, scale.data(), shift.data(), slab.data());
-      for (int64_t t = 0; t < p.steps; ++t) {
-        acc* row = out.data() + t * B;
-        if (!valid(p, t, n)) {
-          std::fill(row, row + width, acc(0));
-          continue;
-        }
-        filter_step(p, slab.data(), w.data(), t, width, row, products);
-        for (int64_t b = 0; b < width; ++b) row[b] = row[b] >= threshold[b] ? acc(1) : acc(0);
+void fire(const Problem& p, const Cut& cut, const View& v, const scalar* x, const acc* taps, const acc* bias, const View& vs,
+          scalar* spikes) {
+  constexpr int64_t V = lanes<acc>;
+  run<scalar, acc>(p, cut, 2, cut.order + 3, [&](Task<scalar, acc>& task) {
+    acc *slab = task.take_slab(), *out = task.take_slab();
+    const acc *w = task.spread(taps + cut.skipped, cut.order, p.order), *b = task.spread(bias, 1, 1);
+    const acc *scale = task.spread(p.scale, 1, 1), *shift = task.spread(p.shift, 1, 1);
+    for (int64_t g = 0; g < cut.group && task.group * cut.group + g < cut.blocks; ++g) {
+      task.at(task.group * cut.group + g);
+      for (int64_t n = task.n0; n < task.n1; ++n) {
+        const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
+        const Tiles<acc> target = tiles_of<scalar, acc>(task, vs, spikes, n, false, out);
+        const Walk walk = task.walk(n);
+        with_order<acc>(p, cut.order, [&](auto K) {
+          for (int64_t i = 0; i < task.tiles; ++i) fire_tile<K>(walk, tiles(i), w + i * cut.order * V, b + i * V, target(i));
+        });
+        write_back(task, vs, spikes, n, target);
       }
-      store(p, vs, spikes, n, j0, width, out.data());
     }
   });
 }
 
-// Recomputes dU of one n into du; grad is loaded into g
+// dtaps (C, k), dbias (C)
 template <typename scalar, typename acc>
-void membrane_grad(const Problem& p, const View& vg, const scalar* grad, const acc* slab, const acc* w, const acc* bias,
-                   int64_t n, int64_t j0, int64_t width, acc* g, acc* du, Products<acc>& products) {
-  load(p, vg, grad, n, j0, width, g);
-  for (int64_t t = 0; t < p.steps; ++t) {
-    acc* row = du + t * p.block;
-    if (!valid(p, t, n)) {
-      std::fill(row, row + width, acc(0));
-      continue;
+void backward_reductions(const Problem& p, const Cut& cut, const View& v, const scalar* x, const View& vg,
+                         const scalar* grad, const acc* taps, const acc* bias, acc* dtaps, acc* dbias) {
+  constexpr int64_t V = lanes<acc>;
+  const int64_t rows = cut.order + 1;
+  std::vector<double> found(cut.tasks() * cut.slots * rows, 0.0);
+  run<scalar, acc>(p, cut, 2, cut.order + 3 + rows, [&](Task<scalar, acc>& task) {
+    acc *slab = task.take_slab(), *gradients = task.take_slab();
+    const acc *w = task.spread(taps + cut.skipped, cut.order, p.order), *b = task.spread(bias, 1, 1);
+    const acc *scale = task.spread(p.scale, 1, 1), *shift = task.spread(p.shift, 1, 1);
+    acc* sums = task.sums(rows);
+    for (int64_t g = 0; g < cut.group && task.group * cut.group + g < cut.blocks; ++g) {
+      task.at(task.group * cut.group + g);
+      for (int64_t n = task.n0; n < task.n1; ++n) {
+        const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
+        const Tiles<const acc> grads = read(task, vg, grad, n, false, gradients);
+        const Walk walk = task.walk(n);
+        with_order<acc>(p, cut.order, [&](auto K) {
+          for (int64_t i = 0; i < task.tiles; ++i)
+            reductions_tile<K>(walk, tiles(i), grads(i), w + i * cut.order * V, b + i * V, p.surrogate,
+                               static_cast<acc>(p.alpha), sums + i * rows * V);
+        });
+      }
     }
-    filter_step(p, slab, w, t, width, row, products);
-    for (int64_t b = 0; b < width; ++b) row[b] += bias[b];
-    surrogate_step(p, g + t * p.block, width, row);
-  }
-}
-
-// sums[i] += Σ_t d[t] · x[t − lag_i]
-template <typename acc>
-void correlate(const Problem& p, const acc* d, const acc* x, int64_t width, acc* sums, Products<acc>& products) {
-  for (int64_t i = 0; i < p.order; ++i) {
-    products.clear();
-    for (int64_t t = lag_of(p, i); t < p.steps; ++t)
-      products.add(d + t * p.block, x + (t - lag_of(p, i)) * p.block);
-    products.sum(sums + i * p.block, width, true);
-  }
-}
-
-// dx[s] (+)= Σ_i w_i · d[s + lag_i]
-template <typename acc>
-void transposed(const Problem& p, const acc* d, const acc* w, int64_t width, acc* dx, bool accumulate,
-                Products<acc>& products) {
-  for (int64_t s = 0; s < p.steps; ++s) {
-    products.clear();
-    for (int64_t i = 0; i < p.order; ++i)
-      if (s + lag_of(p, i) < p.steps) products.add(w + i * p.block, d + (s + lag_of(p, i)) * p.block);
-    products.sum(dx + s * p.block, width, accumulate);
-  }
-}
-
-// out (chunks, k + 1, J): dL/dtaps, dL/dbias
-template <typename scalar, typename acc>
-void backward_reductions(const Problem& p, const View& v, const scalar* x, const View& vg, const scalar* grad,
-                         const acc* taps, const acc* bias, acc* out) {
-  for_tasks(p, [&](int64_t j0, int64_t width, int64_t n0, int64_t n1, int64_t chunk) {
-    const int64_t B = p.block;
-    Products<acc> products;
-    std::vector<acc> slab(p.steps * B), g(p.steps * B), du(p.steps * B), w(p.order * B), add(B), scale(B), shift(B),
-        sums((p.order + 1) * B, 0);
-    expand_taps(p, taps, j0, width, w.data());
-    expand(p, bias, j0, width, add.data());
-    expand(p, p.scale, j0, width, scale.data());
-    expand(p, p.shift, j0, width, shift.data());
-    for (int64_t n = n0; n < n1; ++n) {
-      load(p, v, x, n, j0, width, slab.data());
-      lift(p, n, width, scale.data(), shift.data(), slab.data());
-      membrane_grad(p, vg, grad, slab.data(), w.data(), add.data(), n, j0, width, g.data(), du.data(), products);
-      correlate(p, du.data(), slab.data(), width, sums.data(), products);
-      acc* total = sums.data() + p.order * B;
-      for (int64_t t = 0; t < p.steps; ++t)
-        for (int64_t b = 0; b < width; ++b) total[b] += du[t * B + b];
-    }
-    for (int64_t i = 0; i <= p.order; ++i)
-      std::copy_n(sums.data() + i * B, width, out + (chunk * (p.order + 1) + i) * p.elements + j0);
+    for (int64_t r = 0; r < rows; ++r)
+      task.reduce(sums, rows, r, found.data() + task.index * cut.slots * rows + r, rows);
+  });
+  std::fill_n(dtaps, p.channels * p.order, acc(0));
+  add_up(p, cut, found, rows, [&](int64_t c, int64_t r, double total) {
+    (r < cut.order ? dtaps[c * p.order + cut.skipped + r] : dbias[c]) = static_cast<acc>(total);
   });
 }
 
-// dx unless null; out (chunks, k + 2, J): dL/dweight through the statistics, dL/dscale, dL/dshift
+// dx unless null; dweight (C, k) through the statistics where there is an offset; dscale, dshift (C) unless null
 template <typename scalar, typename acc>
-void backward_input(const Problem& p, const View& v, const scalar* x, const View& vg, const scalar* grad, const acc* taps,
-                    const acc* bias, const acc* weight, const acc* offset, const acc* slope, const View& vd, scalar* dx,
-                    acc* out) {
+void backward_input(const Problem& p, const Cut& cut, const View& v, const scalar* x, const View& vg, const scalar* grad,
+                    const acc* taps, const acc* bias, const acc* weight, const acc* offset, const acc* slope, const View& vd,
+                    scalar* dx, acc* dweight, acc* dscale, acc* dshift) {
+  constexpr int64_t V = lanes<acc>;
   const bool affine = p.scale != nullptr || p.shift != nullptr, wanted = dx != nullptr || affine;
-  for_tasks(p, [&](int64_t j0, int64_t width, int64_t n0, int64_t n1, int64_t chunk) {
-    const int64_t B = p.block;
-    Products<acc> products;
-    std::vector<acc> slab(p.steps * B), raw(affine ? p.steps * B : 0), g(p.steps * B), du(p.steps * B), d(p.steps * B),
-        wq(p.order * B), w(p.order * B), add(B), scale(B), shift(B), a(B), s(B), sums((p.order + 2) * B, 0);
-    expand_taps(p, taps, j0, width, wq.data());
-    expand(p, bias, j0, width, add.data());
-    expand(p, p.scale, j0, width, scale.data());
-    expand(p, p.shift, j0, width, shift.data());
+  const int64_t rows = cut.order, T = p.steps;
+  std::vector<double> found(cut.tasks() * cut.slots * (rows + 2), 0.0);
+  run<scalar, acc>(p, cut, 4, 3 * cut.order + 7, [&](Task<scalar, acc>& task) {
+    acc *slab = task.take_slab(), *gradients = task.take_slab(), *out = task.take_slab();
+    acc* raw = affine ? task.take_slab() : nullptr;
+    acc *du = task.take(T * V), *dh = task.take(T * V);
+    const acc *q = task.spread(taps + cut.skipped, cut.order, p.order), *b = task.spread(bias, 1, 1);
+    const acc *scale = task.spread(p.scale, 1, 1), *shift = task.spread(p.shift, 1, 1);
+    const acc *w = nullptr, *a = nullptr, *s = nullptr;
     if (offset != nullptr) {
-      expand_taps(p, weight, j0, width, w.data());
-      expand(p, offset, j0, width, a.data());
-      expand(p, slope, j0, width, s.data());
+      w = task.spread(weight + cut.skipped, cut.order, p.order);
+      a = task.spread(offset, 1, 1), s = task.spread(slope, 1, 1);
     }
-    for (int64_t n = n0; n < n1; ++n) {
-      load(p, v, x, n, j0, width, slab.data());
-      if (affine) std::copy(slab.begin(), slab.end(), raw.begin());
-      lift(p, n, width, scale.data(), shift.data(), slab.data());
-      if (wanted) {
-        membrane_grad(p, vg, grad, slab.data(), wq.data(), add.data(), n, j0, width, g.data(), du.data(), products);
-        transposed(p, du.data(), wq.data(), width, d.data(), false, products);
-      }
-      if (offset != nullptr) {
-        acc* dh = du.data();
-        for (int64_t t = 0; t < p.steps; ++t) {
-          acc* row = dh + t * B;
-          if (!valid(p, t, n)) {
-            std::fill(row, row + width, acc(0));
-            continue;
+    acc *sums = task.sums(rows), *ends = task.sums(2);
+    for (int64_t g = 0; g < cut.group && task.group * cut.group + g < cut.blocks; ++g) {
+      task.at(task.group * cut.group + g);
+      for (int64_t n = task.n0; n < task.n1; ++n) {
+        if (affine) load(p, v, x, n, task.j0, task.width, raw);
+        const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
+        Tiles<const acc> grads{};
+        if (wanted) grads = read(task, vg, grad, n, false, gradients);
+        const bool after = affine || p.mask != nullptr || dx == nullptr;
+        const Tiles<acc> target = tiles_of<scalar, acc>(task, vd, dx, n, after, out);
+        const Walk walk = task.walk(n);
+        with_order<acc>(p, cut.order, [&](auto K) {
+          for (int64_t i = 0; i < task.tiles; ++i) {
+            const acc *qi = q + i * cut.order * V, *wi = w + i * cut.order * V;
+            if (offset != nullptr) through_tile<K>(walk, tiles(i), wi, a + i * V, s + i * V, dh, sums + i * rows * V);
+            if (!wanted) continue;
+            membrane_tile<K>(walk, tiles(i), grads(i), qi, b + i * V, p.surrogate, static_cast<acc>(p.alpha), du);
+            if (offset != nullptr)
+              transposed_tile<K, true>(walk, du, qi, dh, wi, target(i));
+            else
+              transposed_tile<K, false>(walk, du, qi, dh, wi, target(i));
           }
-          filter_step(p, slab.data(), w.data(), t, width, row, products);
-          for (int64_t b = 0; b < width; ++b) row[b] = a[b] + s[b] * row[b];
-        }
-        correlate(p, dh, slab.data(), width, sums.data(), products);
-        if (wanted) transposed(p, dh, w.data(), width, d.data(), true, products);
+        });
+        if (!wanted) continue;
+        if (after)
+          for (int64_t i = 0; i < task.tiles; ++i)
+            for (int64_t t = 0; t < T; ++t) {
+              acc* row = out + (i * T + t) * V;
+              if (!valid(p, t, n)) {
+                put(row, vec<acc>{});
+                continue;
+              }
+              const vec<acc> d = get(row);
+              if (p.scale != nullptr) {
+                put(ends + 2 * i * V, get(ends + 2 * i * V) + d * get(raw + (i * T + t) * V));
+                put(row, d * get(scale + i * V));
+              }
+              if (p.shift != nullptr) put(ends + (2 * i + 1) * V, get(ends + (2 * i + 1) * V) + d);
+            }
+        if (dx != nullptr) write_back(task, vd, dx, n, target);
       }
-      if (!wanted) continue;
-      for (int64_t t = 0; t < p.steps; ++t) {
-        acc* row = d.data() + t * B;
-        if (!valid(p, t, n)) {
-          std::fill(row, row + width, acc(0));
-          continue;
-        }
-        if (p.scale != nullptr)
-          for (int64_t b = 0; b < width; ++b) sums[p.order * B + b] += row[b] * raw[t * B + b];
-        if (p.shift != nullptr)
-          for (int64_t b = 0; b < width; ++b) sums[(p.order + 1) * B + b] += row[b];
-        if (p.scale != nullptr)
-          for (int64_t b = 0; b < width; ++b) row[b] *= scale[b];
-      }
-      if (dx != nullptr) store(p, vd, dx, n, j0, width, d.data());
     }
-    for (int64_t i = 0; i < p.order + 2; ++i)
-      std::copy_n(sums.data() + i * B, width, out + (chunk * (p.order + 2) + i) * p.elements + j0);
+    double* to = found.data() + task.index * cut.slots * (rows + 2);
+    for (int64_t r = 0; r < rows; ++r) task.reduce(sums, rows, r, to + r, rows + 2);
+    for (int64_t r = 0; r < 2; ++r) task.reduce(ends, 2, r, to + rows + r, rows + 2);
+  });
+  if (offset != nullptr) std::fill_n(dweight, p.channels * p.order, acc(0));
+  add_up(p, cut, found, rows + 2, [&](int64_t c, int64_t r, double total) {
+    if (r < rows && offset != nullptr) dweight[c * p.order + cut.skipped + r] = static_cast<acc>(total);
+    if (r == rows && dscale != nullptr) dscale[c] = static_cast<acc>(total);
+    if (r == rows + 1 && dshift != nullptr) dshift[c] = static_cast<acc>(total);
   });
 }
 
-}  // namespace
+// The whole forward: statistics unless given, fold, spikes
+template <typename scalar, typename acc>
+void forward(const Problem& p, const Folding& f, const View& v, const scalar* x, const acc* weight,
+             const acc* gamma, const acc* beta, acc* mean, acc* var, const View& vs, scalar* spikes) {
+  const Cut cut(p, lanes<acc>);
+  if (f.training) statistics<scalar, acc>(p, cut, v, x, weight, mean, var);
+  const Folded<acc> folded(p.channels, p.order, f, weight, gamma, beta, mean, var);
+  fire<scalar, acc>(p, cut, v, x, folded.taps.data(), folded.bias.data(), vs, spikes);
+}
 
+template <typename scalar, typename acc>
+void backward(const Problem& p, const Folding& f, const View& v, const scalar* x, const View& vg,
+              const scalar* grad, const acc* weight, const acc* gamma, const acc* beta, const acc* mean, const acc* var,
+              const View& vd, scalar* dx, acc* dweight, acc* dgamma, acc* dbeta, acc* dscale, acc* dshift) {
+  const Cut cut(p, lanes<acc>);
+  const int64_t C = p.channels, k = p.order;
+  const Folded<acc> folded(C, k, f, weight, gamma, beta, mean, var);
+  std::vector<acc> dtaps(C * k), through(C * k), offset(C), slope(C);
+  backward_reductions<scalar, acc>(p, cut, v, x, vg, grad, folded.taps.data(), folded.bias.data(), dtaps.data(), dbeta);
+  int64_t steps = p.steps * p.batch;
+  if (p.mask != nullptr) steps = std::max<int64_t>(std::count_if(p.mask, p.mask + steps, [](uint8_t m) { return m; }), 0);
+  const acc count = static_cast<acc>(std::max<int64_t>(steps * (p.elements / C), 1));
+  acc *a = f.training ? offset.data() : nullptr, *s = f.training ? slope.data() : nullptr;
+  fold_backward<acc>(C, k, f, folded, dtaps.data(), dbeta, weight, gamma, mean, count, dweight, dgamma, a, s);
+  if (!f.training && dx == nullptr && p.scale == nullptr && p.shift == nullptr) return;
+  backward_input<scalar, acc>(p, cut, v, x, vg, grad, folded.taps.data(), folded.bias.data(), weight, a, s, vd, dx,
+                              through.data(), dscale, dshift);
+  if (f.training)
+    for (int64_t i = 0; i < C * k; ++i) dweight[i] += through[i];
+}
+
+// The C interface: each function returns 0, or 1 if memory ran out.
+template <typename F>
+int guarded(const F& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+#define IN(type, name) static_cast<const type*>(name)
+#define OUT(type, name) static_cast<type*>(name)
 #define MFPSN_EXPORT(name, scalar, acc)                                                                                  \
-  extern "C" void mfpsn_statistics_##name(const Problem* p, const View* v, const void* x, const void* weight, void* out) { \
-    statistics(*p, *v, static_cast<const scalar*>(x), static_cast<const acc*>(weight), static_cast<acc*>(out));          \
+  extern "C" int mfpsn_statistics_##name(const Problem* p, const View* v, const void* x, const void* weight, void* mean, \
+                                         void* var) {                                                                    \
+    return guarded([&] {                                                                                                 \
+      statistics<scalar, acc>(*p, Cut(*p, lanes<acc>), *v, IN(scalar, x), IN(acc, weight), OUT(acc, mean),               \
+                              OUT(acc, var));                                                                            \
+    });                                                                                                                  \
   }                                                                                                                      \
-  extern "C" void mfpsn_fire_##name(const Problem* p, const View* v, const void* x, const void* taps, const void* bias,  \
-                                    const View* vs, void* spikes) {                                                      \
-    fire(*p, *v, static_cast<const scalar*>(x), static_cast<const acc*>(taps), static_cast<const acc*>(bias), *vs,       \
-         static_cast<scalar*>(spikes));                                                                                  \
+  extern "C" int mfpsn_fire_##name(const Problem* p, const View* v, const void* x, const void* taps, const void* bias,   \
+                                   const View* vs, void* spikes) {                                                       \
+    return guarded([&] {                                                                                                 \
+      fire<scalar, acc>(*p, Cut(*p, lanes<acc>), *v, IN(scalar, x), IN(acc, taps), IN(acc, bias), *vs,                   \
+                        OUT(scalar, spikes));                                                                            \
+    });                                                                                                                  \
   }                                                                                                                      \
-  extern "C" void mfpsn_backward_reductions_##name(const Problem* p, const View* v, const void* x, const View* vg,       \
-                                                   const void* grad, const void* taps, const void* bias, void* out) {    \
-    backward_reductions(*p, *v, static_cast<const scalar*>(x), *vg, static_cast<const scalar*>(grad),                    \
-                        static_cast<const acc*>(taps), static_cast<const acc*>(bias), static_cast<acc*>(out));           \
+  extern "C" int mfpsn_backward_reductions_##name(const Problem* p, const View* v, const void* x, const View* vg,        \
+                                                  const void* grad, const void* taps, const void* bias, void* dtaps,     \
+                                                  void* dbias) {                                                         \
+    return guarded([&] {                                                                                                 \
+      backward_reductions<scalar, acc>(*p, Cut(*p, lanes<acc>), *v, IN(scalar, x), *vg, IN(scalar, grad),                \
+                                       IN(acc, taps), IN(acc, bias), OUT(acc, dtaps), OUT(acc, dbias));                  \
+    });                                                                                                                  \
   }                                                                                                                      \
-  extern "C" void mfpsn_backward_input_##name(const Problem* p, const View* v, const void* x, const View* vg,            \
-                                              const void* grad, const void* taps, const void* bias, const void* weight,  \
-                                              const void* offset, const void* slope, const View* vd, void* dx,           \
-                                              void* out) {                                                               \
-    backward_input(*p, *v, static_cast<const scalar*>(x), *vg, static_cast<const scalar*>(grad),                         \
-                   static_cast<const acc*>(taps), static_cast<const acc*>(bias), static_cast<const acc*>(weight),        \
-                   static_cast<const acc*>(offset), static_cast<const acc*>(slope), *vd, static_cast<scalar*>(dx),       \
-                   static_cast<acc*>(out));                                                                              \
+  extern "C" int mfpsn_backward_input_##name(const Problem* p, const View* v, const void* x, const View* vg,             \
+                                             const void* grad, const void* taps, const void* bias, const void* weight,   \
+                                             const void* offset, const void* slope, const View* vd, void* dx,            \
+                                             void* dweight, void* dscale, void* dshift) {                                \
+    return guarded([&] {                                                                                                 \
+      backward_input<scalar, acc>(*p, Cut(*p, lanes<acc>), *v, IN(scalar, x), *vg, IN(scalar, grad), IN(acc, taps),      \
+                                  IN(acc, bias), IN(acc, weight), IN(acc, offset), IN(acc, slope), *vd,                  \
+                                  OUT(scalar, dx), OUT(acc, dweight), OUT(acc, dscale), OUT(acc, dshift));               \
+    });                                                                                                                  \
+  }                                                                                                                      \
+  extern "C" int mfpsn_forward_##name(const Problem* p, const Folding* f, const View* v, const void* x,                  \
+                                      const void* weight, const void* gamma, const void* beta, void* mean, void* var,    \
+                                      const View* vs, void* spikes) {                                                    \
+    return guarded([&] {                                                                                                 \
+      forward<scalar, acc>(*p, *f, *v, IN(scalar, x), IN(acc, weight), IN(acc, gamma), IN(acc, beta), OUT(acc, mean),    \
+                           OUT(acc, var), *vs, OUT(scalar, spikes));                                                     \
+    });                                                                                                                  \
+  }                                                                                                                      \
+  extern "C" int mfpsn_backward_##name(const Problem* p, const Folding* f, const View* v, const void* x, const View* vg, \
+                                       const void* grad, const void* weight, const void* gamma, const void* beta,        \
+                                       const void* mean, const void* var, const View* vd, void* dx, void* dweight,       \
+                                       void* dgamma, void* dbeta, void* dscale, void* dshift) {                          \
+    return guarded([&] {                                                                                                 \
+      backward<scalar, acc>(*p, *f, *v, IN(scalar, x), *vg, IN(scalar, grad), IN(acc, weight), IN(acc, gamma),           \
+                            IN(acc, beta), IN(acc, mean), IN(acc, var), *vd, OUT(scalar, dx), OUT(acc, dweight),         \
+                            OUT(acc, dgamma), OUT(acc, dbeta), OUT(acc, dscale), OUT(acc, dshift));                      \
+    });                                                                                                                  \
   }
 
 MFPSN_EXPORT(float32, float, float)
 MFPSN_EXPORT(float64, double, double)
 MFPSN_EXPORT(bfloat16, c10::BFloat16, float)
 MFPSN_EXPORT(float16, c10::Half, float)
+
+}  // namespace
+}  // namespace mfpsn
