@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -54,6 +55,7 @@ def register_surrogate(name: str):
     return decorate
 
 
+@functools.lru_cache(maxsize=256)
 def get_surrogate(name: str, alpha: float) -> Surrogate:
     """The surrogate registered as ``name`` with shape ``alpha``; ``ValueError`` if there is none."""
     if name not in _SURROGATES:

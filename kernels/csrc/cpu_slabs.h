@@ -6,6 +6,7 @@
 // A slab is what a block of B elements of one n holds over all T, as [B / V][T][V] with V lanes of a register: the steps
 // of a tile of V elements lie next to each other, so that sweeps over T stay in the first-level cache. Rows of a
 // time-first tensor are a large power of two apart as a rule, and read in place they would fight for a few cache sets.
+// For the same reason tiles are an odd number of registers apart.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +30,29 @@ struct Problem {
   const uint8_t* mask;  // (T, N), or null
 };
 
+template <typename acc>
+inline int64_t tile_size(const Problem& p) {
+  return (p.steps | 1) * lanes<acc>;
+}
+
 inline bool valid(const Problem& p, int64_t t, int64_t n) { return p.mask == nullptr || p.mask[t * p.batch + n]; }
+
+// V values as the sums' type, and back
+template <typename acc, typename scalar>
+inline vec<acc> widened(const scalar* from) {
+  if constexpr (std::is_same_v<scalar, acc>) return get(from);
+  acc wide[lanes<acc>];
+  for (int64_t b = 0; b < lanes<acc>; ++b) wide[b] = static_cast<acc>(from[b]);
+  return get(wide);
+}
+
+template <typename acc, typename scalar>
+inline void narrowed(scalar* to, vec<acc> v) {
+  if constexpr (std::is_same_v<scalar, acc>) return put(to, v);
+  scalar narrow[lanes<acc>];
+  for (int64_t b = 0; b < lanes<acc>; ++b) narrow[b] = static_cast<scalar>(v[b]);
+  __builtin_memcpy(to, narrow, sizeof narrow);
+}
 
 // 4 rows of 4 steps each, transposed in registers
 template <typename scalar, typename acc>
@@ -57,17 +80,17 @@ inline void transpose4(const scalar* from, int64_t from_stride, acc* to, int64_t
 template <typename scalar, typename acc>
 void load(const Problem& p, const View& v, const scalar* x, int64_t n, int64_t j0, int64_t width, acc* slab) {
   constexpr int64_t V = lanes<acc>;
-  const int64_t T = p.steps, tiles = (width + V - 1) / V;
+  const int64_t T = p.steps, tiles = (width + V - 1) / V, size = tile_size<acc>(p);
   const scalar* base = x + n * v.sn;
-  if (width % V != 0) std::fill_n(slab + (tiles - 1) * T * V, T * V, acc(0));
+  if (width % V != 0) std::fill_n(slab + (tiles - 1) * size, T * V, acc(0));
   if (v.offset == nullptr && v.sj == 1) {
     for (int64_t t = 0; t < T; ++t) {
       const scalar* row = base + t * v.st + j0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        acc* to = slab + (tile * T + t) * V;
+        acc* to = slab + tile * size + t * V;
         const int64_t count = std::min(V, width - tile * V);
         if (count == V)
-          for (int64_t b = 0; b < V; ++b) to[b] = static_cast<acc>(row[tile * V + b]);
+          put(to, widened<acc>(row + tile * V));
         else
           for (int64_t b = 0; b < count; ++b) to[b] = static_cast<acc>(row[tile * V + b]);
       }
@@ -75,7 +98,7 @@ void load(const Problem& p, const View& v, const scalar* x, int64_t n, int64_t j
     return;
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    acc* to = slab + tile * T * V;
+    acc* to = slab + tile * size;
     const int64_t first = j0 + tile * V, count = std::min(V, width - tile * V);
     if (v.offset != nullptr) {
       for (int64_t t = 0; t < T; ++t)
@@ -100,16 +123,16 @@ void load(const Problem& p, const View& v, const scalar* x, int64_t n, int64_t j
 template <typename scalar, typename acc>
 void store(const Problem& p, const View& v, scalar* x, int64_t n, int64_t j0, int64_t width, const acc* slab) {
   constexpr int64_t V = lanes<acc>;
-  const int64_t T = p.steps, tiles = (width + V - 1) / V;
+  const int64_t T = p.steps, tiles = (width + V - 1) / V, size = tile_size<acc>(p);
   scalar* base = x + n * v.sn;
   if (v.offset == nullptr && v.sj == 1) {
     for (int64_t t = 0; t < T; ++t) {
       scalar* row = base + t * v.st + j0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const acc* from = slab + (tile * T + t) * V;
+        const acc* from = slab + tile * size + t * V;
         const int64_t count = std::min(V, width - tile * V);
         if (count == V)
-          for (int64_t b = 0; b < V; ++b) row[tile * V + b] = static_cast<scalar>(from[b]);
+          narrowed<acc>(row + tile * V, get(from));
         else
           for (int64_t b = 0; b < count; ++b) row[tile * V + b] = static_cast<scalar>(from[b]);
       }
@@ -117,7 +140,7 @@ void store(const Problem& p, const View& v, scalar* x, int64_t n, int64_t j0, in
     return;
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const acc* from = slab + tile * T * V;
+    const acc* from = slab + tile * size;
     const int64_t first = j0 + tile * V, count = std::min(V, width - tile * V);
     if (v.offset != nullptr) {
       for (int64_t t = 0; t < T; ++t)
@@ -145,7 +168,7 @@ void lift(const Problem& p, int64_t n, int64_t tiles, const acc* scale, const ac
   constexpr int64_t V = lanes<acc>;
   for (int64_t tile = 0; tile < tiles; ++tile)
     for (int64_t t = 0; t < p.steps; ++t) {
-      acc* row = slab + (tile * p.steps + t) * V;
+      acc* row = slab + tile * tile_size<acc>(p) + t * V;
       vec<acc> x = get(row);
       if (!valid(p, t, n)) {
         x = vec<acc>{};
