@@ -194,8 +194,8 @@ def tables(found: dict) -> str:
     chosen = "; ".join(f"T = {r['T']}: {', '.join(dict.fromkeys(r['kernels']))}" for r in results)
     parts = [
         f"A training step of the sequential-CIFAR network ({shape['channels']} channels, {shape['classes']} classes, "
-        f"random data, batch {shape['batch']}, k = {shape['k']}), time as a ratio to {base}'s (below 1 is faster); medians "
-        "over interleaved rounds, as many as the last column says.",
+        f"random data, batch {shape['batch']}, k = {shape['k']}), time as a ratio to that of {base} (below 1 is "
+        "faster); medians over interleaved rounds, as many as the last column says.",
         markdown_table(["T", f"{base} ms", *names, "rounds"], rows),
         "Share of the step that the neurons take: what it takes beyond the same network without neurons.",
         markdown_table(["T", *kinds], shares),

@@ -1,7 +1,8 @@
 """One neuron layer: each of our kernels, and what a user would take instead, beside ``clone`` of the same tensor.
 
 Run with ``python benchmarks/neuron.py [--device cuda] [--quick] [--json FILE] [--markdown FILE] [--png FILE]``.
-Variants are interleaved in one run, and medians reported. SpikingJelly's PSN, SlidingPSN and LIF are there if it is installed.
+Variants are interleaved in one run, and medians reported. SpikingJelly's PSN, SlidingPSN and LIF are there if it is
+installed.
 
 The yardstick is ``clone``, two passes over the tensor: passes = time / (clone / 2). The budget of the fused kernels is
 2 passes in evaluation (read X, write S), 3 forward in training (read X for the statistics; X, S) and 5 backward
@@ -218,26 +219,23 @@ def fused(cells: list[dict]) -> list[str]:
 
 def summary(cells: list[dict]) -> dict[str, object]:
     """Geometric means over the cells: the best fused kernel of each cell against PSN and the vanilla module."""
-    names = fused(cells)
-    ratios: dict[str, list[float]] = {"PSN": [], "the better of PSN eager and compiled": [], VANILLA: []}
+    names, ratios = fused(cells), {}
     for cell in cells:
         times = cell["ms"][STEP]
         best = min((times[name] for name in names if name in times), default=None)
-        others = {"PSN": "PSN", "the better of PSN eager and compiled": cell["best_psn"], VANILLA: VANILLA}
-        for label, other in others.items():
-            if best is not None and other in times:
-                ratios[label].append(best / times[other])
-    vanilla = f"the better of {VANILLA} eager and compiled"
-    ratios[vanilla] = [
-        min(cell["ms"][STEP][n] for n in names if n in cell["ms"][STEP])
-        / min(cell["ms"][STEP][v] for v in (VANILLA, VANILLA + COMPILED) if v in cell["ms"][STEP])
-        for cell in cells
-        if any(n in cell["ms"][STEP] for n in names) and VANILLA in cell["ms"][STEP]
-    ]
+        for rival in ("PSN", VANILLA):
+            eager, compiled = times.get(rival), times.get(rival + COMPILED)
+            if best is None or eager is None:
+                continue
+            ratios.setdefault(rival, []).append(best / eager)
+            if compiled is not None:
+                label = f"the better of {rival} eager and compiled"
+                ratios.setdefault(label, []).append(best / min(eager, compiled))
     return {
         "fused": names,
-        "ours_to": {label: geometric_mean(values) for label, values in ratios.items() if values},
-        "slower_than_PSN": sum(r > 1 for r in ratios["PSN"]),
+        "ours_to": {label: geometric_mean(values) for label, values in ratios.items()},
+        "cells_of": {label: len(values) for label, values in ratios.items()},
+        "slower_than_PSN": sum(r > 1 for r in ratios.get("PSN", [])),
         "cells": len(cells),
     }
 
@@ -307,7 +305,7 @@ def tables(found: dict) -> str:
     headers = ["T", "k", "d", f"{base} ms", *columns]
     shape = f"(T, N, C, L) = (T, {cells[0]['N']}, {cells[0]['C']}, {cells[0]['L']}), float32" if cells else ""
     parts = [
-        f"Forward and backward in training, time as a ratio to {base}'s (below 1 is faster); {shape}.",
+        f"Forward and backward in training, time as a ratio to that of {base} (below 1 is faster); {shape}.",
         markdown_table(headers, rows),
         "\n".join(conclusions(found)),
         "Passes over a tensor the size of X, a `clone` being 2, and the share of the budget reached (8 passes forward "
@@ -346,8 +344,10 @@ def conclusions(found: dict) -> list[str]:
     total, lines = found["summary"], []
     if total["ours_to"]:
         names = ", ".join(total["fused"])
-        means = "; ".join(f"{three(value)} of {label}'s" for label, value in total["ours_to"].items())
-        lines.append(f"Geometric means, the fastest of {names} in each cell: time {means}.")
+        means = "; ".join(
+            f"{three(value)} of {label} ({total['cells_of'][label]} cells)" for label, value in total["ours_to"].items()
+        )
+        lines.append(f"Geometric means of the time of the fastest of {names} in each cell: {means}.")
         if "PSN" in total["ours_to"]:
             lines.append(f"Slower than PSN in {total['slower_than_PSN']} of {total['cells']} cells.")
     rounds = [cell["rounds"] for cell in found["cells"]]
@@ -360,12 +360,12 @@ def conclusions(found: dict) -> list[str]:
 
 
 def failures(found: dict) -> list[str]:
-    """Each variant that has no time, with its reason, and in how many cells."""
-    counts: dict[str, int] = {}
+    """Each reason why something has no time, and what it met."""
+    met: dict[str, dict[str, None]] = {}
     for cell in found["cells"]:
         for name, reason in cell["errors"].items():
-            counts[f"{name}: {reason}"] = counts.get(f"{name}: {reason}", 0) + 1
-    return [f"not measured in {count} cells: {line}" for line, count in counts.items()]
+            met.setdefault(reason, {})[name] = None
+    return [f"not measured, in some cells or all: {'; '.join(names)}: {reason}" for reason, names in met.items()]
 
 
 def draw(found: dict, path, title: str) -> None:
