@@ -160,7 +160,7 @@ def environment(device: torch.device) -> dict[str, object]:
     elif device.type == "cpu":
         vectors = torch.backends.cpu.get_cpu_capability()
         found |= {"device": "CPU", "threads": torch.get_num_threads(), "vectors": vectors}
-        found["text"] = f"torch {found['torch']}, CPU with {found['threads']} threads, vectors: {vectors}"
+        found["text"] = f"torch {found['torch']}, CPU, threads: {found['threads']}, vectors: {vectors}"
     else:
         found |= {"device": device.type, "text": f"torch {found['torch']}, {device.type}"}
     return found

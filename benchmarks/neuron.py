@@ -387,7 +387,7 @@ def draw(found: dict, path, title: str) -> None:
         colour, marker = style[name]
         axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, ms=6 if name in ours else 4.5)
     axes.axhline(1, color="black", lw=1)
-    axes.text(-0.4, 1.04, "PSN", va="bottom", ha="right", fontsize=8)
+    axes.text(-0.7, 1.04, "PSN", va="bottom", ha="left", fontsize=8)
     groups = [(cell["T"], cell["past_cache"]) for cell in cells]
     for i in range(1, len(cells)):
         if groups[i] != groups[i - 1]:
