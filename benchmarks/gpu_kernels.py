@@ -1,0 +1,297 @@
+"""Every kernel on a device against the float64 reference on the CPU, with nothing but torch: no pytest, no hypothesis.
+
+Run with ``python benchmarks/gpu_kernels.py [--device cuda] [--kernels NAME …] [--seconds 150] [--tiny]``. It prints how
+many checks passed and failed by kernel, and exits with 1 if one failed. ``tests/test_kernels.py`` says more, where
+pytest is.
+
+What is checked, over layouts, dtypes, orders, dilations, mask and affine, contiguous and channels-last memory:
+
+* spikes for given taps: equal to the bit to ``shifted-add`` on the CPU, on inputs whose sums are exact for all kernels,
+  and on real ones for those that sum their taps in order;
+* spikes, statistics and gradients in training and in evaluation: within rounding of the reference;
+* repeated runs: equal to the bit, for the kernels that sum in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import itertools
+import random
+import sys
+import time
+import zlib
+
+import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
+import torch
+from common import checked_device, environment, first_line
+
+from mfpsn_fx.kernels import ATan, Kernel, Layout, Problem, fire, kernels, neuron, power_of_two, reference
+
+# Convolution and matrix-product kernels leave the order of the sum to their libraries (docs/kernels.md); every other
+# kernel sums taps i = 0 … k−1, then the bias.
+INEXACT = frozenset({"vanilla-conv1d", "vmap-conv1d", "conv2d", "vmap-mm"})
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+EXTRAS = ("", "mask", "affine", "mask+affine")
+EPS = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem; all kernels meet the same values."""
+
+    layout: Layout
+    dtype: torch.dtype
+    order: int
+    dilation: int
+    extras: str
+    memory: str  # contiguous or channels-last
+    shape: tuple[int, ...]  # (T, N, C, *)
+    training: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layout} {str(self.dtype).removeprefix('torch.')} k={self.order} d={self.dilation} "
+            f"{self.extras or 'plain'} {self.memory} {self.shape} {'training' if self.training else 'evaluation'}"
+        )
+
+    @property
+    def problem_shape(self) -> tuple[int, ...]:
+        return self.layout.shape_from(self.shape, Layout.TIME_FIRST)
+
+
+class Data:
+    """The values of a case, on the CPU."""
+
+    def __init__(self, case: Case) -> None:
+        draw = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+        kept = torch.float64 if case.dtype is torch.float64 else torch.float32
+        channels = case.shape[2]
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+        def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, generator=draw)
+
+        self.x, self.grad = (self._place(case, normal(*case.shape).to(case.dtype)) for _ in range(2))
+        self.exact_x = self._place(case, integers(-8, 9, *case.shape).to(case.dtype))
+        self.weight = normal(channels, case.order).to(kept)
+        self.gamma, self.beta, self.mean = (normal(channels).to(kept) for _ in range(3))
+        self.var = torch.rand(channels, generator=draw, dtype=torch.float64).to(kept) + 0.5
+        self.taps = power_of_two(normal(channels, case.order).to(kept)).clamp(-4, 4)
+        self.bias = normal(channels).to(kept)
+        self.exact_bias = integers(-16, 17, channels).to(kept) / 4
+        self.scale = self.shift = self.mask = None
+        if "affine" in case.extras:
+            self.scale, self.shift = integers(1, 4, channels).to(kept), integers(-2, 3, channels).to(kept)
+        if "mask" in case.extras:
+            self.mask = torch.rand(case.shape[:2], generator=draw) < 0.7
+            self.mask[0, 0] = self.mask[-1, -1] = True
+
+    @staticmethod
+    def _place(case: Case, x: torch.Tensor) -> torch.Tensor:
+        if case.layout is Layout.TIME_LAST:
+            x = x.movedim(0, -1)
+        if case.memory == "contiguous":
+            return x.contiguous()
+        return channels_last(x, case.layout)
+
+    def extras(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if t is None else on(device, t) for t in (self.scale, self.shift, self.mask))
+
+
+def channels_last(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The same values with channels innermost in memory."""
+    return x.movedim(layout.channel_dim, -1).contiguous().movedim(-1, layout.channel_dim)
+
+
+def on(device: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` on the device, in the strides that it has."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
+class Expected:
+    """What the reference makes of a case, and the channels where it is sure of it."""
+
+    def __init__(self, case: Case) -> None:
+        self.data = data = Data(case)
+        arguments = (data.x, data.weight, data.gamma, data.beta, data.mean, data.var)
+        options = {
+            "eps": EPS, "layout": case.layout, "dilation": case.dilation, "training": case.training,
+            "scale": data.scale, "shift": data.shift, "mask": data.mask,
+        }  # fmt: skip
+        self.forward = reference.forward(*arguments, **options)
+        self.backward = reference.backward(data.grad, *arguments, surrogate=ATan(2.0), **options)
+        # a weight within rounding of 2^(n+½) may fall to either side: such channels are left out
+        fused = (data.gamma.double() / torch.sqrt(self.forward.var + EPS))[:, None] * data.weight.double()
+        near = 1e-12 if case.dtype is torch.float64 else 1e-4
+        self.sure = ((torch.log2(fused.abs() + 1e-300) % 1) - 0.5).abs().amin(1) > near
+        constants = {"dilation": case.dilation, "layout": str(case.layout), "method": "shifted-add"}
+        extras = (data.scale, data.shift, data.mask)
+        self.exact_spikes = fire(data.exact_x, data.taps, data.exact_bias, *extras, **constants)
+        self.spikes = fire(data.x, data.taps, data.bias, *extras, **constants)
+
+
+expected = functools.lru_cache(maxsize=64)(Expected)
+
+
+def equal(found: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    wrong = int((found.cpu() != wanted.cpu()).sum())
+    if wrong or found.stride() != wanted.stride():
+        raise AssertionError(f"{what}: {wrong} of {wanted.numel()} differ, strides {found.stride()}, {wanted.stride()}")
+
+
+def given_taps(name: str, case: Case, device: torch.device) -> None:
+    """Spikes for given taps, equal to the bit where the sums are exact, or summed in the promised order."""
+    want = expected(case)
+    data, constants = want.data, {"dilation": case.dilation, "layout": str(case.layout), "method": name}
+    taps, extras = data.taps.to(device), data.extras(device)
+    found = fire(on(device, data.exact_x), taps, data.exact_bias.to(device), *extras, **constants)
+    equal(found, want.exact_spikes, "spikes on exact sums")
+    # scale · X + shift may be one fused operation or two: there the last bit is no one's promise
+    if name not in INEXACT and data.scale is None:
+        found = fire(on(device, data.x), taps, data.bias.to(device), *extras, **constants)
+        equal(found, want.spikes, "spikes against shifted-add")
+
+
+def _run(name: str, case: Case, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Spikes, μ, σ² and the gradients of all that is learned."""
+    data = expected(case).data
+    x = on(device, data.x).requires_grad_()
+    learned = [on(device, t).requires_grad_() for t in (data.weight, data.gamma, data.beta)]
+    scale, shift, mask = data.extras(device)
+    affine = [] if scale is None else [scale.requires_grad_(), shift.requires_grad_()]
+    spikes, mean, var = neuron(
+        x, *learned, data.mean.to(device), data.var.to(device), scale, shift, mask, eps=EPS, alpha=2.0,
+        training=case.training, dilation=case.dilation, layout=str(case.layout), method=name,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(spikes, [x, *learned, *affine], on(device, data.grad))
+    return spikes.detach(), mean, var, *gradients
+
+
+def whole(name: str, case: Case, device: torch.device) -> None:
+    """Spikes, statistics and gradients within rounding of the reference; x's gradient in x's strides."""
+    want = expected(case)
+    spikes, mean, var, *gradients = _run(name, case, device)
+    channel, tolerance = case.layout.channel_dim, TOLERANCE[case.dtype]
+
+    def sure(t: torch.Tensor) -> torch.Tensor:
+        return t.double().cpu().movedim(channel if t.ndim > 2 else 0, 0)[want.sure]
+
+    near = 1e-3 * (1 + float(want.data.x.abs().max()))
+    wrong = (sure(spikes) != sure(want.forward.spikes)) & (sure(want.forward.membrane).abs() > near)
+    if bool(wrong.any()):
+        raise AssertionError(f"{int(wrong.sum())} of {wrong.numel()} spikes differ from the reference's")
+    if case.training:
+        torch.testing.assert_close(mean.double().cpu(), want.forward.mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(var.double().cpu(), want.forward.var, rtol=1e-3, atol=1e-4)
+    if gradients[0].stride() != torch.empty_like(want.data.x).stride():
+        raise AssertionError(f"dX has strides {gradients[0].stride()}, X has {want.data.x.stride()}")
+    names = ("dX", "dW", "dgamma", "dbeta", "dscale", "dshift")
+    for label, found, wanted in zip(names, gradients, [g for g in want.backward if g is not None], strict=False):
+        found, wanted = sure(found), sure(wanted)
+        scaled = tolerance * max(1.0, float(wanted.abs().max()) if wanted.numel() else 1.0)
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=scaled, msg=lambda m, s=label: f"{s}: {m}")
+
+
+def repeated(name: str, case: Case, device: torch.device) -> None:
+    """The same bits each time."""
+    first = _run(name, case, device)
+    for _ in range(2):
+        for a, b in zip(first, _run(name, case, device), strict=True):
+            if not torch.equal(a, b):
+                raise AssertionError("results differ between runs")
+
+
+def cases(tiny: bool) -> list[Case]:
+    """The product of everything, in an order drawn once: what a time limit leaves out is spread over all of it."""
+    shapes = [(9, 3, 5, 7), (12, 2, 64, 4, 4), (1, 2, 3)] if not tiny else [(5, 2, 3, 2)]
+    product = itertools.product(
+        Layout,
+        DTYPES.values() if not tiny else (torch.float32,),
+        (1, 2, 4, 8, 17) if not tiny else (2, 4),
+        (1, 2, 3) if not tiny else (1, 2),
+        EXTRAS,
+        ("contiguous", "channels-last"),
+        shapes,
+        (True, False),
+    )
+    found = [Case(*values) for values in product]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def allowed(kernel: Kernel, case: Case, device: torch.device) -> str | None:
+    """Why the kernel does not serve the case, or None."""
+    return kernel.refusal(
+        Problem(
+            case.problem_shape, case.layout, case.dtype, device.type, case.order, case.dilation,
+            training=case.training, masked="mask" in case.extras, affine="affine" in case.extras,
+        )
+    )  # fmt: skip
+
+
+def check(names: tuple[str, ...], device: torch.device, seconds: float | None, tiny: bool, shown: int = 5) -> int:
+    """Run the checks and print what was found; returns how many failed, or 1 if there was nothing to check."""
+    chosen = [kernel for kernel in kernels() if not names or kernel.name in names]
+    counts: dict[str, collections.Counter] = {kernel.name: collections.Counter() for kernel in chosen}
+    refusals: dict[str, collections.Counter] = {kernel.name: collections.Counter() for kernel in chosen}
+    everything, started = cases(tiny), time.perf_counter()
+    done = 0
+    for case in everything:
+        if seconds is not None and time.perf_counter() - started > seconds:
+            break
+        done += 1
+        for kernel in chosen:
+            if (reason := allowed(kernel, case, device)) is not None:
+                refusals[kernel.name][reason] += 1
+                continue
+            checks = [given_taps, whole] + ([] if kernel.name in INEXACT else [repeated])
+            for one in checks:
+                try:
+                    one(kernel.name, case, device)
+                except Exception as error:  # a kernel that raises has failed; the others are still to be checked
+                    counts[kernel.name]["failed"] += 1
+                    if counts[kernel.name]["failed"] <= shown:
+                        print(f"FAILED {kernel.name} {one.__name__}, {case}: {first_line(error)}", flush=True)
+                else:
+                    counts[kernel.name]["passed"] += 1
+    print(f"{done} of {len(everything)} cases in {time.perf_counter() - started:.0f} s")
+    for name, count in counts.items():
+        print(f"{name}: {count['passed']} checks passed, {count['failed']} failed")
+        for reason, times in refusals[name].most_common(3):
+            print(f"    not run in {times} cases: {reason}")
+    passed = sum(count["passed"] for count in counts.values())
+    if not passed:
+        print("FAILED: no check passed")
+    return sum(count["failed"] for count in counts.values()) or int(not passed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME")
+    parser.add_argument("--seconds", type=float, help="stop after so many; default: when all is done")
+    parser.add_argument("--tiny", action="store_true", help="a few small float32 cases, as for compute-sanitizer")
+    options = parser.parse_args(argv)
+    device = checked_device(options.device)
+    known = {kernel.name for kernel in kernels()}
+    if unknown := sorted(set(options.kernels) - known):
+        parser.error(f"unknown kernels {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    # TF32 is a choice of PyTorch's for convolutions and products, not an error of the kernels that call them
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    print(environment(device)["text"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the reference's tensors are small: on a busy machine threads wait for each other
+    try:
+        return int(check(tuple(options.kernels), device, options.seconds, options.tiny) > 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

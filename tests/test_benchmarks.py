@@ -1,0 +1,335 @@
+"""The benchmarks in small: what they compare computes the same, they write what they say. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import platform
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mfpsn_fx
+from mfpsn_fx import MulFreePSN
+from mfpsn_fx.kernels import unregister_kernel
+from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A script of the folder as a module; scripts import their neighbours by plain names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def by_path(name):
+        spec = importlib.util.spec_from_file_location(f"mfpsn_benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    yield by_path
+    for name in ("checkout", "common", "rivals", "vanilla"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors are small here: on a busy machine threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TestVanillaModule:
+    @pytest.mark.parametrize("kernel", ["vanilla-conv1d", "shifted-add"])
+    @pytest.mark.parametrize(("order", "dilation", "rest"), [(1, 1, (4,)), (2, 3, ()), (4, 2, (3, 2)), (8, 1, (5,))])
+    def test_it_equals_the_op(self, load, kernel, order, dilation, rest):
+        """Outputs, gradients and running statistics in float64, over training steps and then in evaluation."""
+        vanilla = load("vanilla").VanillaMulFreePSN(3, order, dilation).double()
+        ours = MulFreePSN(3, order, dilation, dtype=torch.float64)
+        ours.load_state_dict(vanilla.state_dict())
+        ours.bind(kernel=kernel, eval_kernel=kernel)
+        for training in (True, True, False):
+            x = torch.randn(6, 4, 3, *rest, dtype=torch.float64)
+            grad = torch.randn_like(x)
+            found = []
+            for module in (vanilla, ours):
+                module.train(training).zero_grad()
+                inner = x.clone().requires_grad_()
+                out = module(inner)
+                out.backward(grad)
+                found.append([out, inner.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+            assert found[0][0].is_contiguous()
+            assert 0 < found[0][0].mean() < 1
+            assert torch.equal(found[0][0], found[1][0])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+    def test_it_has_the_parameters_of_ours(self, load):
+        vanilla, ours = load("vanilla").VanillaMulFreePSN(5, 3), MulFreePSN(5, 3)
+        shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (vanilla, ours)]
+        assert shapes[0] == shapes[1]
+
+
+class TestTimer:
+    def test_rounds_are_at_least_those_asked_for(self, load):
+        common, calls = load("common"), {"a": 0, "b": 0}
+
+        def count(name):
+            calls[name] += 1
+
+        found = common.interleave({n: lambda n=n: count(n) for n in calls}, torch.device("cpu"), 0.0, least=4)
+        assert found.rounds == 4
+        assert calls == {"a": 6, "b": 6}  # two calls to warm up
+        assert set(found.ms) == {"a", "b"}
+        assert common.interleave({"a": int}, torch.device("cpu"), 60.0, most=9).rounds == 9
+
+    def test_one_that_raises_is_left_out_with_its_reason(self, load):
+        def wrong():
+            raise torch.OutOfMemoryError("no memory is left\nmore")
+
+        found = load("common").interleave({"wrong": wrong, "right": int}, torch.device("cpu"), 0.0)
+        assert set(found.ms) == {"right"}
+        assert found.errors == {"wrong": "OutOfMemoryError: no memory is left"}
+
+    def test_compiling_ends_with_its_budget(self, load):
+        compiler = load("common").Compiler(1e-9)
+        assert compiler.refusal() is None
+        assert compiler.warm(lambda: None) is None
+        assert "were spent" in compiler.refusal()
+        assert "not asked for" in load("common").Compiler(0).refusal()
+        assert "does not compile: ZeroDivisionError" in compiler.warm(lambda: 1 / 0)
+
+    def test_environment_names_no_machine(self, load):
+        text = json.dumps(load("common").environment(torch.device("cpu")))
+        assert torch.__version__ in text
+        assert "threads" in text
+        for name in {socket.gethostname(), platform.node(), str(FOLDER), str(pathlib.Path.home())}:
+            assert len(name) < 3 or name not in text
+
+    def test_geometric_mean(self, load):
+        assert load("common").geometric_mean([1, 4, 16]) == pytest.approx(4)
+
+
+SMALL = [
+    "--steps",
+    "4",
+    "2",
+    "--orders",
+    "2",
+    "4",
+    "--dilations",
+    "1",
+    "--batch",
+    "2",
+    "--channels",
+    "4",
+    "--length",
+    "3",
+]
+
+
+class TestNeuron:
+    def test_it_writes_what_it_measured(self, load, tmp_path, capsys):
+        script, files = load("neuron"), {n: tmp_path / f"n.{n}" for n in ("json", "markdown")}
+        chosen = ["--kernels", "shifted-add", "vanilla-conv1d"]
+        script.main(["--quick", *SMALL, *chosen, "--json", str(files["json"]), "--markdown", str(files["markdown"])])
+        found = json.loads(files["json"].read_text())
+        assert [(c["T"], c["k"], c["d"]) for c in found["cells"]] == [(2, 2, 1), (4, 2, 1), (4, 4, 1)]
+        expected = {"clone", "PSN", "SlidingPSN", "LIF", "vanilla module", "shifted-add", "vanilla-conv1d"}
+        for cell in found["cells"]:
+            assert set(cell["ms"]["forward+backward"]) == expected
+            assert set(cell["ms"]["eval forward"]) == {"clone", "PSN", "shifted-add", "vanilla-conv1d"}
+            assert cell["ms"]["eval forward"].keys() == cell["ms"]["training forward"].keys()
+            assert cell["rounds"] >= 7
+            assert cell["ratio_to_psn"]["PSN"] == 1
+            times, passes = cell["ms"]["eval forward"], cell["passes"]["eval forward"]["shifted-add"]
+            assert passes == pytest.approx(times["shifted-add"] / (times["clone"] / 2))
+            assert cell["share"]["eval forward"]["shifted-add"] == pytest.approx(2 / passes)
+            assert any("not asked for" in reason for reason in cell["errors"].values())
+        assert set(found["summary"]["ours_to"]) == {"PSN", "vanilla module"}
+        text = files["markdown"].read_text()
+        assert text.splitlines()[2].startswith("Made by `python benchmarks/neuron.py --quick --steps 4 2")
+        assert "| T | k | d | PSN ms | SlidingPSN | LIF | vanilla module | vanilla-conv1d | shifted-add |" in text
+        assert "| geometric mean |" in text
+        assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
+
+    def test_the_grid(self, load):
+        cells = load("neuron").Settings().cells()
+        assert len(cells) == 2 + 4 + 3 * 6 + 2
+        assert all(k <= t for t, k, _, _ in cells)
+        past = [cell for cell in cells if cell[3] != 32]
+        assert [cell[:3] for cell in past] == [(32, 2, 1), (32, 4, 1)]
+        assert all(t * n * 128 * 32 * 4 >= 256 << 20 for t, _, _, n in past)
+
+    def test_compiled(self, load):
+        script = load("neuron")
+        settings = script.Settings(
+            steps=(2,), orders=(2,), dilations=(1,), batch=2, channels=4, length=3, past_cache=False, rounds=1,
+            seconds=0.0, compile_seconds=1e-9, kernels=("shifted-add",),
+        )  # fmt: skip
+        found = script.measure(settings, progress=False)  # the first one empties the budget
+        times = found["cells"][0]["ms"]["forward+backward"]
+        assert "PSN compiled" in times
+        assert "LIF compiled" not in times
+        assert "were spent" in found["cells"][0]["errors"]["LIF compiled, forward+backward"]
+        assert "PSN compiled" in script.tables(found)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(["--kernels", "nonsense"], "unknown kernels nonsense"), (["--steps", "2", "--orders", "4"], "grid is empty")],
+    )
+    def test_wrong_use(self, load, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            load("neuron").main(["--no-past-cache", *arguments])
+        assert message in capsys.readouterr().err
+
+    def test_without_spikingjelly(self, load, monkeypatch, capsys):
+        script = load("neuron")
+        monkeypatch.setattr(script.rivals, "MISSING", "PSN, SlidingPSN and LIF are missing: nothing there")
+        found = script.main(["--quick", *SMALL[:2], *SMALL[4:], "--orders", "2", "--kernels", "shifted-add"])
+        assert "PSN" not in found["cells"][0]["ms"]["forward+backward"]
+        out = capsys.readouterr().out
+        assert "| clone ms |" in out
+        assert "PSN, SlidingPSN and LIF are missing: nothing there." in out
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_without_cuda(self, load):
+        with pytest.raises(SystemExit, match="no CUDA device is available"):
+            load("neuron").main(["--device", "cuda"])
+
+
+class TestNetwork:
+    def test_it_writes_what_it_measured(self, load, tmp_path, capsys):
+        files = [tmp_path / "n.json", tmp_path / "n.md"]
+        small = ["--quick", "--steps", "2", "3", "--batch", "2", "--channels", "4", "--seconds", "0"]
+        load("network").main([*small, "--kernel", "shifted-add", "--json", str(files[0]), "--markdown", str(files[1])])
+        found = json.loads(files[0].read_text())
+        assert [r["T"] for r in found["results"]] == [2, 3]
+        names = {"no neurons", "LIF", "PSN", "SlidingPSN", "vanilla module", "ours"}
+        for result in found["results"]:
+            assert set(result["ms"]) == names
+            assert set(result["neuron_share"]) == names - {"no neurons"}
+            assert result["kernels"] == ["shifted-add"] * 7
+            assert result["rounds"] == 3
+        assert set(found["geometric_mean_to_psn"]) == names
+        text = files[1].read_text()
+        assert "Made by `python benchmarks/network.py --quick" in text
+        assert "| T | PSN ms | SlidingPSN | LIF | vanilla module | ours | no neurons | rounds |" in text
+        assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
+
+    def test_unknown_kernel(self, load, capsys):
+        with pytest.raises(SystemExit):
+            load("network").main(["--kernel", "nonsense"])
+        assert "unknown time-first kernel nonsense" in capsys.readouterr().err
+
+
+class TestPictures:
+    @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+    def test_they_are_drawn(self, load, tmp_path):
+        load("neuron").main(["--quick", *SMALL, "--kernels", "shifted-add", "--png", str(tmp_path / "new" / "n.png")])
+        assert (tmp_path / "new" / "n.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_missing_matplotlib_is_told_before_measuring(self, load, monkeypatch):
+        script = load("network")
+        monkeypatch.setattr(script, "measure", lambda settings: pytest.fail("measured first"))
+        common = sys.modules["common"]
+        monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit, match="pip install matplotlib"):
+            script.main(["--quick", "--png", "n.png"])
+
+
+class TestGpuKernels:
+    def test_registered_kernels_pass(self, load, capsys):
+        assert load("gpu_kernels").main(["--device", "cpu", "--tiny", "--seconds", "4"]) == 0
+        out = capsys.readouterr().out
+        for kernel in mfpsn_fx.kernels.kernels():
+            assert f"{kernel.name}: " in out
+        assert " 0 failed" in out
+
+    @pytest.mark.parametrize("fault", ["fire", "backward_input", "random", "raises"])
+    def test_a_wrong_kernel_fails(self, load, fault, capsys):
+        class Wrong(ShiftedAdd):
+            pass
+
+        def fire(self, call, x, taps, bias):
+            if fault == "raises":
+                raise RuntimeError("cannot")
+            return ShiftedAdd.fire(self, call, x, taps.flip(1), bias)
+
+        def backward_input(self, call, grad, x, *rest):
+            dx, *others = ShiftedAdd.backward_input(self, call, grad, x, *rest)
+            noise = 1e-6 * torch.rand_like(dx) if fault == "random" else 0.1
+            return dx + noise, *others
+
+        if fault in ("fire", "raises"):
+            Wrong.fire = fire
+        else:
+            Wrong.backward_input = backward_input
+        mfpsn_fx.register_kernel("wrong")(Wrong)
+        try:
+            script = load("gpu_kernels")
+            assert script.main(["--device", "cpu", "--tiny", "--seconds", "1", "--kernels", "wrong"]) == 1
+        finally:
+            unregister_kernel("wrong")
+        out = capsys.readouterr().out
+        where = {"fire": "given_taps", "backward_input": "whole", "random": "repeated", "raises": "given_taps"}[fault]
+        assert f"FAILED wrong {where}, " in out
+        assert ("RuntimeError: cannot" in out) is (fault == "raises")
+
+    def test_nothing_checked_is_a_failure(self, load, capsys):
+        mfpsn_fx.register_kernel("nowhere", unavailable=lambda: "not on this machine")(ShiftedAdd)
+        try:
+            script = load("gpu_kernels")
+            assert script.main(["--device", "cpu", "--tiny", "--seconds", "1", "--kernels", "nowhere"]) == 1
+        finally:
+            unregister_kernel("nowhere")
+        assert "not on this machine" in capsys.readouterr().out
+
+
+class TestGpuCheck:
+    def run(self, *arguments):
+        return subprocess.run(
+            ["sh", str(FOLDER / "gpu_check.sh"), *arguments], capture_output=True, text=True, check=False,
+            env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        )  # fmt: skip
+
+    def test_it_wants_a_folder(self):
+        done = self.run()
+        assert done.returncode == 2
+        assert "usage: benchmarks/gpu_check.sh OUT_FOLDER" in done.stderr
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_without_cuda(self, tmp_path):
+        done = self.run(str(tmp_path / "out"))
+        assert done.returncode == 2
+        assert "no CUDA device" in done.stderr
+
+
+def test_the_checkout_serves_without_an_installation(tmp_path):
+    """The loader alone: the package is hidden from importlib.metadata and from the path."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+        "def gone(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = gone\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import checkout, mfpsn_fx.passes, mfpsn_fx.kernels as k\n"
+        "print(k.__name__, len(k.kernels()) > 3)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["mfpsn_fx.kernels", "True"]
+
+
+def test_what_is_missing_is_named(load, monkeypatch):
+    checkout = load("checkout")
+    monkeypatch.setattr(checkout, "missing", lambda: ["tabulate"])
+    with pytest.raises(SystemExit, match=r"tabulate missing: .* carry tabulate-\*\.whl"):
+        checkout.use_checkout()
