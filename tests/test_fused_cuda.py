@@ -74,7 +74,7 @@ def emulation(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "fused_cuda_on_host.so"
     subprocess.run(
         [compiler, "-x", "c++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror",
-         "-Wno-unknown-pragmas", f"-I{ROOT / 'tests'}", str(cuda_build._SOURCE), "-o", str(path)],
+         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{ROOT / 'tests'}", str(cuda_build._SOURCE), "-o", str(path)],
         check=True,
     )  # fmt: skip
     return Emulation(path)
@@ -344,11 +344,10 @@ def test_a_module_trains_on_it(place):
 
 
 def plan_of(x, layout=Layout.TIME_FIRST, order=2, dilation=1, processors=132):
-    geometry = fused_cuda._geometry(x, layout)
-    place = layout
-    steps, batch, channels = (x.shape[d] for d in (place.time_dim, place.batch_dim, place.channel_dim))
+    geometries = tuple(fused_cuda._geometry(t, layout) for t in (x, torch.empty_like(x)))
+    steps, batch, channels = (x.shape[d] for d in (layout.time_dim, layout.batch_dim, layout.channel_dim))
     shape = (steps, batch, channels, x.numel() // (steps * batch * channels))
-    return fused_cuda_plan.plan(shape, order, dilation, x.element_size(), (geometry, geometry), processors)
+    return fused_cuda_plan.plan(shape, order, dilation, x.element_size(), geometries, processors)
 
 
 class TestPlan:
@@ -377,11 +376,11 @@ class TestPlan:
 
     def test_small_batches_fill_the_device(self):
         assert plan_of(torch.empty(1024, 1, 64, 4), dilation=3).segments > 8
-        assert plan_of(torch.empty(8, 256, 512, 64)).chunks == 256
+        assert plan_of(torch.empty(8, 32, 16, 8)).chunks == 32  # a group for every n
 
     def test_partials_stay_small(self):
         for shape in ((2, 4096, 512), (32, 512, 64, 16), (4, 1, 8, 65536), (4, 65536, 16)):
-            x = torch.empty(shape, device="meta").to_empty(device="cpu") if False else torch.empty(shape)
+            x = torch.empty(shape)
             cut = plan_of(x, order=4)
             assert 6 * shape[2] * cut.partials < max(x.numel() / 10, 2**19)
 

@@ -3,6 +3,10 @@
 // In training, forward is three launches (statistics, their end with the fold, fire), backward five (fold, reductions,
 // their end with the chain rule, input, its end). Sums are taken in two stages, a partial for each group of threads and
 // then a warp for each channel, so results are the same in every run. See fused_cuda_walk.cuh for how threads walk time.
+#ifndef MFPSN_DTYPES  // bits of the dtypes to compile: a look at the registers of one need not compile all
+#define MFPSN_DTYPES 15
+#endif
+
 #include "fused_cuda_fold.cuh"
 #include "fused_cuda_types.cuh"
 #include "fused_cuda_walk.cuh"
@@ -13,9 +17,9 @@ namespace mfpsn {
 // value is one of the sample, so the sample's own deviations bound how far it lies from the mean: what is subtracted in
 // the end is at most `count` times what is left.
 template <typename scalar, int K, int V, bool SHARED>
-__global__ void __launch_bounds__(kBlock) statistics_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kBlock, 2) statistics_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   for_units(a, [&](const Unit& unit) {
@@ -98,9 +102,9 @@ __global__ void __launch_bounds__(kBlock) statistics_kernel(const Arguments a) {
 
 // S = Θ(W_q ∗ X' + b), as H ≥ −b, which is the same in IEEE arithmetic; 0 at masked steps
 template <typename scalar, int K, int V, bool SHARED>
-__global__ void __launch_bounds__(kBlock) fire_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kBlock, 2) fire_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   for_units(a, [&](const Unit& unit) {
@@ -171,9 +175,9 @@ struct Surrogate {
 
 // Partials: k sums of dU·X'[t − lag], the sum of dU = grad·Θ'(U), the count of valid steps
 template <typename scalar, int K, int V, bool SHARED>
-__global__ void __launch_bounds__(kBlock) reductions_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kBlock, 2) reductions_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 4 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 ? 2 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   const Surrogate<sum> surrogate(a);
@@ -250,9 +254,9 @@ __global__ void __launch_bounds__(kBlock) reductions_kernel(const Arguments a) {
 // dshift. A step's dU and dH = offset + slope·H are added to the K values of dX that they reach, which wait in registers;
 // the oldest of them is whole then.
 template <typename scalar, int K, int V, bool SHARED>
-__global__ void __launch_bounds__(kBlock) input_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 4 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 ? 2 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   const bool affine = a.scale != nullptr || a.shift != nullptr, wanted = a.input_grad || affine;
@@ -451,10 +455,18 @@ extern "C" int mfpsn_cuda_run(const mfpsn::Arguments* a, int64_t stages, void* s
   if (const cudaError_t error = cudaSetDevice(static_cast<int>(a->device)); error != cudaSuccess) return error;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (a->dtype) {
+#if MFPSN_DTYPES & 1
     case 0: return mfpsn::run<float>(*a, stages, s);
+#endif
+#if MFPSN_DTYPES & 2
     case 1: return mfpsn::run<__half>(*a, stages, s);
+#endif
+#if MFPSN_DTYPES & 4
     case 2: return mfpsn::run<__nv_bfloat16>(*a, stages, s);
+#endif
+#if MFPSN_DTYPES & 8
     case 3: return mfpsn::run<double>(*a, stages, s);
+#endif
     default: return cudaErrorInvalidValue;
   }
 }

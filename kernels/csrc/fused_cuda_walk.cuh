@@ -24,14 +24,18 @@ __device__ inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; 
 __device__ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Extent {
-  int64_t lanes, rows, columns, tiles, units;
+  int64_t lanes, rows, tiles;
+  int64_t used, share;  // units of a segment; and rounded up to whole warps, since lanes of a tile must agree on the steps
+  int64_t units;
   __host__ __device__ explicit Extent(const Arguments& a) {
     lanes = a.lanes ? a.channels : a.positions;
     rows = a.lanes ? 1 : a.channels;
-    columns = a.lanes ? a.batch * a.positions : a.batch;
     const int64_t step = a.width * a.vector;
     tiles = (lanes + step - 1) / step;
-    units = tiles * rows * a.chunks * a.phases * a.segments;
+    used = tiles * rows * a.chunks * a.phases;
+    const int64_t groups = kWarp / a.width;
+    share = (used + groups - 1) / groups * groups;
+    units = share * a.segments;
   }
 };
 
@@ -42,19 +46,19 @@ __device__ inline void for_units(const Arguments& a, Body body) {
   const int width = static_cast<int>(a.width), groups = kBlock / width;
   const int group = threadIdx.x / width, tx = threadIdx.x % width;
   for (int64_t u0 = static_cast<int64_t>(blockIdx.x) * groups; u0 < e.units; u0 += static_cast<int64_t>(gridDim.x) * groups) {
-    int64_t u = minimum(u0 + group, e.units - 1);
+    const int64_t mine = minimum(u0 + group, e.units - 1), segment = mine / e.share;
+    int64_t u = minimum(mine % e.share, e.used - 1);
     Unit unit;
-    unit.active = u0 + group < e.units;
+    unit.active = u0 + group < e.units && mine % e.share < e.used;
     const int64_t tile = u % e.tiles;
     u /= e.tiles;
     unit.row = u % e.rows;
     u /= e.rows;
-    unit.partial = a.lanes ? u : u * e.tiles + tile;
+    unit.partial = segment * a.chunks * a.phases + u;
+    if (!a.lanes) unit.partial = unit.partial * e.tiles + tile;
     unit.chunk = u % a.chunks;
-    u /= a.chunks;
-    unit.phase = static_cast<int>(u % a.phases);
-    u /= a.phases;
-    unit.begin = static_cast<int>(u * a.span);
+    unit.phase = static_cast<int>(u / a.chunks);
+    unit.begin = static_cast<int>(segment * a.span);
     unit.end = static_cast<int>(minimum(unit.begin + a.span, a.steps));
     unit.first_lane = (tile * width + tx) * a.vector;
     unit.active = unit.active && unit.first_lane < e.lanes;
