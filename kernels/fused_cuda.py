@@ -105,7 +105,7 @@ def _geometry(x: Tensor, layout: Layout) -> Geometry | None:
     position = _uniform(sizes[rest], strides[rest])
     if position is None:
         return None
-    address = x.data_ptr() | 16
+    address = 16 if x.is_meta else x.data_ptr() | 16
     return Geometry((*(0 if sizes[d] == 1 else strides[d] for d in heads), position), address & -address)
 
 
@@ -121,22 +121,22 @@ class _Run:
                 continue
             geometry = _geometry(tensor, layout)
             if geometry is None:  # a copy of what is read; what is written is copied out afterwards
-                tensor = tensor.contiguous() if name != "out" else torch.empty(tensor.shape, dtype=x.dtype,
-                                                                              device=x.device)  # fmt: skip
+                tensor = torch.empty(x.shape, dtype=x.dtype, device=x.device) if name == "out" else tensor.contiguous()
                 geometry = _geometry(tensor, layout)
                 self.out = tensor if name == "out" else self.out
             self.alive.append(tensor)
             geometries.append(geometry)
             setattr(a, name, tensor.data_ptr())
             setattr(a, f"{name}_view", _View(*geometry.strides))
+        if out is None:  # cut as if there were one, so that a part sums in the order in which the whole op does
+            like = torch.empty_like(x, device="meta")
+            geometries.append(_geometry(like, layout) or _geometry(like.contiguous(), layout))
         steps, batch = x.shape[layout.time_dim], x.shape[layout.batch_dim]
         channels = x.shape[layout.channel_dim]
         positions = x.numel() // (steps * batch * channels)
         # a lag of T steps and more reaches nothing, so longer dilations are all the same
         dilation = min(call.dilation, steps)
         shape = (steps, batch, channels, positions)
-        if grad is not None and out is None:
-            geometries.append(geometries[1])
         cut = plan(shape, order, dilation, x.element_size(), tuple(geometries), device.processors(x.device))
         for name, value in zip(Plan._fields, cut, strict=True):
             setattr(a, name, value)
@@ -206,7 +206,7 @@ def _supports(problem: Problem) -> str | None:
 
 @register_kernel("fused-cuda", devices=["cuda"], supports=_supports, unavailable=cuda_build.unavailable)
 class FusedCuda(Parts):
-    """CUDA C++: a window of X in registers, taps summed in order, H never written; both layouts, strides as they are."""
+    """CUDA C++: a window of X in registers, taps summed in order, H never written; any strides, both layouts."""
 
     def __init__(self, device: Device | None = None) -> None:
         self.device = Device() if device is None else device

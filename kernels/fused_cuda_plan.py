@@ -24,7 +24,7 @@ _VECTORS = {
 
 
 class Geometry(NamedTuple):
-    """Strides (time, batch, channel, position) in elements, 0 where a dim has one entry, and what divides the address."""
+    """Strides (time, batch, channel, position) in elements, 0 where a dim has one entry; and the alignment."""
 
     strides: tuple[int, int, int, int]
     aligned: int  # the largest power of two up to 16 that divides the address in bytes
@@ -67,7 +67,7 @@ def _tile(geometries: tuple[Geometry, ...], steps: int, reach: int, size: int) -
     if steps <= room:
         span = steps
     span = span if span == steps else span // wide * wide
-    if span < steps and span < halo or span < 1:
+    if span < 1 or (span < steps and span < halo):
         return None
     pitch = min(steps, span + halo)
     words = -(-pitch * size // 4)

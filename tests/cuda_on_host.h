@@ -41,7 +41,8 @@ inline cudaError_t cudaGetLastError() {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
-  return e == cudaErrorInvalidValue ? "invalid argument" : e == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "some error";
+  if (e == cudaErrorInvalidValue) return "invalid argument";
+  return e == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "some error";
 }
 
 namespace cuda_on_host {
@@ -115,7 +116,8 @@ inline void fiber_main() {
 
 inline void run_block(int threads) {
   for (int t = 0; t < threads; ++t) fibers[t].done = false;
-  for (int w = 0; w * kWarpSize < threads; ++w) warps[w].arrived = 0, warps[w].size = std::min(kWarpSize, threads - w * kWarpSize);
+  for (int w = 0; w * kWarpSize < threads; ++w)
+    warps[w].arrived = 0, warps[w].size = std::min(kWarpSize, threads - w * kWarpSize);
   everyone.arrived = 0, everyone.size = threads;
   for (int left = threads; left > 0;) {
     progressed = false;
@@ -167,7 +169,8 @@ T exchange(T value, int source) {
 
 }  // namespace cuda_on_host
 
-#define MFPSN_LAUNCH(kernel, grid, block, shared, stream, ...) cuda_on_host::launch(kernel, grid, block, shared, stream, __VA_ARGS__)
+#define MFPSN_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  cuda_on_host::launch(kernel, grid, block, shared, stream, __VA_ARGS__)
 #define MFPSN_DYNAMIC_SHARED(name) unsigned char* const name = cuda_on_host::shared()
 
 // After a switch of fibers threadIdx is another thread's: the scheduler sets it before it resumes one

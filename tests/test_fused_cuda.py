@@ -1,17 +1,18 @@
-"""The CUDA kernel: its very source, compiled by g++ and run on the host; compiled by nvcc; and on a GPU where there is one.
+"""The CUDA kernel: its source compiled by g++ and run on the host, compiled by nvcc, run on a GPU if there is one.
 
 "host" runs tests/cuda_on_host.h in the place of CUDA, through the same launcher, on CPU tensors.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import logging
 import pathlib
 import shutil
 import subprocess
-import sys
+import types
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mfpsn_fx.kernels import (
     Rational,
     Sigmoid,
     cuda_build,
+    cuda_usage,
     fire,
     fused_cuda,
     fused_cuda_plan,
@@ -42,6 +44,7 @@ from mfpsn_fx.kernels.registry import FLOATS, Problem
 OPS = torch.ops.mfpsn
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GPU = "needs a CUDA device"
+EXAMPLES = 1000  # of spikes; of gradients, whose reference takes its time, fewer
 SURROGATES = {"atan": ATan, "rational": Rational, "sigmoid": Sigmoid}
 
 
@@ -74,13 +77,16 @@ def emulation(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "fused_cuda_on_host.so"
     subprocess.run(
         [compiler, "-x", "c++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror",
-         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{ROOT / 'tests'}", str(cuda_build._SOURCE), "-o", str(path)],
+         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{ROOT / 'tests'}", str(cuda_build.SOURCE),
+         "-o", str(path)],
         check=True,
     )  # fmt: skip
     return Emulation(path)
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU))])
+@pytest.fixture(
+    params=["host", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU))]
+)
 def place(request):
     """(method, device type) of what is tested."""
     if request.param == "cuda":
@@ -133,15 +139,15 @@ def laid_out(shape, layout, memory, dtype, device):
 def cases(draw):
     return {
         "shape": (
-            draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17])),
+            draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17, 64, 97])),
             draw(st.integers(1, 3)),
-            draw(st.sampled_from([1, 2, 3, 4, 8, 12, 40])),
-            *draw(st.sampled_from([(), (1,), (4,), (8,), (5,), (2, 4), (3, 5)])),
+            draw(st.sampled_from([1, 2, 3, 4, 8, 12, 64])),
+            *draw(st.sampled_from([(), (1,), (4,), (8,), (5,), (2, 4), (3, 5), (64,)])),
         ),
         "order": draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 8, 11, 32])),
         "dilation": draw(st.sampled_from([1, 1, 2, 3, 50])),
         "layout": draw(st.sampled_from(list(Layout))),
-        "memory": draw(st.sampled_from(MEMORY)),
+        "memory": draw(st.sampled_from(["contiguous", *MEMORY])),
         "dtype": draw(st.sampled_from(FLOATS)),
         "mask": draw(st.booleans()),
         "affine": draw(st.booleans()),
@@ -175,11 +181,14 @@ def host(*tensors):
     return [None if t is None else t.detach().cpu() for t in tensors]
 
 
-def test_spikes_equal_the_default_kernels_to_the_bit(place):
+def test_spikes_equal_the_default_kernels_to_the_bit(place, monkeypatch):
     """Both sum taps in order in float32, and products with powers of two are exact."""
-    method, _ = place
+    method, device = place
+    seen = []
+    cut = fused_cuda.plan
+    monkeypatch.setattr(fused_cuda, "plan", lambda *a: seen.append(cut(*a)) or seen[-1])
 
-    @settings(max_examples=120, deadline=None, derandomize=True)
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
     @given(cases())
     def check(case):
         x, weight, _, bias, _, _, scale, shift, mask = drawn(case, place)
@@ -191,13 +200,21 @@ def test_spikes_equal_the_default_kernels_to_the_bit(place):
         assert ours.stride() == torch.empty_like(x).stride()
 
     check()
+    # every way to cut a problem was among the examples
+    assert {(p.lanes, p.vector) for p in seen} == {(0, 1), (0, 4), (0, 8), (1, 1), (1, 2), (1, 4), (1, 8)}
+    assert {p.wide_tile for p in seen if p.tile} >= {1, 4, 8}
+    assert any(p.tile and p.segments > 1 for p in seen)
+    if device == "cpu":  # small problems, on a device of 132 multiprocessors
+        assert any(p.phases > 1 for p in seen)
+        assert any(p.segments > 1 and not p.tile for p in seen)
+        assert {p.width for p in seen} == {1, 2, 4, 8, 16, 32}
 
 
 def test_training_and_gradients(place):
     """Forward, statistics and every gradient, against the float64 reference, and the whole against its parts."""
     method, _ = place
 
-    @settings(max_examples=120, deadline=None, derandomize=True)
+    @settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True)
     @given(
         cases(),
         st.sampled_from(["straight-through", "round-only", "none"]),
@@ -207,7 +224,7 @@ def test_training_and_gradients(place):
     def check(case, gradient, training, surrogate):
         x, *rest = drawn(case, place)
         layout, kept = case["layout"], rest[0].dtype
-        weight, gamma, _, _, _, scale, shift, mask = rest
+        weight, *_, scale, shift, mask = rest
         training = training and x.numel() > weight.shape[0]
         grad = torch.randn_like(x.double()).to(x.dtype)
         folding = Folding(1e-2, gradient)
@@ -240,10 +257,25 @@ def test_training_and_gradients(place):
             value, piece, want = (v.cpu().double().movedim(channel, 0)[sure] for v in (value, piece, want))
             bound = tolerance * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
             torch.testing.assert_close(value, want, rtol=tolerance, atol=bound)
-            torch.testing.assert_close(value, piece, rtol=tolerance, atol=bound)
+            torch.testing.assert_close(value, piece, rtol=1e-3, atol=1e-3 * bound / tolerance)
         assert found[0].stride() == torch.empty_like(x).stride()
 
     check()
+
+
+def test_backward_is_frugal(place):
+    """Nothing the size of X is allocated beside the gradient of X."""
+    method, device = place
+    if device != "cpu":
+        pytest.skip("the host's allocations are counted")
+    x, grad = torch.randn(8, 16, 64, 32), torch.randn(8, 16, 64, 32)
+    weight, one = torch.randn(64, 2), torch.ones(64)
+    _, mean, var = neuron(x, weight, one, -one, 0 * one, one, training=True, method=method)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        OPS.neuron_backward(grad, x, weight, one, -one, mean, var, training=True, method=method)
+    size = x.numel() * 4
+    assert size <= sum(max(0, e.self_cpu_memory_usage) for e in profile.events()) < 1.1 * size
+    assert not any("autograd" in e.name.lower() for e in profile.events())
 
 
 SIZES = [(8, 3, 32, 32), (4, 5, 130), (33, 2, 5, 9), (130, 2, 3, 4), (100, 1, 1, 1), (2, 70, 3, 1), (16, 2, 64, 33)]
@@ -252,7 +284,7 @@ SIZES = [(8, 3, 32, 32), (4, 5, 130), (33, 2, 5, 9), (130, 2, 3, 4), (100, 1, 1,
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_sizes_past_a_block_and_bit_equal_runs(place, layout, shape):
-    """More than a block of everything; two runs agree to the bit, whatever the grid; poisoned memory changes nothing."""
+    """More than a block of everything; runs agree to the bit, whatever the grid; poisoned memory changes nothing."""
     method, device = place
     x = laid_out(shape, layout, "contiguous", torch.float32, device)
     grad = torch.randn_like(x)
@@ -275,7 +307,9 @@ def test_sizes_past_a_block_and_bit_equal_runs(place, layout, shape):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     arguments = host(x, weight, one, -one, 0 * one, one)
-    wanted = reference.backward(host(grad)[0], *arguments, surrogate=ATan(2.0), dilation=2, training=True, layout=layout)
+    wanted = reference.backward(
+        host(grad)[0], *arguments, surrogate=ATan(2.0), dilation=2, training=True, layout=layout
+    )
     fused = weight.cpu().double() / torch.sqrt(first[2].cpu().double() + 1e-5)[:, None]
     sure = (torch.log2(fused.abs()) % 1 - 0.5).abs().amin(1) > 1e-4
     for value, want in zip(first[3:], wanted[:4], strict=True):
@@ -406,21 +440,23 @@ class TestFaults:
             parts.statistics(call, x, torch.ones(3, 2))
 
     def test_a_library_of_other_arguments(self):
+        class Size:
+            def __call__(self):
+                return 8
+
         class Other:
-            class mfpsn_cuda_run:  # noqa: N801
-                pass
+            mfpsn_cuda_run, mfpsn_cuda_error = types.SimpleNamespace(), types.SimpleNamespace()
+            mfpsn_cuda_arguments_size = Size()
 
-            mfpsn_cuda_error = mfpsn_cuda_run
-            mfpsn_cuda_arguments_size = staticmethod(lambda: 8)
-
-        Other.mfpsn_cuda_arguments_size = type("f", (), {"__call__": lambda self: 8})()
         with pytest.raises(RuntimeError, match="takes 8 bytes of arguments"):
             fused_cuda._checked.__wrapped__(Other)
 
     def test_what_it_refuses(self):
         problem = Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, "cuda", 2, 1)
         kernel = get_kernel("fused-cuda")
-        assert "surrogates atan, rational, sigmoid, not triangle" in kernel.refusal(problem._replace(surrogate="triangle"))
+        assert "surrogates atan, rational, sigmoid, not triangle" in kernel.refusal(
+            problem._replace(surrogate="triangle")
+        )
         assert kernel.refusal(problem._replace(order=33)) == "takes up to 32 taps, not 33"
         assert "not on cpu" in kernel.refusal(problem._replace(device="cpu"))
         if not torch.cuda.is_available():
@@ -447,7 +483,7 @@ class TestBuild:
         with pytest.raises(cuda_build.BuildError, match="no nvcc was found"):
             cuda_build.library((9, 0))
         with pytest.raises(cuda_build.BuildError, match="no nvcc was found"):
-            cuda_build.usage("sm_90")
+            cuda_usage.usage("sm_90")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         assert cuda_build.unavailable() == "no nvcc was found; install the CUDA toolkit or set CUDA_HOME"
@@ -455,13 +491,11 @@ class TestBuild:
     def test_an_architecture_too_old(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-        assert cuda_build.unavailable() == (
-            "compute capability 7.5 is not supported: the kernels need 8.0 or newer"
-        )
+        assert cuda_build.unavailable() == ("compute capability 7.5 is not supported: the kernels need 8.0 or newer")
 
     def test_a_compiler_that_fails(self, monkeypatch, tmp_path):
         self.fake_nvcc(tmp_path, monkeypatch, "echo 'x.cu(1): error: no such thing' >&2; exit 2")
-        with pytest.raises(cuda_build.BuildError, match="failed: x.cu.1.: error: no such thing"):
+        with pytest.raises(cuda_build.BuildError, match=r"failed: x\.cu\(1\): error: no such thing"):
             cuda_build.library((9, 0))
         assert not list((tmp_path / "mfpsn_fx").iterdir())
 
@@ -482,6 +516,17 @@ class TestBuild:
         (built,) = (tmp_path / "mfpsn_fx").iterdir()
         assert built.name.startswith("fused_cuda_sm_90_")
 
+    def test_two_builds_at_once(self, monkeypatch, tmp_path):
+        """Each leaves a whole file under the same name."""
+        (tmp_path / "empty.c").write_text("int nothing;\n")
+        self.fake_nvcc(
+            tmp_path, monkeypatch, f'while [ "$1" != -o ]; do shift; done; exec g++ -shared -o "$2" {tmp_path}/empty.c'
+        )
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(cuda_build._library.__wrapped__, [(9, 0)] * 2))
+        assert all(isinstance(library, ctypes.CDLL) for library in found)
+        assert len(list((tmp_path / "mfpsn_fx").iterdir())) == 1
+
 
 def _nvcc() -> bool:
     try:
@@ -492,15 +537,35 @@ def _nvcc() -> bool:
 
 
 @pytest.mark.skipif(not _nvcc(), reason="needs nvcc")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_compiles_without_spills(arch):
-    rows = cuda_build.usage(arch)
-    walks = {"statistics", "fire", "reductions", "input"}
-    assert {row.kernel for row in rows} >= walks | {"fold"}
-    assert {row.dtype for row in rows} >= {"float32", "float64"}
+@pytest.mark.parametrize(
+    ("arch", "dtypes"),
+    [("sm_80", ["float32"]), ("sm_90", cuda_usage.ALL), ("sm_100", ["float32"])],
+    ids=["sm_80", "sm_90", "sm_100"],
+)
+def test_compiles_without_spills(arch, dtypes):
+    """All dtypes for one architecture; `python -m mfpsn_fx.kernels.cuda_usage` compiles all for all."""
+    rows = cuda_usage.usage(arch, dtypes)
+    assert {row.dtype for row in rows} == set(dtypes)
+    assert {row.kernel for row in rows} == {
+        "statistics", "fire", "reductions", "input", "fold", "finish_statistics", "finish_reductions", "finish_input",
+    }  # fmt: skip
     ours = [row for row in rows if row.dtype == "float32" and (row.window or 0) <= 8]
-    assert len(ours) >= 4 * 3 * 3
+    assert len(ours) == 4 * 3 * 3 + 4
     assert [row for row in ours if row.spill_stores or row.spill_loads or row.stack] == []
+
+
+def test_the_table_of_registers(monkeypatch, capsys):
+    row = cuda_usage.Usage("sm_90", "fire", "float32", 4, 4, "one channel", 64, 0, 0, 0)
+    monkeypatch.setattr(cuda_usage, "usage", lambda arch, dtypes: [row._replace(arch=arch)])
+    assert cuda_usage.main(["--arch", "sm_80", "sm_90"]) == 0
+    assert capsys.readouterr().out.count("float32") == 2
+
+    def fail(arch, dtypes):
+        raise cuda_build.BuildError("nvcc failed: no sm_1")
+
+    monkeypatch.setattr(cuda_usage, "usage", fail)
+    assert cuda_usage.main(["--arch", "sm_1"]) == 1
+    assert "no sm_1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
@@ -537,5 +602,3 @@ class TestOnDevice:
         spikes = fire(x, taps, bias, method="fused-cuda")
         assert spikes[1, -1, -1] == 1
         assert int(spikes.view(-1, 1024).sum(0, dtype=torch.float32).sum()) == 1
-
-

@@ -1,7 +1,7 @@
 // The neuron on CUDA devices: H is never written, and each kernel reads its tensors once.
 //
-// In training, forward is three launches (statistics, their end with the fold, fire), backward five (fold, reductions,
-// their end with the chain rule, input, its end). Sums are taken in two stages, a partial for each group of threads and
+// In training, forward is three launches (statistics, their end with the fold, fire), backward five (fold,
+// reductions, their end with the chain rule, input, its end). Sums have two stages, a partial for each group of threads and
 // then a warp for each channel, so results are the same in every run. See fused_cuda_walk.cuh for how threads walk time.
 #ifndef MFPSN_DTYPES  // bits of the dtypes to compile: a look at the registers of one need not compile all
 #define MFPSN_DTYPES 15
@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kBlock, 2) statistics_kernel(const Arguments a
     }
     if (!a.lanes) {  // Chan's update, over the group's threads
       for (int step = static_cast<int>(a.width) / 2; step > 0; step /= 2) {
-        const sum other_n = __shfl_xor_sync(0xffffffffu, n[0], step), other_mean = __shfl_xor_sync(0xffffffffu, mean[0], step);
+        const sum other_n = __shfl_xor_sync(0xffffffffu, n[0], step);
+        const sum other_mean = __shfl_xor_sync(0xffffffffu, mean[0], step);
         const sum other_square = __shfl_xor_sync(0xffffffffu, square[0], step);
         const sum both = n[0] + other_n, safe = both == 0 ? sum(1) : both, delta = other_mean - mean[0];
         mean[0] = (n[0] * mean[0] + other_n * other_mean) / safe;
@@ -144,7 +145,8 @@ __global__ void __launch_bounds__(kBlock, 2) fire_kernel(const Arguments a) {
               window.filter(w, pad, h);
               Pack<scalar, V> spikes;
 #pragma unroll
-              for (int l = 0; l < V; ++l) spikes.v[l] = lower<scalar, sum>(ok[u] && h[l] >= -bias[l % L] ? sum(1) : sum(0));
+              for (int l = 0; l < V; ++l)
+                spikes.v[l] = lower<scalar, sum>(ok[u] && h[l] >= -bias[l % L] ? sum(1) : sum(0));
               *reinterpret_cast<Pack<scalar, V>*>(out(t)) = spikes;
             }
           }
@@ -161,7 +163,10 @@ struct Surrogate {
   int64_t kind;
   sum alpha, inner, outer;
   __device__ explicit Surrogate(const Arguments& a)
-      : kind(a.surrogate), alpha(static_cast<sum>(a.alpha)), inner(static_cast<sum>(1.57079632679489661923 * a.alpha)), outer(alpha / 2) {}
+      : kind(a.surrogate),
+        alpha(static_cast<sum>(a.alpha)),
+        inner(static_cast<sum>(1.57079632679489661923 * a.alpha)),
+        outer(alpha / 2) {}
   __device__ sum operator()(sum u) const {
     if (kind == 0) {
       const sum z = u * inner;
@@ -177,7 +182,7 @@ struct Surrogate {
 template <typename scalar, int K, int V, bool SHARED>
 __global__ void __launch_bounds__(kBlock, 2) reductions_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 || V > 4 ? 2 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   const Surrogate<sum> surrogate(a);
@@ -250,20 +255,21 @@ __global__ void __launch_bounds__(kBlock, 2) reductions_kernel(const Arguments a
   });
 }
 
-// dX, unless it is not wanted, and partials: k sums of dH·X'[t − lag] where statistics are those of the batch, dscale,
-// dshift. A step's dU and dH = offset + slope·H are added to the K values of dX that they reach, which wait in registers;
+// dX, unless it is not wanted, and partials: k sums of dH·X'[t − lag] where statistics are those of the batch,
+// dscale, dshift. A step's dU and dH = offset + slope·H are added to the K values of dX that they reach, which wait in registers;
 // the oldest of them is whole then.
 template <typename scalar, int K, int V, bool SHARED>
 __global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 || V > 4 ? 2 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   const bool affine = a.scale != nullptr || a.shift != nullptr, wanted = a.input_grad || affine;
   const int reach = (K - pad - 1) * dilation, delay = (K - 1) * dilation;
   const Surrogate<sum> surrogate(a);
   for_units(a, [&](const Unit& unit) {
-    sum wq[K][L], w[K][L], bias[L], scale[L], shift[L], offset[L], slope[L], dweight[K][L], dscale[L], dshift[L];
+    sum wq[K][L], w[K][L], bias[L], scale[L], shift[L], offset[L], slope[L];
+    sum dweight[K][L], dscale[L], dshift[L];
     load_taps<sum, K, L>(a.taps, unit, a, wq);
     load_taps<sum, K, L>(a.training ? a.weight : nullptr, unit, a, w);
     Vectors<sum, L>::load(a.bias, unit, a, 0, bias);
@@ -375,9 +381,20 @@ __global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
   });
 }
 
-enum Stage { kStatistics = 1, kFinishStatistics = 2, kFold = 4, kFire = 8, kReductions = 16, kFinishReductions = 32, kInput = 64, kFinishInput = 128 };
+enum Stage {
+  kStatistics = 1,
+  kFinishStatistics = 2,
+  kFold = 4,
+  kFire = 8,
+  kReductions = 16,
+  kFinishReductions = 32,
+  kInput = 64,
+  kFinishInput = 128
+};
 
-inline unsigned int grid_of(const Arguments& a, int64_t blocks) { return static_cast<unsigned int>(blocks < a.grid_limit ? blocks : a.grid_limit); }
+inline unsigned int grid_of(const Arguments& a, int64_t blocks) {
+  return static_cast<unsigned int>(blocks < a.grid_limit ? blocks : a.grid_limit);
+}
 
 template <typename scalar, int K, int V, bool SHARED>
 cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
@@ -449,7 +466,7 @@ cudaError_t run(const Arguments& a, int64_t stages, cudaStream_t stream) {
 
 }  // namespace mfpsn
 
-// Launches the stages named by the bits of `stages`, in their order, on the stream; a cudaError code, 0 where all is well.
+// Launches the stages named by the bits of `stages`, in their order, on the stream; a cudaError code, 0 if all is well.
 extern "C" int mfpsn_cuda_run(const mfpsn::Arguments* a, int64_t stages, void* stream) {
   // this library's runtime is linked statically and has a current device of its own
   if (const cudaError_t error = cudaSetDevice(static_cast<int>(a->device)); error != cudaSuccess) return error;

@@ -34,11 +34,13 @@ __device__ inline sum power_of_two(sum w, int least, int most) {
 template <typename sum>
 struct Folded {
   sum std, gain;
-  __device__ Folded(const Arguments& a, sum gamma, sum var) : std(root(plus(var, static_cast<sum>(a.eps)))), gain(over(gamma, std)) {}
+  __device__ Folded(const Arguments& a, sum gamma, sum var)
+      : std(root(plus(var, static_cast<sum>(a.eps)))), gain(over(gamma, std)) {}
   __device__ sum fused(sum w) const { return times(w, gain); }
   __device__ sum tap(const Arguments& a, sum w) const {
     const sum f = fused(w);
-    return a.quantiser == 0 ? f : power_of_two(f, static_cast<int>(a.min_exponent), static_cast<int>(a.max_exponent));
+    if (a.quantiser == 0) return f;
+    return power_of_two(f, static_cast<int>(a.min_exponent), static_cast<int>(a.max_exponent));
   }
 };
 
@@ -93,7 +95,8 @@ template <typename sum>
 __global__ void __launch_bounds__(kBlock) finish_statistics_kernel(const Arguments a) {
   for_channels(a, [&](int64_t c) {
     const int lane = threadIdx.x % kWarp;
-    const sum *counts = partials_of<sum>(a, 0, c), *means = partials_of<sum>(a, 1, c), *squares = partials_of<sum>(a, 2, c);
+    const sum *counts = partials_of<sum>(a, 0, c), *means = partials_of<sum>(a, 1, c);
+    const sum* squares = partials_of<sum>(a, 2, c);
     double count = 0, weighted = 0;
     for (int64_t m = lane; m < a.partials; m += kWarp) {
       const double n = static_cast<double>(counts[m]);

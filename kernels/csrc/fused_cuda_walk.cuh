@@ -45,7 +45,8 @@ __device__ inline void for_units(const Arguments& a, Body body) {
   const Extent e(a);
   const int width = static_cast<int>(a.width), groups = kBlock / width;
   const int group = threadIdx.x / width, tx = threadIdx.x % width;
-  for (int64_t u0 = static_cast<int64_t>(blockIdx.x) * groups; u0 < e.units; u0 += static_cast<int64_t>(gridDim.x) * groups) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * groups;
+  for (int64_t u0 = static_cast<int64_t>(blockIdx.x) * groups; u0 < e.units; u0 += stride) {
     const int64_t mine = minimum(u0 + group, e.units - 1), segment = mine / e.share;
     int64_t u = minimum(mine % e.share, e.used - 1);
     Unit unit;
