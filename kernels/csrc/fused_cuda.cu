@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kBlock, 2) reductions_kernel(const Arguments a
 template <typename scalar, int K, int V, bool SHARED>
 __global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
-  constexpr int L = SHARED ? 1 : V, ahead = K > 8 ? 1 : K > 4 || V > 4 ? 2 : 4;
+  constexpr int L = SHARED ? 1 : V, ahead = K > 8 || K * V > 16 ? 1 : K > 4 || V > 4 || K * L > 8 ? 2 : 4;
   MFPSN_DYNAMIC_SHARED(shared);
   const int pad = K - static_cast<int>(a.order), dilation = static_cast<int>(a.dilation);
   const bool affine = a.scale != nullptr || a.shift != nullptr, wanted = a.input_grad || affine;
