@@ -1,0 +1,296 @@
+"""The fused CUDA kernel: H is never written, each kernel reads its tensors once, sums are the same in every run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cuda_build
+from .fold import Folding
+from .fused_cuda_plan import LIMIT, MOST_ORDER, Geometry, Plan, plan
+from .layout import Layout
+from .parts import Call, Parts
+from .quantiser import Gradient
+from .registry import Problem, register_kernel
+
+_SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
+_QUANTISERS = {Gradient.NONE: 0, Gradient.STRAIGHT_THROUGH: 1, Gradient.ROUND_ONLY: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_MOST_STEPS = 2**24  # steps are counted in 32 bits, and a dilation is at most as long
+_STATISTICS, _FINISH_STATISTICS, _FOLD, _FIRE = 1, 2, 4, 8
+_REDUCTIONS, _FINISH_REDUCTIONS, _INPUT, _FINISH_INPUT = 16, 32, 64, 128
+
+
+class _View(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("time", "batch", "channel", "position")]
+
+
+_VECTORS = ("scale", "shift", "weight", "gamma", "beta", "mean", "var", "taps", "bias", "offset", "slope", "dtaps",
+            "dbias", "dweight", "dgamma", "dbeta", "dscale", "dshift", "partial")  # fmt: skip
+
+
+class _Arguments(ctypes.Structure):
+    """csrc/fused_cuda_types.cuh has the same fields."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("dtype", "device", "steps", "batch", "channels", "positions", "order",
+                                              "dilation", *Plan._fields, "grid_limit", "surrogate", "quantiser",
+                                              "min_exponent", "max_exponent", "chain", "training", "input_grad")),
+        *((name, ctypes.c_double) for name in ("alpha", "eps")),
+        *((name, _View) for name in ("x_view", "grad_view", "out_view")),
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "out", "mask", *_VECTORS)),
+    ]  # fmt: skip
+
+
+class Device:
+    """What the launcher asks of the machine; tests put an emulation in its place."""
+
+    grid_limit = LIMIT
+
+    def library(self, device: torch.device) -> ctypes.CDLL:
+        """The compiled kernels for ``device``."""
+        return _checked(cuda_build.library(torch.cuda.get_device_capability(device)))
+
+    def processors(self, device: torch.device) -> int:
+        """How many multiprocessors the device has."""
+        return torch.cuda.get_device_properties(device).multi_processor_count
+
+    def stream(self, device: torch.device) -> int:
+        """The handle of PyTorch's current stream."""
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Makes ``device`` the current one."""
+        return torch.cuda.device(device)
+
+
+@functools.cache
+def _checked(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' types, after a look at whether it means the same by its arguments."""
+    library.mfpsn_cuda_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.mfpsn_cuda_run.restype = ctypes.c_int
+    library.mfpsn_cuda_error.argtypes, library.mfpsn_cuda_error.restype = [ctypes.c_int], ctypes.c_char_p
+    library.mfpsn_cuda_arguments_size.restype = ctypes.c_int64
+    if (size := library.mfpsn_cuda_arguments_size()) != ctypes.sizeof(_Arguments):
+        raise RuntimeError(f"fused-cuda: the library takes {size} bytes of arguments, not {ctypes.sizeof(_Arguments)}")
+    return library
+
+
+def _uniform(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one stride by which positions, in row-major order, follow each other; 0 for one position; None if none."""
+    step = expected = None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return 0 if step is None else step
+
+
+def _geometry(x: Tensor, layout: Layout) -> Geometry | None:
+    """How ``x`` lies in memory; None if its positions do not follow each other by one stride."""
+    sizes, strides = x.shape, x.stride()
+    if layout is Layout.TIME_FIRST:
+        rest, heads = slice(3, None), (0, 1, 2)
+    else:
+        rest, heads = slice(2, -1), (-1, 0, 1)
+    position = _uniform(sizes[rest], strides[rest])
+    if position is None:
+        return None
+    address = 16 if x.is_meta else x.data_ptr() | 16
+    return Geometry((*(0 if sizes[d] == 1 else strides[d] for d in heads), position), address & -address)
+
+
+class _Run:
+    """One call: its tensors as the kernels see them, its plan, and what has to stay alive meanwhile."""
+
+    def __init__(self, device: Device, call: Call, x: Tensor, order: int, grad: Tensor | None, out: Tensor | None):
+        self.machine, self.device, self.given, self.alive = device, x.device, out, []
+        layout, a = call.layout, _Arguments()
+        self.arguments, self.out, geometries = a, out, []
+        for name, tensor in (("x", x), ("grad", grad), ("out", out)):
+            if tensor is None:
+                continue
+            geometry = _geometry(tensor, layout)
+            if geometry is None:  # a copy of what is read; what is written is copied out afterwards
+                tensor = torch.empty(x.shape, dtype=x.dtype, device=x.device) if name == "out" else tensor.contiguous()
+                geometry = _geometry(tensor, layout)
+                self.out = tensor if name == "out" else self.out
+            self.alive.append(tensor)
+            geometries.append(geometry)
+            setattr(a, name, tensor.data_ptr())
+            setattr(a, f"{name}_view", _View(*geometry.strides))
+        if out is None:  # cut as if there were one, so that a part sums in the order in which the whole op does
+            like = torch.empty_like(x, device="meta")
+            geometries.append(_geometry(like, layout) or _geometry(like.contiguous(), layout))
+        steps, batch = x.shape[layout.time_dim], x.shape[layout.batch_dim]
+        channels = x.shape[layout.channel_dim]
+        positions = x.numel() // (steps * batch * channels)
+        # a lag of T steps and more reaches nothing, so longer dilations are all the same
+        dilation = min(call.dilation, steps)
+        shape = (steps, batch, channels, positions)
+        cut = plan(shape, order, dilation, x.element_size(), tuple(geometries), device.processors(x.device))
+        for name, value in zip(Plan._fields, cut, strict=True):
+            setattr(a, name, value)
+        a.dtype, a.device = _DTYPES[x.dtype], x.device.index or 0
+        a.steps, a.batch, a.channels, a.positions, a.order, a.dilation = *shape, order, dilation
+        a.grid_limit, a.surrogate, a.alpha = device.grid_limit, _SURROGATES[call.surrogate.name], call.surrogate.alpha
+        if call.mask is not None:
+            self.alive.append(call.mask.contiguous())
+            a.mask = self.alive[-1].data_ptr()
+        self.dtype, self.channels, self.order = call.dtype, channels, order
+        self.give(scale=call.scale, shift=call.shift)
+
+    def give(self, **vectors: Tensor | None) -> None:
+        """Hand vectors to the kernels; None where there is none."""
+        for name, vector in vectors.items():
+            if vector is None:
+                continue
+            vector = vector.to(self.dtype).contiguous()
+            self.alive.append(vector)
+            setattr(self.arguments, name, vector.data_ptr())
+
+    def fold(self, folding: Folding, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
+        """Hand over what the fold takes."""
+        a = self.arguments
+        a.eps, a.quantiser = folding.eps, _QUANTISERS[Gradient.parse(folding.gradient)]
+        a.min_exponent, a.max_exponent = folding.min_exponent, folding.max_exponent
+        self.give(weight=weight, gamma=gamma, beta=beta)
+        self.make("taps", self.order)
+        self.make("bias")
+
+    def make(self, name: str, *more: int) -> Tensor:
+        """A result (C, *more) that the kernels write."""
+        vector = torch.empty(self.channels, *more, dtype=self.dtype, device=self.device)
+        self.give(**{name: vector})
+        return vector
+
+    def partials(self, quantities: int) -> None:
+        """Room for the first stage of sums."""
+        count = (quantities, self.channels, self.arguments.partials)
+        self.give(partial=torch.empty(count, dtype=self.dtype, device=self.device))
+
+    def __call__(self, stages: int) -> None:
+        library = self.machine.library(self.device)
+        with self.machine.guard(self.device):
+            code = library.mfpsn_cuda_run(ctypes.byref(self.arguments), stages, self.machine.stream(self.device))
+        if code:
+            text = (library.mfpsn_cuda_error(code) or b"unknown error").decode()
+            raise RuntimeError(f"fused-cuda: a launch on {self.device} failed with CUDA error {code} ({text})")
+        if self.out is not self.given:
+            self.given.copy_(self.out)
+
+
+def _wide(call: Call, x: Tensor) -> Tensor:
+    """float64 sums of a narrower input: it is lifted first."""
+    return x.double() if call.dtype is torch.float64 else x
+
+
+def _supports(problem: Problem) -> str | None:
+    if problem.surrogate not in _SURROGATES:
+        return f"knows the surrogates {', '.join(_SURROGATES)}, not {problem.surrogate}"
+    if problem.order > MOST_ORDER:
+        return f"takes up to {MOST_ORDER} taps, not {problem.order}"
+    if problem.steps > _MOST_STEPS:
+        return f"takes up to {_MOST_STEPS} steps, not {problem.steps}"
+    return None
+
+
+@register_kernel("fused-cuda", devices=["cuda"], supports=_supports, unavailable=cuda_build.unavailable)
+class FusedCuda(Parts):
+    """CUDA C++: a window of X in registers, taps summed in order, H never written; any strides, both layouts."""
+
+    def __init__(self, device: Device | None = None) -> None:
+        self.device = Device() if device is None else device
+
+    def _run(self, call: Call, x: Tensor, order: int, grad: Tensor | None = None, out: Tensor | None = None) -> _Run:
+        return _Run(self.device, call, x, order, grad, out)
+
+    def statistics(self, call, x, weight):
+        run = self._run(call, _wide(call, x), weight.shape[1])
+        run.give(weight=weight)
+        mean, var = run.make("mean"), run.make("var")
+        run.partials(3)
+        run(_STATISTICS | _FINISH_STATISTICS)
+        return mean, var
+
+    def fire(self, call, x, taps, bias):
+        given, x = x, _wide(call, x)
+        run = self._run(call, x, taps.shape[1], out=torch.empty_like(x))
+        run.give(taps=taps, bias=bias)
+        run(_FIRE)
+        return _narrow(run.given, given)
+
+    def forward(self, call, folding, x, weight, gamma, beta, mean, var):
+        given, x = x, _wide(call, x)
+        run = self._run(call, x, weight.shape[1], out=torch.empty_like(x))
+        run.fold(folding, weight, gamma, beta)
+        if mean is None:
+            mean, var = run.make("mean"), run.make("var")
+            run.partials(3)
+            run(_STATISTICS | _FINISH_STATISTICS | _FIRE)
+        else:
+            run.give(mean=mean, var=var)
+            run(_FOLD | _FIRE)
+        return _narrow(run.given, given), mean, var
+
+    def backward_reductions(self, call, grad, x, taps, bias):
+        x, grad = _wide(call, x), _wide(call, grad.to(x.dtype))
+        run = self._run(call, x, taps.shape[1], grad)
+        run.give(taps=taps, bias=bias)
+        dtaps, dbias = run.make("dtaps", run.order), run.make("dbias")
+        run.partials(run.order + 2)
+        run(_REDUCTIONS | _FINISH_REDUCTIONS)
+        return dtaps, dbias, None
+
+    def backward_input(self, call, grad, x, taps, bias, weight, offset, slope, cache=None, input_grad=True):
+        affine = call.scale is not None or call.shift is not None
+        if not (input_grad or affine or offset is not None):
+            return None, None, None, None
+        given, x = x, _wide(call, x)
+        run = self._run(call, x, taps.shape[1], _wide(call, grad.to(given.dtype)),
+                        torch.empty_like(x) if input_grad else None)  # fmt: skip
+        run.give(taps=taps, bias=bias, weight=weight, offset=offset, slope=slope)
+        run.arguments.training, run.arguments.input_grad = offset is not None, input_grad
+        dweight = None if offset is None else run.make("dweight", run.order)
+        dscale, dshift = _affine_gradients(run, call)
+        run.partials(run.order + 2)
+        run(_INPUT | _FINISH_INPUT)
+        return _narrow(run.given, given) if input_grad else None, dweight, dscale, dshift
+
+    def backward(self, call, folding, grad, x, weight, gamma, beta, mean, var, training, input_grad):
+        given, x = x, _wide(call, x)
+        run = self._run(call, x, weight.shape[1], _wide(call, grad.to(given.dtype)),
+                        torch.empty_like(x) if input_grad else None)  # fmt: skip
+        run.fold(folding, weight, gamma, beta)
+        run.give(mean=mean, var=var)
+        run.arguments.chain, run.arguments.training, run.arguments.input_grad = True, training, input_grad
+        dweight, dgamma, dbeta = run.make("dweight", run.order), run.make("dgamma"), run.make("dbeta")
+        dscale, dshift = _affine_gradients(run, call)
+        stages = _FOLD | _REDUCTIONS | _FINISH_REDUCTIONS
+        if training:
+            run.make("offset"), run.make("slope")
+        if training or input_grad or dscale is not None or dshift is not None:
+            stages |= _INPUT | _FINISH_INPUT
+        run.partials(run.order + 2)
+        run(stages)
+        return _narrow(run.given, given) if input_grad else None, dweight, dgamma, dbeta, dscale, dshift
+
+
+def _affine_gradients(run: _Run, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        None if call.scale is None else run.make("dscale"),
+        None if call.shift is None else run.make("dshift"),
+    )
+
+
+def _narrow(result: Tensor, like: Tensor) -> Tensor:
+    return result if result.dtype is like.dtype else torch.empty_like(like).copy_(result)
