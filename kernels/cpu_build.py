@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import pathlib
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 
 import torch
 from torch.utils import cpp_extension
 
+from .build_cache import BuildError, cached, run
+
 __all__ = ["BuildError", "library", "unavailable"]
 
-_log = logging.getLogger("mfpsn_fx")
 _SOURCE = pathlib.Path(__file__).resolve().parent / "csrc" / "fused_cpu.cpp"
-
-
-class BuildError(RuntimeError):
-    """The C++ kernels cannot be built or loaded here; the message says why."""
 
 
 def _compiler() -> str:
@@ -36,6 +29,8 @@ def _compiler() -> str:
 
 def _processor() -> str:
     """What -march=native depends on, so that a cache shared between machines serves each its own."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor()
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.startswith(("model name", "flags", "Features"))]
     return "".join(sorted(set(lines)))
@@ -44,10 +39,12 @@ def _processor() -> str:
 def _command(compiler: str, output: str) -> list[str]:
     lib = pathlib.Path(torch.__file__).parent / "lib"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    # torch's own OpenMP runtime before the compiler's: two thread pools in a process would fight for the cores
+    runtime = [str(path) for path in sorted(lib.glob("libgomp*.so*"))]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     return [
-        compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include, str(_SOURCE),
-        "-o", output, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10",
+        compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include,
+        str(_SOURCE), "-o", output, *runtime, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
 
@@ -56,33 +53,13 @@ def _library() -> ctypes.CDLL | BuildError:
     """The library, or why there is none: both are found out once a process."""
     try:
         compiler = _compiler()
-        command = _command(compiler, "")
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-        processor = _processor() if os.path.exists("/proc/cpuinfo") else platform.processor()
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
-        identity = "\n".join([*sources, *command, torch.__version__, version, processor])
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        folder = pathlib.Path(root) / "mfpsn_fx"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"fused_cpu_{digest}.so"
-        if not path.exists():
-            _compile(compiler, path)
+        identity = [*sources, *_command(compiler, ""), torch.__version__, run([compiler, "--version"]), _processor()]
+        note = f"compiling the C++ kernels with {compiler} (once, about a quarter of a minute)"
+        path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
         return ctypes.CDLL(str(path))
     except (OSError, BuildError) as error:
         return error if isinstance(error, BuildError) else BuildError(f"{type(error).__name__}: {error}")
-
-
-def _compile(compiler: str, path: pathlib.Path) -> None:
-    """Compile beside ``path`` and rename: two processes that build at once each leave a whole file."""
-    _log.warning("compiling the C++ kernels with %s (once, some seconds)", compiler)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        output = os.path.join(scratch, path.name)
-        done = subprocess.run(_command(compiler, output), capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise BuildError(f"{compiler} failed: {(lines or ['no message'])[0].strip()}")
-        os.replace(output, path)
 
 
 def library() -> ctypes.CDLL:

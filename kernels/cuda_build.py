@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import pathlib
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
 
 import torch
 from torch.utils import cpp_extension
 
-__all__ = ["FLAGS", "SOURCE", "BuildError", "compiler", "library", "run", "unavailable"]
+from .build_cache import BuildError, cached, run
 
-_log = logging.getLogger("mfpsn_fx")
+__all__ = ["FLAGS", "SOURCE", "BuildError", "compiler", "library", "unavailable"]
+
 _FOLDER = pathlib.Path(__file__).resolve().parent / "csrc"
 SOURCE = _FOLDER / "fused_cuda.cu"
 FLAGS = ("-std=c++17", "-O3", "--split-compile=2")
 _LEAST = (8, 0)
-
-
-class BuildError(RuntimeError):
-    """The CUDA kernels cannot be built or loaded here; the message says why."""
 
 
 def compiler() -> str:
@@ -38,20 +30,13 @@ def compiler() -> str:
     raise BuildError("no nvcc was found; install the CUDA toolkit or set CUDA_HOME")
 
 
-def run(command: Sequence[str]) -> str:
-    """What ``command`` prints; :class:`BuildError` with its first complaint if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
-        lines = lines or done.stderr.splitlines() or ["no message"]
-        raise BuildError(f"{command[0]} failed: {lines[0].strip()}")
-    return done.stdout + done.stderr
-
-
-def _identity(nvcc: str, arch: str) -> str:
+def _identity(nvcc: str, arch: str) -> list[str]:
     sources = sorted([SOURCE, *_FOLDER.glob("fused_cuda*.cuh")])
-    parts = [*(path.read_text(encoding="utf-8") for path in sources), *FLAGS, arch, run([nvcc, "--version"])]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return [*(path.read_text(encoding="utf-8") for path in sources), *FLAGS, arch, run([nvcc, "--version"])]
+
+
+def _command(nvcc: str, arch: str, output: str) -> list[str]:
+    return [nvcc, *FLAGS, f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-o", output, str(SOURCE)]
 
 
 @functools.cache
@@ -64,24 +49,11 @@ def _library(capability: tuple[int, int]) -> ctypes.CDLL | BuildError:
                 f"{_LEAST[0]}.{_LEAST[1]} or newer"
             )
         nvcc, arch = compiler(), f"sm_{capability[0]}{capability[1]}"
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        folder = pathlib.Path(root) / "mfpsn_fx"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"fused_cuda_{arch}_{_identity(nvcc, arch)}.so"
-        if not path.exists():
-            _compile(nvcc, arch, path)
+        note = f"compiling the CUDA kernels for {arch} with {nvcc} (once, about a minute)"
+        path = cached(f"fused_cuda_{arch}", _identity(nvcc, arch), lambda output: _command(nvcc, arch, output), note)
         return ctypes.CDLL(str(path))
     except (OSError, BuildError) as error:
         return error if isinstance(error, BuildError) else BuildError(f"{type(error).__name__}: {error}")
-
-
-def _compile(nvcc: str, arch: str, path: pathlib.Path) -> None:
-    """Compile beside ``path`` and rename: two processes that build at once each leave a whole file."""
-    _log.warning("compiling the CUDA kernels for %s with %s (once, about a minute)", arch, nvcc)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        output = os.path.join(scratch, path.name)
-        run([nvcc, *FLAGS, f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC", "-o", output, str(SOURCE)])
-        os.replace(output, path)
 
 
 def library(capability: tuple[int, int]) -> ctypes.CDLL:

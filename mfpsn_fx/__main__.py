@@ -1,4 +1,4 @@
-"""The command line: ``python -m mfpsn_fx kernels`` and ``python -m mfpsn_fx demo``."""
+"""The command line: ``python -m mfpsn_fx kernels``, ``build`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from mfpsn_fx.kernels import Layout, Problem, kernels
+from mfpsn_fx.kernels import Layout, Problem, cpu_build, cuda_build, kernels
 
 __all__ = ["main"]
 
@@ -38,6 +38,19 @@ def kernel_rows() -> list[list[str]]:
     return rows
 
 
+def build() -> int:
+    """Compile the C++ kernels, and the CUDA ones where there is a device; 1 if some did not build."""
+    status = 0
+    builds = {"fused-cpp": cpu_build.unavailable}
+    if torch.cuda.is_available():
+        builds["fused-cuda"] = cuda_build.unavailable
+    for name, unavailable in builds.items():
+        reason = unavailable()
+        print(f"{name}: {'built' if reason is None else reason}")
+        status = status or int(reason is not None)
+    return status
+
+
 def demo(arguments: list[str]) -> int:
     """Run ``examples/digits.py`` of this checkout."""
     script = _EXAMPLES / "digits.py"
@@ -58,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mfpsn_fx", description="Multiplication-free spiking networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="list every registered kernel, where it can run here, and if not, why")
+    commands.add_parser("build", help="compile the C++ and CUDA kernels now, rather than on first use")
     commands.add_parser("demo", help="convert, compile and train a network on digits (see --help of the example)",
                         add_help=False)  # fmt: skip
     options, rest = parser.parse_known_args(argv)
@@ -65,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         return demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "build":
+        return build()
     print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))
     return 0
 

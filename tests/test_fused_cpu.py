@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import ATan, Layout, cpu_build, fire, get_kernel, neuron, power_of_two, reference
+from mfpsn_fx.kernels import ATan, Layout, cpu_build, fire, fused_cpu, get_kernel, neuron, power_of_two, reference
+from mfpsn_fx.kernels.fold import Folding
+from mfpsn_fx.kernels.parts import Call, Parts
 from mfpsn_fx.kernels.registry import Problem
 
 OPS = torch.ops.mfpsn
@@ -169,6 +171,118 @@ class TestBuild:
             out, err = process.communicate(timeout=300)
             assert out.strip() == "12", err
         assert len(list((tmp_path / "mfpsn_fx").iterdir())) == 1
+
+
+OVERLAPPING = {
+    "expanded over T": lambda: torch.randn(1, 3, 4, 6).expand(5, 3, 4, 6),
+    "expanded over N": lambda: torch.randn(5, 1, 4, 6).expand(5, 3, 4, 6),
+    "expanded over C": lambda: torch.randn(5, 3, 1, 6).expand(5, 3, 4, 6),
+    "windows": lambda: torch.randn(5, 3, 4, 9).unfold(3, 4, 1).flatten(3)[..., :20],
+    "windows of one tensor": lambda: torch.randn(100).as_strided((5, 3, 4, 6), (7, 5, 3, 1)),
+    "misaligned": lambda: torch.randn(5 * 3 * 4 * 16 + 1)[1:].view(5, 3, 4, 16),
+}
+
+
+@pytest.mark.parametrize("view", OVERLAPPING)
+def test_overlapping_and_misaligned_views(view):
+    x, one = OVERLAPPING[view](), torch.ones(4)
+    weight, grad = torch.randn(4, 3), torch.randn(x.shape)
+    options = {"dilation": 2, "training": True}
+    expected = reference.backward(grad, x, weight, one, -one, 0 * one, one, surrogate=ATan(2.0), **options)
+    spikes, mean, var = neuron(x, weight, one, -one, 0 * one, one, **options, method="fused-cpp")
+    dense = neuron(x.contiguous(), weight, one, -one, 0 * one, one, **options, method="fused-cpp")
+    # statistics are summed in the order of memory, so a weight on the edge of two powers could flip: none does here
+    assert torch.equal(spikes, dense[0])
+    found = OPS.neuron_backward(grad, x, weight, one, -one, mean, var, **options, method="fused-cpp")
+    for ours, want in zip(found, expected[:4], strict=False):
+        torch.testing.assert_close(ours.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 130), (3, 5, 70, 1, 1), (2, 9, 3, 700), (70, 2, 2, 33), (5, 300, 3, 4, 4)])
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "time_last"])
+@pytest.mark.parametrize("gradient", ["straight-through", "round-only", "none"])
+def test_whole_equals_its_parts_however_the_work_is_cut(shape, memory, gradient):
+    """Blocks, chunks of the batch, groups of blocks and tails; the fold in C++ is the fold in tensor operations."""
+    x = torch.randn(shape) * 2 + 1
+    layout = "time_first"
+    if memory == "channels_last":
+        x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+    elif memory == "time_last":
+        x, layout = x.movedim(0, -1).contiguous(), "time_last"
+    channels, kernel = shape[2], get_kernel("fused-cpp").parts
+    weight, gamma, beta = torch.randn(channels, 9), torch.randn(channels), torch.randn(channels)
+    call = Call(Layout.parse(layout), 2, torch.float32, ATan(2.0))
+    folding = Folding(1e-5, gradient, -6, 3)
+    whole = kernel.forward(call, folding, x, weight, gamma, beta, None, None)
+    for ours, parts in zip(
+        whole, Parts.forward(kernel, call, folding, x, weight, gamma, beta, None, None), strict=True
+    ):
+        assert torch.equal(ours, parts)
+    spikes, mean, var = whole
+    exact = reference.forward(x, weight, gamma, beta, mean, var, dilation=2, layout=layout, training=True)
+    torch.testing.assert_close(mean.double(), exact.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), exact.var, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(x)
+    arguments = (call, folding, grad, x, weight, gamma, beta, mean, var)
+    for training in (True, False):
+        ours = kernel.backward(*arguments, training, True)
+        parts = Parts.backward(kernel, *arguments, training, True)
+        for a, b in zip(ours[:4], parts[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 4.0, 50.0])
+def test_sigmoid_surrogate(alpha):
+    """Its exponential is the kernel's own: far from the threshold too."""
+    x = torch.linspace(-40, 40, 997).view(1, 1, 1, -1)
+    one, zero = torch.ones(1), torch.zeros(1)
+    for dtype in (torch.float32, torch.float64):
+        w = one[:, None].to(dtype)
+        dx, *_ = OPS.backward_input(
+            torch.ones_like(x, dtype=dtype), x.to(dtype), w, zero.to(dtype), w, surrogate="sigmoid", alpha=alpha,
+            method="fused-cpp",
+        )  # fmt: skip
+        s = torch.sigmoid(x.double().abs() * -alpha)  # the small side keeps its digits
+        # rounding α·x moves the result by as many units as α·x is large; below e^−87 float32 holds its least value
+        tolerance = (1e-5, 1e-36) if dtype is torch.float32 else (1e-12, 1e-300)
+        torch.testing.assert_close(dx.double(), alpha * s * (1 - s), rtol=tolerance[0], atol=tolerance[1])
+
+
+def test_out_of_memory_is_told(monkeypatch):
+    """The library reports it (simulated here); it is raised, not answered with a wrong result."""
+
+    class Full:
+        def __getattr__(self, name):
+            return lambda *arguments: 1
+
+    monkeypatch.setattr(fused_cpu, "library", Full)
+    with pytest.raises(MemoryError, match="fused-cpp: no memory for the scratch space of fire"):
+        fire(torch.randn(4, 2, 3), torch.ones(3, 2), torch.zeros(3), method="fused-cpp")
+
+
+def test_memory_of_the_process():
+    """Scratch space of the library's own counts too: beyond dX, backward takes under a tenth of X."""
+    code = (
+        "import resource, torch\n"
+        "from mfpsn_fx.kernels import neuron\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "torch.set_num_threads(2)\n"
+        "w, one = torch.randn(64, 4), torch.ones(64)\n"
+        "for x in (torch.randn(4, 2, 64, 8), torch.randn(16, 128, 64, 256)):\n"
+        "    grad = torch.ones_like(x)\n"
+        "    _, mean, var = neuron(x, w, one, -one, one, one, training=True, method='fused-cpp')\n"
+        "    del _\n"
+        "    reserve = torch.ones_like(x).add_(1); del reserve\n"
+        "    before = peak()\n"
+        "    keep = torch.ones_like(x)\n"
+        "    out = torch.ops.mfpsn.neuron_backward(\n"
+        "        grad, x, w, one, -one, mean, var, training=True, method='fused-cpp')\n"
+        "    print(peak() - before, x.numel() * 4)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, size = map(int, done.stdout.splitlines()[-1].split())
+    # `keep` fills what the peak of the forward pass left, so dX is new memory
+    assert 0.9 * size < grown < 1.1 * size
 
 
 def test_unknown_surrogates_are_refused():

@@ -137,6 +137,21 @@ class TestCommandLine:
             unregister_kernel("lacking")
         assert re.search(r"lacking .*not on cpu: no compiler was found", capsys.readouterr().out)
 
+    def test_build(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        done = self.run("build")
+        assert done.returncode == 0, done.stderr
+        assert "fused-cpp: built" in done.stdout
+        assert "compiling the C++ kernels" in done.stderr
+        assert len(list(tmp_path.rglob("fused_cpu_*.so"))) == 1
+        assert "compiling" not in self.run("build").stderr
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
+        monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+        monkeypatch.delenv("CXX", raising=False)
+        done = self.run("build")
+        assert done.returncode == 1
+        assert "fused-cpp: no C++ compiler was found" in done.stdout
+
     def test_wrong_use(self):
         assert self.run().returncode == 2
         assert self.run("nonsense").returncode == 2
