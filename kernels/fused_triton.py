@@ -86,7 +86,7 @@ class _Geometry:
         self.layout, self.x = call.layout, x
         first = 3 if call.layout is Layout.TIME_FIRST else 2
         places = range(first, first + x.ndim - 3)
-        # The order in which positions are counted is ours to choose: with x's densest dim last, more strides are uniform
+        # Positions may be counted in any order: with x's densest dim last, more strides are uniform
         self.places = sorted(places, key=lambda dim: -x.stride(dim))
         self.steps, self.batch = x.shape[call.layout.time_dim], x.shape[call.layout.batch_dim]
         self.channels, self.order = x.shape[call.layout.channel_dim], order

@@ -160,10 +160,7 @@ def chain_program(
     tl.store(dbeta + c, dbias)
     if offset is not None:
         # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + slope·H
-        if valid is not None:
-            values = tl.load(valid).to(ACC)
-        else:
-            values = dbias * 0.0 + count
+        values = tl.load(valid).to(ACC) if valid is not None else tl.full((), count, ACC)
         lean = _divided(dgain * g, -(std * std * std * values))
         tl.store(slope + c, lean)
         tl.store(offset + c, _divided(-gain * dbias, values) - lean * m)

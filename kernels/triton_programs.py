@@ -30,10 +30,7 @@ _KEY = ["bucket", "K", "D", "BC", "BT"]
 @triton.jit
 def _positions(block, q_lanes, BRQ: tl.constexpr, positions, per_sample, WIDE: tl.constexpr):
     """(n, p, whether it exists) of a block's lanes."""
-    if WIDE:
-        q = block.to(tl.int64) * BRQ + q_lanes.to(tl.int64)
-    else:
-        q = block * BRQ + q_lanes
+    q = block.to(tl.int64) * BRQ + q_lanes.to(tl.int64) if WIDE else block * BRQ + q_lanes
     return q // per_sample, q % per_sample, q < positions
 
 
@@ -68,9 +65,10 @@ def _input(x, base, t, stride, inside, scale, shift, ACC: tl.constexpr, WIDE: tl
 @triton.jit
 def _vector(v, c, c_ok, ACC: tl.constexpr):
     """(C,) at the tile's channels, or None."""
-    if v is None:
+    if v is not None:
+        return tl.load(v + c, mask=c_ok, other=0.0).to(ACC)
+    else:  # compiled code would go on behind a bare return
         return None
-    return tl.load(v + c, mask=c_ok, other=0.0).to(ACC)
 
 
 @triton.jit
