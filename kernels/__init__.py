@@ -9,7 +9,7 @@ if __name__ != "mfpsn_fx.kernels":
         "operators a second time; install the project (pip install -e .) and import mfpsn_fx.kernels"
     )
 
-from . import conv1d, conv2d, fused_cpu, fused_cuda, matmul, shifted_add  # noqa: F401  (each registers its kernels)
+from . import conv1d, conv2d, fused_cpu, fused_cuda, fused_triton, matmul, shifted_add  # noqa: F401  (each registers its kernels)
 from .fold import fold
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
