@@ -12,6 +12,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch.
 $(VENV)/.installed: pyproject.toml constraints.txt
