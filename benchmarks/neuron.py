@@ -71,7 +71,7 @@ class Settings:
             size = PAST_CACHE_BYTES["cpu" if self.device.type == "cpu" else "other"]
             steps = max(self.steps)
             batch = -(-size // (steps * self.channels * self.length * 4))
-            grid += [(steps, k, 1, batch) for k in self.orders[:2]]
+            grid.append((steps, self.orders[0], 1, batch))
         return sorted(grid, key=lambda cell: (-cell[0] * cell[3], cell[1:3]))
 
 

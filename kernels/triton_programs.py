@@ -219,7 +219,7 @@ def fire_program(
             window = window[1:] + (_input(x, base, at, xt, inside, scales, shifts, ACC, WIDE),)
             spikes = (_dot(window, 0, D, w, K) >= threshold) & inside
             at = at.to(tl.int64) if WIDE else at
-            tl.store(out + target + at * ot, spikes.to(out.dtype.element_ty), mask=ok)
+            tl.store(out + target + at * ot, spikes.to(ACC).to(out.dtype.element_ty), mask=ok)
     else:
         for first in range(0, steps, BT):
             at = first + lanes % BT
@@ -228,7 +228,7 @@ def fire_program(
             spikes = (_dot(values, 0, 1, w, K) >= threshold) & inside
             there = ok & (at < steps)
             at = at.to(tl.int64) if WIDE else at
-            tl.store(out + target + at * ot, spikes.to(out.dtype.element_ty), mask=there)
+            tl.store(out + target + at * ot, spikes.to(ACC).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

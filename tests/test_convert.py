@@ -213,14 +213,15 @@ def test_print_selection(net, example, capsys):
         assert word in text
 
 
-def test_table_says_what_failed_and_it_is_not_chosen(net, example):
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, torch.OutOfMemoryError])
+def test_table_says_what_failed_and_it_is_not_chosen(net, example, error):
     from mfpsn_fx.kernels import registry
     from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 
     @mfpsn_fx.register_kernel("breaks")
     class Breaks(ShiftedAdd):
         def filter(self, call, x, w):
-            raise RuntimeError("out of luck")
+            raise error("out of luck")
 
     try:
         rows = mfpsn_fx.selection(quick(net, example)).rows

@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_RUN = get_kernel(NAME).refusal(Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, DEVICE, 2, 1))
 runs = pytest.mark.skipif(CAN_RUN is not None, reason=f"{NAME}: {CAN_RUN} (TRITON_INTERPRET=1 runs it on the CPU)")
 # The interpreter takes milliseconds for each operation of each program
-OPTIONS = settings(max_examples=40, deadline=None, derandomize=True)
+OPTIONS = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @st.composite
@@ -93,7 +93,7 @@ def test_whole_against_the_reference(training, surrogate):
     """Forward and backward, affine and mask; where quantisers agree, and that is nearly everywhere."""
     compared = total = 0
 
-    @settings(OPTIONS, max_examples=15)
+    @settings(OPTIONS, max_examples=10)
     @given(problems(), st.sampled_from(["straight-through", "round-only", "none"]))
     def check(p, gradient):
         nonlocal compared, total
