@@ -23,7 +23,7 @@ class BuildError(RuntimeError):
 
 def run(command: Sequence[str]) -> str:
     """What ``command`` prints; :class:`BuildError` with its first complaint if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
         lines = lines or done.stderr.splitlines() or ["no message"]

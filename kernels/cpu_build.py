@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import sys
 
@@ -20,10 +21,12 @@ __all__ = ["BuildError", "library", "unavailable"]
 _SOURCE = pathlib.Path(__file__).resolve().parent / "csrc" / "fused_cpu.cpp"
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The compiler and the arguments that CXX gives it, such as ``ccache g++``."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name.split()[0])):
-            return found
+        words = shlex.split(name or "")
+        if words and (found := shutil.which(words[0])):
+            return [found, *words[1:]]
     raise BuildError("no C++ compiler was found; install one or set CXX")
 
 
@@ -36,14 +39,14 @@ def _processor() -> str:
     return "".join(sorted(set(lines)))
 
 
-def _command(compiler: str, output: str) -> list[str]:
+def _command(compiler: list[str], output: str) -> list[str]:
     lib = pathlib.Path(torch.__file__).parent / "lib"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     # torch's own OpenMP runtime before the compiler's: two thread pools in a process would fight for the cores
     runtime = [str(path) for path in sorted(lib.glob("libgomp*.so*"))]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     return [
-        compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include,
+        *compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include,
         str(_SOURCE), "-o", output, *runtime, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
@@ -54,8 +57,8 @@ def _library() -> ctypes.CDLL | BuildError:
     try:
         compiler = _compiler()
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
-        identity = [*sources, *_command(compiler, ""), torch.__version__, run([compiler, "--version"]), _processor()]
-        note = f"compiling the C++ kernels with {compiler} (once, about a quarter of a minute)"
+        identity = [*sources, *_command(compiler, ""), torch.__version__, run([*compiler, "--version"]), _processor()]
+        note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about a quarter of a minute)"
         path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
         return ctypes.CDLL(str(path))
     except (OSError, BuildError) as error:

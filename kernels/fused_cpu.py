@@ -90,9 +90,9 @@ class _Operand:
         sizes, steps = [shape[d] for d in dims], [strides[d] for d in dims]
         uniform, self.table = _uniform(sizes, steps), None
         if uniform is None:
-            self.table = torch.zeros(1, dtype=torch.int64)
+            self.table = torch.zeros(1, dtype=torch.int64, device="cpu")
             for size, step in zip(sizes, steps, strict=True):
-                self.table = (self.table[:, None] + torch.arange(size) * step).flatten()
+                self.table = (self.table[:, None] + torch.arange(size, device="cpu") * step).flatten()
         self.view = _View(
             strides[layout.time_dim],
             strides[layout.batch_dim],

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .fold import Folding
 from .layout import Layout
@@ -110,6 +111,25 @@ def _check(x: Tensor, weight: Tensor, mask: Tensor | None, dilation: int, layout
     return place
 
 
+def _check_operands(x: Tensor, weight: Tensor, layer: str, like_x: tuple = (), vectors: dict | None = None) -> None:
+    """Shapes and devices of what a kernel reads through bare pointers, for all kernels alike."""
+    for name, other in (vectors or {}).items():
+        wanted = weight.shape if name == "taps" else weight.shape[:1]
+        if other is not None and (other.shape != wanted or other.device != x.device):
+            raise ValueError(
+                f"{_named(layer)}{name} must have shape {tuple(wanted)} on {x.device} as weight and input have, "
+                f"found {tuple(other.shape)} on {other.device}"
+            )
+    if weight.device != x.device:
+        raise ValueError(f"{_named(layer)}the input is on {x.device}, the neuron on {weight.device}; move one of them")
+    for other in like_x:
+        if other.shape != x.shape or other.device != x.device:
+            raise ValueError(
+                f"{_named(layer)}the gradient must be shaped as the input, {tuple(x.shape)} on {x.device}, "
+                f"found {tuple(other.shape)} on {other.device}"
+            )
+
+
 def _check_training(x: Tensor, weight: Tensor, layer: str) -> None:
     if x.numel() <= weight.shape[0]:
         raise ValueError(
@@ -163,8 +183,13 @@ def _bind(
     alpha: float = 2.0,
     gradient: str = "straight-through",
     training: bool = False,
+    grad: Tensor | None = None,
+    **vectors: Tensor | None,
 ) -> _Bound:
     place = _check(x, weight, mask, dilation, layout, layer)
+    _check_operands(x, weight, layer, () if grad is None else (grad,), {"scale": scale, "shift": shift, **vectors})
+    if mask is not None and mask.device != x.device:
+        raise ValueError(f"{_named(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
     dtype = _sum_dtype(x, weight)
     problem = Problem(
         tuple(x.shape),
@@ -218,7 +243,8 @@ def _neuron(
     parts, call = _bind(
         x, weight, scale, shift, mask,
         dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
-        gradient=gradient, training=training,
+        gradient=gradient, training=training, gamma=gamma, beta=beta, running_mean=running_mean,
+        running_var=running_var,
     )  # fmt: skip
     dtype = call.dtype
     if training:
@@ -263,7 +289,7 @@ def _neuron_backward(
     parts, call = _bind(
         x, weight, scale, shift, mask,
         dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
-        gradient=gradient, training=training,
+        gradient=gradient, training=training, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var,
     )  # fmt: skip
     dtype, given = call.dtype, (weight, gamma, beta)
     if x.numel() == 0:
@@ -296,11 +322,17 @@ def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, lay
     parts, call = _bind(
         x, weight, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, training=True
     )
+    if x.numel() == 0:
+        return tuple(weight.new_zeros(weight.shape[0], dtype=call.dtype) for _ in range(2))
     return parts.statistics(call, x, weight.to(call.dtype))
 
 
 def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
-    parts, call = _bind(x, taps, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer)
+    parts, call = _bind(
+        x, taps, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, bias=bias
+    )
+    if x.numel() == 0:
+        return torch.empty_like(x)
     return parts.fire(call, x, taps.to(call.dtype), bias.to(call.dtype))
 
 
@@ -323,7 +355,10 @@ def _backward_reductions(
     parts, call = _bind(
         x, taps, scale, shift, mask,
         dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+        grad=grad, bias=bias,
     )  # fmt: skip
+    if x.numel() == 0:
+        return taps.new_zeros(taps.shape, dtype=call.dtype), taps.new_zeros(taps.shape[0], dtype=call.dtype)
     dtaps, dbias, _ = parts.backward_reductions(call, grad, x, taps.to(call.dtype), bias.to(call.dtype))
     return dtaps, dbias
 
@@ -351,7 +386,18 @@ def _backward_input(
     parts, call = _bind(
         x, weight, scale, shift, mask,
         dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
+        grad=grad, taps=taps, bias=bias, offset=offset, slope=slope,
     )  # fmt: skip
+    if x.numel() == 0:
+        none = weight.new_empty(0)
+        zero = weight.new_zeros(weight.shape[0], dtype=call.dtype)
+        return (
+            torch.empty_like(x) if input_grad else x.new_empty(0),
+            none if offset is None else weight.new_zeros(weight.shape, dtype=call.dtype),
+            none if scale is None else zero,
+            none.clone() if shift is None else zero.clone(),
+        )
+    offset, slope = (None if v is None else v.to(call.dtype) for v in (offset, slope))
     results = parts.backward_input(
         call, grad, x, taps.to(call.dtype), bias.to(call.dtype), weight.to(call.dtype), offset, slope, None, input_grad
     )
@@ -427,6 +473,10 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
 
 
+def _forward_ad() -> bool:
+    return forward_ad._current_level >= 0
+
+
 class _Neuron(torch.autograd.Function):
     """Autograd of ``mfpsn::neuron``.
 
@@ -452,6 +502,11 @@ class _Neuron(torch.autograd.Function):
     def backward(ctx, grad, _mean_grad, _var_grad):
         if grad is None:
             return (None,) * 10
+        if torch.is_grad_enabled():  # create_graph=True: what would come of it is a gradient of zero, without a word
+            layer = _named(ctx.constants.get("layer", ""))
+            raise NotImplementedError(
+                f"{layer}the neuron has no second derivative; take gradients without create_graph"
+            )
         _, *needs = ctx.needs_input_grad
         dx, dweight, dgamma, dbeta, dscale, dshift = torch.ops.mfpsn.neuron_backward(
             grad, *ctx.saved_tensors, input_grad=needs[0], **ctx.constants
@@ -462,6 +517,8 @@ class _Neuron(torch.autograd.Function):
 
 def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **constants):
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift, mask)
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors if _forward_ad()):
+        raise NotImplementedError(f"{_named(constants.get('layer', ''))}the neuron has no forward-mode derivative")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Neuron.apply(constants, *tensors)
     with torch._C._AutoDispatchBelowAutograd():

@@ -248,6 +248,28 @@ def test_sigmoid_surrogate(alpha):
         torch.testing.assert_close(dx.double(), alpha * s * (1 - s), rtol=tolerance[0], atol=tolerance[1])
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (3, 0, 4, 2), (3, 2, 4, 0)])
+def test_empty_inputs_of_the_parts(shape):
+    x, one, w = torch.empty(shape), torch.ones(4), torch.ones(4, 2)
+    assert fire(x, w, one, method="fused-cpp").shape == shape
+    assert all(v.tolist() == [0] * 4 for v in OPS.statistics(x, w, method="fused-cpp"))
+    assert not any(v.any() for v in OPS.backward_reductions(x, x, w, one, method="fused-cpp"))
+    dx, dw, *_ = OPS.backward_input(x, x, w, one, w, one, one, method="fused-cpp")
+    assert dx.shape == shape
+    assert not dw.any()
+
+
+@pytest.mark.parametrize("positions", [1031, 97, 64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 17])
+def test_few_channels_last(channels, positions):
+    x = torch.randn(4, 3, positions, channels).movedim(-1, 2)
+    weight, one = torch.randn(channels, 2), torch.ones(channels)
+    mean, var = OPS.statistics(x, weight, method="fused-cpp")
+    found = reference.forward(x, weight, one, one, one, one, training=True)
+    torch.testing.assert_close(mean.double(), found.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), found.var, rtol=1e-5, atol=1e-5)
+
+
 def test_out_of_memory_is_told(monkeypatch):
     """The library reports it (simulated here); it is raised, not answered with a wrong result."""
 

@@ -156,6 +156,44 @@ def test_running_statistics_may_change_between_forward_and_backward():
     assert arguments[1].grad is not None
 
 
+@pytest.mark.parametrize("method", ["shifted-add", "fused-cpp"])
+class TestOperands:
+    """Kernels read through pointers: what does not fit is refused before they see it."""
+
+    def test_lengths(self, method):
+        x, w, g, b, m, v = sample(grad=False)
+        for wrong in range(2, 6):
+            arguments = [x, w, g, b, m, v]
+            arguments[wrong] = arguments[wrong][:1]
+            with pytest.raises(ValueError, match=r"must have shape \(3,\)"):
+                neuron(*arguments, method=method)
+
+    def test_gradient(self, method):
+        x, w, g, b, m, v = sample(grad=False)
+        with pytest.raises(ValueError, match="the gradient must be shaped as the input"):
+            torch.ops.mfpsn.neuron_backward(x[:1], x, w, g, b, m, v, method=method)
+
+    def test_offset_and_slope_of_another_dtype(self, method):
+        x, w, _, b, m, v = (t.float() for t in sample(grad=False))
+        call = (torch.ones_like(x), x, w, b, w)
+        wanted = torch.ops.mfpsn.backward_input(*call, m, v, method=method)
+        found = torch.ops.mfpsn.backward_input(*call, m.double(), v.double(), method=method)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def test_second_derivatives_are_refused(self, method):
+        arguments = sample()
+        spikes, *_ = neuron(*arguments, training=True, method=method)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(spikes.sum(), arguments[0], create_graph=True)
+
+    def test_forward_mode_is_refused(self, method):
+        x, *rest = sample(grad=False)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                neuron(dual, *rest, method=method)
+
+
 def test_nothing_is_altered_or_aliased():
     arguments = sample(extras=True)
     before = [a.clone() for a in arguments]

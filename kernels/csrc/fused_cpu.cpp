@@ -48,8 +48,11 @@ struct Cut {
       // channels follow each other (channels-last): blocks of whole periods have the same channels in the same lanes
       int64_t times = std::max<int64_t>(1, block / period);
       while (J / period % times != 0) --times;
-      block = period * times;
-      group = std::max<int64_t>(1, kSum / T);
+      const int64_t whole = period * times;
+      if (ceil_div(whole, V) * V <= whole + whole / 4) {  // else too many lanes would idle
+        block = whole;
+        group = std::max<int64_t>(1, kSum / T);
+      }
     }
     blocks = ceil_div(J, block);
     const int64_t wanted = std::min(std::max<int64_t>(J * p.batch * T / kWork, 1), kTasks);
@@ -500,7 +503,7 @@ int guarded(const F& f) {
   try {
     f();
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (...) {  // nothing else than memory can fail here, and nothing may leave through the C interface
     return 1;
   }
 }
