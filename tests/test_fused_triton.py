@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -209,3 +210,17 @@ def test_without_triton_it_says_so(found):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ("triton is not installed" in done.stdout) is not found
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the run without the interpreter has done it")
+def test_programs_compile_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler refuses; no GPU is needed to compile. Order 8 has room in registers."""
+    pytest.importorskip("triton", reason="triton has wheels for Linux only")
+    script = pathlib.Path(__file__).with_name("triton_offline.py")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script, "80"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    programs = ("statistics", "fire", "reductions", "input", "fold", "chain", "sums")
+    assert {line[0] for line in lines} == {f"{name}_program" for name in programs}
+    assert [line for line in lines if int(line[2])] == []

@@ -1,0 +1,140 @@
+"""Compile the Triton kernel's programs as its real launches would, with no GPU: run by ``test_fused_triton``.
+
+Triton's interpreter is more lenient than its compiler. Here the kernel is called on CPU tensors without the
+interpreter, and each launch is caught and compiled for the architecture given as argument, by the arguments it was
+launched with: ones and ``None`` become constants and multiples of 16 are known as such, as at a launch.
+
+    python tests/triton_offline.py 90 [--all]
+
+takes the smallest tile of each program, with ``--all`` the largest too and more cases, and prints a line each: name,
+registers per thread, bytes spilled, warps, and how it was called.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, compile
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from mfpsn_fx.kernels import ATan, Layout, get_kernel
+from mfpsn_fx.kernels.fold import Folding
+from mfpsn_fx.kernels.parts import Call
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
+
+
+def usage(ptx: str, architecture: int) -> tuple[int, int]:
+    """(registers, bytes of spill stores), as ptxas reports them."""
+    name = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder) / "program.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        command = [get_ptxas(architecture).path, "-v", "--gpu-name", name, str(source), "-o", str(source) + ".cubin"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # a division in float64 is a function of its own, with registers of its own
+    return tuple(
+        max(map(int, re.findall(what, told))) for what in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+    )
+
+
+class Catcher:
+    """Stands in for a launch: compiles, runs nothing."""
+
+    def __init__(self, architecture: int, everything: bool) -> None:
+        self.architecture, self.everything, self.seen, self.about = architecture, everything, set(), ""
+
+    def autotuned(self, tuner: Autotuner, *args, grid, warmup=False, **kwargs) -> None:
+        for config in (tuner.configs[0], tuner.configs[-1])[: 2 if self.everything else 1]:
+            grid({**kwargs, **config.kwargs})
+            self.launched(tuner.fn, *args, **kwargs, **config.kwargs, num_warps=config.num_warps)
+
+    def launched(self, program: JITFunction, *args, grid=None, warmup=False, **kwargs) -> None:
+        names = program.arg_names
+        given = dict(zip(names, args, strict=False))
+        options = {key: kwargs.pop(key) for key in ("num_warps", "enable_fp_fusion") if key in kwargs}
+        assert not given.keys() & kwargs.keys()
+        given |= kwargs
+        assert given.keys() == set(names), (program.__name__, given.keys() ^ set(names))
+        signature, constants, aligned = {}, {}, {}
+        for index, name in enumerate(names):
+            value = given[name]
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                whole = value.data_ptr() % 16 == 0
+            elif program.params[index].is_constexpr or value is None or value == 1:
+                signature[name], constants[(index,)] = "constexpr", value
+                continue
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                whole = value % 16 == 0
+            if whole:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        key = (program.__name__, str(signature), str(constants), str(aligned), str(options))
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(fn=program, signature=signature, constexprs=constants, attrs=aligned)
+        made = compile(source, target=GPUTarget("cuda", self.architecture, 32), options=options)
+        registers, spilled = usage(made.asm["ptx"], self.architecture)
+        print(program.__name__, registers, spilled, options["num_warps"], self.about, flush=True)
+
+
+def call(catcher, layout, dtype, order, dilation, shape=(8, 4, 16, 64), extras=False, wide=False) -> None:
+    """One forward and backward in training, and fire alone."""
+    catcher.about = f"{layout},{str(dtype).removeprefix('torch.')},k={order},d={dilation},{shape},{extras=},{wide=}"
+    x = torch.zeros(Layout.parse(layout).shape_from(shape, "time_first"), dtype=dtype)
+    kept = torch.float64 if dtype is torch.float64 else torch.float32
+    one, weight = torch.ones(shape[2], dtype=kept), torch.ones(shape[2], order, dtype=kept)
+    more = (one, one, torch.ones(shape[:2], dtype=torch.bool)) if extras else ()
+    constants, folding, kernel = (
+        Call(Layout.parse(layout), dilation, kept, ATan(2.0), *more),
+        Folding(gradient="round-only"),
+        get_kernel("fused-triton").parts,
+    )
+    kernel.forward(constants, folding, x, weight, one, one, None, None)
+    kernel.backward(constants, folding, x, x, weight, one, one, one, one, True, True)
+    kernel.backward(constants, folding, x, x, weight, one, one, one, one, False, False)
+
+
+def main(architecture: int, everything: bool) -> None:
+    from mfpsn_fx.kernels import fused_triton
+
+    catcher = Catcher(architecture, everything)
+    Autotuner.run = lambda self, *args, **kwargs: catcher.autotuned(self, *args, **kwargs)
+    JITFunction.run = lambda self, *args, **kwargs: catcher.launched(self, *args, **kwargs)
+    single, half = torch.float32, torch.bfloat16
+    call(catcher, "time_first", half, 4, 1)
+    call(catcher, "time_first", single, 8, 1, extras=True)
+    call(catcher, "time_first", single, 1, 1, shape=(1, 1, 1, 1))
+    call(catcher, "time_last", single, 4, 2, extras=True)
+    if everything:
+        for dtype in (single, torch.float16, torch.float64):
+            call(catcher, "time_first", dtype, 4, 1)
+        call(catcher, "time_first", single, 8, 3, extras=True)
+        call(catcher, "time_first", single, 2, 1, shape=(4, 8, 64, 1))  # channels innermost
+        call(catcher, "time_first", half, 32, 1)
+        call(catcher, "time_last", half, 8, 1)
+        call(catcher, "time_last", single, 32, 1)
+    fused_triton._Geometry.wide = lambda self, *tensors: True
+    call(catcher, "time_first", single, 2, 1, extras=True, wide=True)
+    if everything:
+        call(catcher, "time_last", single, 2, 1, extras=True, wide=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "--all" in sys.argv[2:])
