@@ -395,14 +395,14 @@ def draw(found: dict, path, title: str) -> None:
     for group in dict.fromkeys(groups):
         places = [i for i, other in enumerate(groups) if other == group]
         label = f"T = {group[0]}" + ("\npast cache" if group[1] else "")
-        where = (sum(places) / len(places), -0.17)
+        where = (sum(places) / len(places), -0.215)
         axes.annotate(label, where, xycoords=("data", "axes fraction"), ha="center", va="top")
     axes.set_xticks(range(len(cells)), [f"k={cell['k']} d={cell['d']}" for cell in cells], rotation=90, fontsize=7)
     axes.set(yscale="log", xlim=(-0.8, len(cells) - 0.2), ylabel="time / PSN's time (lower is faster)", title=title)
     axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(ncols=len(names + ours), loc="upper center", bbox_to_anchor=(0.5, -0.27), frameon=False)
+    axes.legend(ncols=len(names + ours), loc="upper center", bbox_to_anchor=(0.5, -0.31), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
