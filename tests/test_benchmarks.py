@@ -163,10 +163,10 @@ class TestNeuron:
 
     def test_the_grid(self, load):
         cells = load("neuron").Settings().cells()
-        assert len(cells) == 2 + 4 + 3 * 6 + 2
+        assert len(cells) == 2 + 4 + 3 * 6 + 1
         assert all(k <= t for t, k, _, _ in cells)
         past = [cell for cell in cells if cell[3] != 32]
-        assert [cell[:3] for cell in past] == [(32, 2, 1), (32, 4, 1)]
+        assert [cell[:3] for cell in past] == [(32, 2, 1)]
         assert all(t * n * 128 * 32 * 4 >= 256 << 20 for t, _, _, n in past)
 
     def test_compiled(self, load):
