@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .cpu_build import library, unavailable
 from .fold import Folding
-from .layout import Layout
+from .layout import Layout, uniform_stride
 from .parts import Call, Parts
 from .quantiser import Gradient
 from .registry import Problem, register_kernel
@@ -53,20 +52,6 @@ class _Folding(ctypes.Structure):
     ]
 
 
-def _uniform(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride by which all elements of these dims, in row-major order, follow each other; or None."""
-    step, expected = None, None
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != expected:
-            return None
-        expected = stride * size
-    return 1 if step is None else step
-
-
 class _Geometry:
     """A tensor's elements (all dims but T and N) in the order in which they lie in memory: no strides are refused."""
 
@@ -88,7 +73,7 @@ class _Operand:
 
     def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...], layout: Layout, dims: tuple[int, ...]) -> None:
         sizes, steps = [shape[d] for d in dims], [strides[d] for d in dims]
-        uniform, self.table = _uniform(sizes, steps), None
+        uniform, self.table = uniform_stride(sizes, steps), None
         if uniform is None:
             self.table = torch.zeros(1, dtype=torch.int64, device="cpu")
             for size, step in zip(sizes, steps, strict=True):

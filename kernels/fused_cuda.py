@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import cuda_build
 from .fold import Folding
 from .fused_cuda_plan import LIMIT, MOST_ORDER, Geometry, Plan, plan
-from .layout import Layout
+from .layout import Layout, uniform_stride
 from .parts import Call, Parts
 from .quantiser import Gradient
 from .registry import Problem, register_kernel
@@ -81,20 +80,6 @@ def _checked(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _uniform(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride by which positions, in row-major order, follow each other; 0 for one position; None if none."""
-    step = expected = None
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != expected:
-            return None
-        expected = stride * size
-    return 0 if step is None else step
-
-
 def _geometry(x: Tensor, layout: Layout) -> Geometry | None:
     """How ``x`` lies in memory; None if its positions do not follow each other by one stride."""
     sizes, strides = x.shape, x.stride()
@@ -102,7 +87,7 @@ def _geometry(x: Tensor, layout: Layout) -> Geometry | None:
         rest, heads = slice(3, None), (0, 1, 2)
     else:
         rest, heads = slice(2, -1), (-1, 0, 1)
-    position = _uniform(sizes[rest], strides[rest])
+    position = uniform_stride(sizes[rest], strides[rest])
     if position is None:
         return None
     address = 16 if x.is_meta else x.data_ptr() | 16

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, uniform_stride
 from .parts import Call, Parts
 from .quantiser import Gradient
 from .registry import Problem, register_kernel
@@ -63,20 +63,6 @@ def _supports(problem: Problem) -> str | None:
 def _power(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def _uniform(sizes: list[int], strides: list[int]) -> int | None:
-    """The one stride by which the elements of these dims, in row-major order, follow each other; or None."""
-    step = expected = None
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if step is None:
-            step = stride
-        elif stride != expected:
-            return None
-        expected = stride * size
-    return 0 if step is None else step
 
 
 class _Geometry:
@@ -128,7 +114,7 @@ class _Geometry:
         Without ``copy`` the tensor is None in that case.
         """
         sizes, strides = [x.shape[d] for d in self.places], [x.stride(d) for d in self.places]
-        uniform = _uniform(sizes, strides)
+        uniform = uniform_stride(sizes, strides)
         if uniform is None:
             if not copy:
                 return None, (0, 0, 0, 0)

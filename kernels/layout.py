@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["Layout", "per_channel", "to_layout", "valid_steps"]
+__all__ = ["Layout", "per_channel", "to_layout", "uniform_stride", "valid_steps"]
 
 
 class Layout(enum.StrEnum):
@@ -84,3 +85,20 @@ def valid_steps(mask: Tensor, ndim: int, layout: Layout) -> Tensor:
         return mask.reshape(*mask.shape, *([1] * (ndim - 2)))
     steps, batch = mask.shape
     return torch.reshape(mask.t(), (batch, *([1] * (ndim - 2)), steps))
+
+
+def uniform_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The one stride by which the elements of these dims, in row-major order, follow each other.
+
+    0 for a single element, None where there is no such stride.
+    """
+    step = expected = None
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return 0 if step is None else step

@@ -473,10 +473,6 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
 
 
-def _forward_ad() -> bool:
-    return forward_ad._current_level >= 0
-
-
 class _Neuron(torch.autograd.Function):
     """Autograd of ``mfpsn::neuron``.
 
@@ -504,9 +500,7 @@ class _Neuron(torch.autograd.Function):
             return (None,) * 10
         if torch.is_grad_enabled():  # create_graph=True: what would come of it is a gradient of zero, without a word
             layer = _named(ctx.constants.get("layer", ""))
-            raise NotImplementedError(
-                f"{layer}the neuron has no second derivative; take gradients without create_graph"
-            )
+            raise RuntimeError(f"{layer}a surrogate gradient has no derivative; take gradients without create_graph")
         _, *needs = ctx.needs_input_grad
         dx, dweight, dgamma, dbeta, dscale, dshift = torch.ops.mfpsn.neuron_backward(
             grad, *ctx.saved_tensors, input_grad=needs[0], **ctx.constants
@@ -517,8 +511,11 @@ class _Neuron(torch.autograd.Function):
 
 def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **constants):
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift, mask)
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors if _forward_ad()):
-        raise NotImplementedError(f"{_named(constants.get('layer', ''))}the neuron has no forward-mode derivative")
+    # a dual tensor requires no grad: without this its tangent would be dropped, and zero stand for the derivative
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(f"{_named(constants.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Neuron.apply(constants, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
