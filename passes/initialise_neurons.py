@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from mfpsn_fx.kernels.fold import deviation
 from mfpsn_fx.kernels.op import statistics
 from mfpsn_fx.model.neuron import MulFreePSN
 
@@ -88,7 +89,7 @@ def _hook_measurement(copied: nn.Module) -> None:
             x, module.weight, dilation=module.dilation, layout=kwargs.get("layout") or module.layout, layer=module.path
         )
         mean, var = mean.to(module.running_mean), var.to(module.running_var)
-        std = torch.sqrt(var + module.eps)
+        std = deviation(var, module.eps)
         module.running_mean.copy_(mean)
         module.running_var.copy_(var)
         module.gamma.data.copy_(std)
