@@ -23,6 +23,8 @@ _torchvision_stub()
 
 from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402
 
+from mfpsn_fx.kernels import fold  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -61,3 +63,18 @@ def net() -> LifNet:
 @pytest.fixture
 def example() -> torch.Tensor:
     return torch.randn(6, 5, 1, 8)
+
+
+@pytest.fixture
+def at_the_threshold() -> tuple[torch.Tensor, ...]:
+    """(x, weight, γ, β, mean, var) in eval: x[0] reaches each of 512 thresholds exactly, x[1] is one unit below.
+
+    A kernel that folds on its own and rounds otherwise than ``kernels.fold`` fires wrongly on one of the two.
+    """
+    weight, gamma, beta, mean = (torch.randn(512) for _ in range(4))
+    var = torch.rand(512) + 0.1
+    folded = fold(weight[:, None], gamma, beta, mean, var, 1e-5)
+    tap = folded.taps[:, 0]
+    reached = -folded.bias / tap  # exact: the tap is a power of two
+    below = torch.nextafter(reached, torch.copysign(torch.full_like(reached, torch.inf), -tap))
+    return torch.stack([reached, below])[:, None], weight[:, None], gamma, beta, mean, var

@@ -11,7 +11,7 @@ import torch
 
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import ATan, Layout, cpu_build, fire, fused_cpu, get_kernel, neuron, power_of_two, reference
-from mfpsn_fx.kernels.fold import Folding, fold
+from mfpsn_fx.kernels.fold import Folding
 from mfpsn_fx.kernels.parts import Call, Parts
 from mfpsn_fx.kernels.registry import Problem
 
@@ -231,16 +231,8 @@ def test_whole_equals_its_parts_however_the_work_is_cut(shape, memory, gradient)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-def test_the_folds_bias_and_taps_are_equal_to_the_bit():
-    """Inputs that reach the threshold exactly fire, those one unit below do not: a bias rounded otherwise shows."""
-    weight, gamma, beta, mean = (torch.randn(512) for _ in range(4))
-    var = torch.rand(512) + 0.1
-    folded = fold(weight[:, None], gamma, beta, mean, var, 1e-5)
-    tap = folded.taps[:, 0]
-    at = -folded.bias / tap  # exact: the tap is a power of two
-    below = torch.nextafter(at, torch.copysign(torch.full_like(at, torch.inf), -tap))
-    x = torch.stack([at, below])[:, None]
-    spikes, *_ = neuron(x, weight[:, None], gamma, beta, mean, var, method="fused-cpp")
+def test_the_folds_bias_is_equal_to_the_bit(at_the_threshold):
+    spikes, *_ = neuron(*at_the_threshold, method="fused-cpp")
     assert spikes[0].all()
     assert not spikes[1].any()
 

@@ -263,6 +263,13 @@ def test_training_and_gradients(place):
     check()
 
 
+def test_the_folds_bias_is_equal_to_the_bit(place, at_the_threshold):
+    method, device = place
+    spikes, *_ = neuron(*(t.to(device) for t in at_the_threshold), method=method)
+    assert spikes[0].all()
+    assert not spikes[1].any()
+
+
 def test_backward_is_frugal(place):
     """Nothing the size of X is allocated beside the gradient of X."""
     method, device = place

@@ -166,6 +166,13 @@ def test_whole_equals_its_parts(layout):
 
 
 @runs
+def test_the_folds_bias_is_equal_to_the_bit(at_the_threshold):
+    spikes, *_ = neuron(*(t.to(DEVICE) for t in at_the_threshold), method=NAME)
+    assert spikes[0].all()
+    assert not spikes[1].any()
+
+
+@runs
 def test_variance_is_stable_at_a_large_mean():
     x = torch.randn(8, 16, 4, 9).to(DEVICE) + 1e3
     mean, var = OPS.statistics(x, torch.ones(4, 1, device=DEVICE), method=NAME)
