@@ -65,9 +65,6 @@ class _Geometry:
         self.elements = torch.Size(shape[d] for d in dims).numel()
 
 
-_geometry = functools.lru_cache(maxsize=256)(_Geometry)
-
-
 class _Operand:
     """A tensor of given strides as the C++ side sees it; keeps the table of offsets alive."""
 
@@ -91,35 +88,63 @@ class _Operand:
 _operand = functools.lru_cache(maxsize=64)(_Operand)
 
 
+class _Prepared:
+    """What calls with the same sizes and constants share, so that it is found once."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        strides: tuple[int, ...],
+        layout: Layout,
+        order: int,
+        dilation: int,
+        surrogate: str,
+        alpha: float,
+    ) -> None:
+        g = self.geometry = _Geometry(tuple(shape), strides, layout)
+        self.sizes = (g.steps, g.batch, g.elements, g.channels, g.inner, order, dilation, _SURROGATES[surrogate], alpha)
+        self.problem = _Problem(*self.sizes)
+        self.address = ctypes.addressof(self.problem)
+
+
+_prepared = functools.lru_cache(maxsize=256)(_Prepared)
+
+
+@functools.cache
+def _function(part: str, dtype: torch.dtype, arguments: int) -> ctypes._CFuncPtr:
+    function = getattr(library(), f"mfpsn_{part}_{_SUFFIX[dtype]}")
+    # addresses are passed as they are, None as a null pointer
+    function.argtypes = [ctypes.c_void_p] * arguments
+    return function
+
+
 class _Run:
     """One call into the library: sizes, constants, and what has to stay alive meanwhile."""
 
     def __init__(self, call: Call, x: Tensor, order: int) -> None:
-        self.layout, self.order = call.layout, order
-        g = self.geometry = _geometry(tuple(x.shape), x.stride(), call.layout)
-        self.alive: list = [t if t is None else t.contiguous() for t in (call.scale, call.shift, call.mask)]
-        self.problem = _Problem(
-            g.steps, g.batch, g.elements, g.channels, g.inner, order, call.dilation, _SURROGATES[call.surrogate.name],
-            call.surrogate.alpha, *(None if t is None else t.data_ptr() for t in self.alive),
-        )  # fmt: skip
-        self.suffix = _SUFFIX[x.dtype]
+        self.layout, self.order, self.dtype = call.layout, order, x.dtype
+        surrogate = call.surrogate
+        shared = _prepared(x.shape, x.stride(), call.layout, order, call.dilation, surrogate.name, surrogate.alpha)
+        self.dims, self.problem, self.alive = shared.geometry.dims, shared.address, []
+        if call.scale is not None or call.shift is not None or call.mask is not None:
+            own = _Problem(*shared.sizes, *self.vectors(call.scale, call.shift, call.mask))
+            self.problem = ctypes.addressof(own)
+            self.alive.append(own)
 
     def operand(self, x: Tensor) -> tuple[int, int]:
         """Addresses of the view of ``x`` and of its values."""
-        operand = _operand(tuple(x.shape), x.stride(), self.layout, self.geometry.dims)
+        operand = _operand(x.shape, x.stride(), self.layout, self.dims)
         self.alive.append(operand)
         return operand.address, x.data_ptr()
 
     def vectors(self, *tensors: Tensor | None) -> list[int | None]:
         """Addresses of parameters, made contiguous."""
-        dense = [None if t is None else t.contiguous() for t in tensors]
+        dense = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
         self.alive.append(dense)
         return [None if t is None else t.data_ptr() for t in dense]
 
     def __call__(self, part: str, *addresses: int | None) -> None:
-        function = getattr(library(), f"mfpsn_{part}_{self.suffix}")
-        passed = (None if a is None else ctypes.c_void_p(a) for a in (ctypes.addressof(self.problem), *addresses))
-        if function(*passed) != 0:
+        if _function(part, self.dtype, 1 + len(addresses))(self.problem, *addresses) != 0:
             raise MemoryError(f"fused-cpp: no memory for the scratch space of {part}, order {self.order}")
 
 

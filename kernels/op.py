@@ -6,6 +6,7 @@ filter runs once with W for the batch statistics and once with W_q = Q(γ/√(σ
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from .fold import Folding
 from .layout import Layout
 from .parts import Call
 from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
-from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel
-from .surrogate import get_surrogate
+from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, version
+from .surrogate import Surrogate, get_surrogate
 
 __all__ = ["backward_input", "backward_reductions", "fire", "neuron", "statistics"]
 
@@ -81,53 +82,68 @@ def _sum_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
-def _check(x: Tensor, weight: Tensor, mask: Tensor | None, dilation: int, layout: str, layer: str) -> Layout:
+def _check(
+    shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...], dilation: int, layout: str, layer: str
+) -> Layout:
+    """What shapes and constants must satisfy, ``shape`` and ``weight`` being those of the input and of W."""
     place = Layout.parse(layout)
-    if not x.is_floating_point():
+    if not dtype.is_floating_point:
         raise TypeError(
-            f"{_named(layer)}the input must be floating point, found {x.dtype}; convert it, e.g. with x.float()"
+            f"{_named(layer)}the input must be floating point, found {dtype}; convert it, e.g. with x.float()"
         )
-    if x.ndim < 3:
+    if len(shape) < 3:
         raise ValueError(
             f"{_named(layer)}the input must have at least 3 dims, "
-            f"{'(T, N, C, *)' if place is Layout.TIME_FIRST else '(N, C, *, T)'}, found shape {tuple(x.shape)}"
+            f"{'(T, N, C, *)' if place is Layout.TIME_FIRST else '(N, C, *, T)'}, found shape {tuple(shape)}"
         )
-    if weight.ndim != 2 or weight.shape[1] < 1:
-        raise ValueError(f"{_named(layer)}the weight must be (C, k) with k >= 1, found {tuple(weight.shape)}")
-    if x.shape[place.channel_dim] != weight.shape[0]:
+    if len(weight) != 2 or weight[1] < 1:
+        raise ValueError(f"{_named(layer)}the weight must be (C, k) with k >= 1, found {tuple(weight)}")
+    if shape[place.channel_dim] != weight[0]:
         raise ValueError(
-            f"{_named(layer)}expected {weight.shape[0]} channels in dim {place.channel_dim} of the {place} input, "
-            f"found {x.shape[place.channel_dim]} in shape {tuple(x.shape)}"
+            f"{_named(layer)}expected {weight[0]} channels in dim {place.channel_dim} of the {place} input, "
+            f"found {shape[place.channel_dim]} in shape {tuple(shape)}"
         )
     if dilation < 1:
         raise ValueError(f"{_named(layer)}dilation must be at least 1, found {dilation}")
-    if mask is not None:
-        wanted = (x.shape[place.time_dim], x.shape[place.batch_dim])
-        if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
-            raise ValueError(
-                f"{_named(layer)}the mask must be bool of shape (T, N) = {wanted}, "
-                f"found {mask.dtype} of shape {tuple(mask.shape)}"
-            )
     return place
 
 
-def _check_operands(x: Tensor, weight: Tensor, layer: str, like_x: tuple = (), vectors: dict | None = None) -> None:
+def _check_mask(mask: Tensor, x: Tensor, place: Layout, layer: str) -> None:
+    wanted = (x.shape[place.time_dim], x.shape[place.batch_dim])
+    if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{_named(layer)}the mask must be bool of shape (T, N) = {wanted}, "
+            f"found {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"{_named(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
+
+
+def _check_fake(x: Tensor, weight: Tensor, mask: Tensor | None, dilation: int, layout: str, layer: str) -> None:
+    place = _check(x.shape, x.dtype, weight.shape, dilation, layout, layer)
+    if mask is not None:
+        _check_mask(mask, x, place, layer)
+
+
+def _check_operands(x: Tensor, weight: Tensor, grad: Tensor | None, layer: str, vectors: dict) -> None:
     """Shapes and devices of what a kernel reads through bare pointers, for all kernels alike."""
-    for name, other in (vectors or {}).items():
-        wanted = weight.shape if name == "taps" else weight.shape[:1]
-        if other is not None and (other.shape != wanted or other.device != x.device):
+    device, whole, channels = x.device, weight.shape, weight.shape[:1]
+    for name, other in vectors.items():
+        if other is None:
+            continue
+        wanted = whole if name == "taps" else channels
+        if other.shape != wanted or other.device != device:
             raise ValueError(
-                f"{_named(layer)}{name} must have shape {tuple(wanted)} on {x.device} as weight and input have, "
+                f"{_named(layer)}{name} must have shape {tuple(wanted)} on {device} as weight and input have, "
                 f"found {tuple(other.shape)} on {other.device}"
             )
-    if weight.device != x.device:
-        raise ValueError(f"{_named(layer)}the input is on {x.device}, the neuron on {weight.device}; move one of them")
-    for other in like_x:
-        if other.shape != x.shape or other.device != x.device:
-            raise ValueError(
-                f"{_named(layer)}the gradient must be shaped as the input, {tuple(x.shape)} on {x.device}, "
-                f"found {tuple(other.shape)} on {other.device}"
-            )
+    if weight.device != device:
+        raise ValueError(f"{_named(layer)}the input is on {device}, the neuron on {weight.device}; move one of them")
+    if grad is not None and (grad.shape != x.shape or grad.device != device):
+        raise ValueError(
+            f"{_named(layer)}the gradient must be shaped as the input, {tuple(x.shape)} on {device}, "
+            f"found {tuple(grad.shape)} on {grad.device}"
+        )
 
 
 def _check_training(x: Tensor, weight: Tensor, layer: str) -> None:
@@ -168,6 +184,49 @@ class _Bound(NamedTuple):
     call: Call
 
 
+class _Settled(NamedTuple):
+    parts: object
+    layout: Layout
+    dtype: torch.dtype
+    surrogate: Surrogate
+
+
+# What follows from shapes and constants is found once for all calls alike: found anew it took a fifth of a training
+# step's time in Python
+@functools.lru_cache(maxsize=1024)
+def _settled(
+    registered: int,  # changes with the registry, and with it the answer
+    shape: torch.Size,
+    weight: torch.Size,
+    dtype: torch.dtype,
+    wide: bool,
+    device: str,
+    surrogate: str,
+    alpha: float,
+    gradient: str,
+    training: bool,
+    masked: bool,
+    affine: bool,
+    dilation: int,
+    layout: str,
+    method: str,
+    layer: str,
+) -> _Settled:
+    place = _check(shape, dtype, weight, dilation, layout, layer)
+    problem = Problem(
+        tuple(shape), place, dtype, device, weight[1], dilation, surrogate, str(Gradient.parse(gradient)), training,
+        masked, affine,
+    )  # fmt: skip
+    wide = wide or dtype is torch.float64
+    sums = torch.float64 if wide else torch.float32
+    return _Settled(_kernel(method, problem, layer).parts, place, sums, get_surrogate(surrogate, alpha))
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # asked first: a call of Tensor.to that has nothing to do takes ten times as long as the question
+    return x if x is None or x.dtype is dtype else x.to(dtype)
+
+
 def _bind(
     x: Tensor,
     weight: Tensor,
@@ -186,34 +245,17 @@ def _bind(
     grad: Tensor | None = None,
     **vectors: Tensor | None,
 ) -> _Bound:
-    place = _check(x, weight, mask, dilation, layout, layer)
-    _check_operands(x, weight, layer, () if grad is None else (grad,), {"scale": scale, "shift": shift, **vectors})
-    if mask is not None and mask.device != x.device:
-        raise ValueError(f"{_named(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
-    dtype = _sum_dtype(x, weight)
-    problem = Problem(
-        tuple(x.shape),
-        place,
-        x.dtype,
-        x.device.type,
-        weight.shape[1],
-        dilation,
-        surrogate,
-        str(Gradient.parse(gradient)),
-        training,
-        mask is not None,
-        scale is not None or shift is not None,
-    )
-    call = Call(
-        place,
-        dilation,
-        dtype,
-        get_surrogate(surrogate, alpha),
-        None if scale is None else scale.to(dtype),
-        None if shift is None else shift.to(dtype),
-        mask,
-    )
-    return _Bound(_kernel(method, problem, layer).parts, call)
+    affine = scale is not None or shift is not None
+    parts, place, dtype, smooth = _settled(
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device.type, surrogate, alpha,
+        gradient, training, mask is not None, affine, dilation, layout, method, layer,
+    )  # fmt: skip
+    if affine:
+        vectors |= {"scale": scale, "shift": shift}
+    _check_operands(x, weight, grad, layer, vectors)
+    if mask is not None:
+        _check_mask(mask, x, place, layer)
+    return _Bound(parts, Call(place, dilation, dtype, smooth, _to(scale, dtype), _to(shift, dtype), mask))
 
 
 def _neuron(
@@ -251,11 +293,11 @@ def _neuron(
         _check_training(x, weight, layer)
         used = None, None
     else:
-        used = running_mean.to(dtype), running_var.to(dtype)
+        used = _to(running_mean, dtype), _to(running_var, dtype)
     if x.numel() == 0:
         return torch.empty_like(x), weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
     folding = Folding(eps, gradient, min_exponent, max_exponent)
-    spikes, mean, var = parts.forward(call, folding, x, weight.to(dtype), gamma.to(dtype), beta.to(dtype), *used)
+    spikes, mean, var = parts.forward(call, folding, x, _to(weight, dtype), _to(gamma, dtype), _to(beta, dtype), *used)
     if not training:
         mean, var = weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
     return spikes, mean, var
@@ -304,15 +346,15 @@ def _neuron_backward(
         Folding(eps, gradient, min_exponent, max_exponent),
         grad,
         x,
-        *(p.to(dtype) for p in (weight, gamma, beta, mean, var)),
+        *(_to(p, dtype) for p in (weight, gamma, beta, mean, var)),
         training,
         input_grad,
     )
     return (
         x.new_empty(0) if dx is None else dx,
-        dweight.to(given[0].dtype),
-        dgamma.to(given[1].dtype),
-        dbeta.to(given[2].dtype),
+        _to(dweight, given[0].dtype),
+        _to(dgamma, given[1].dtype),
+        _to(dbeta, given[2].dtype),
         x.new_empty(0) if scale is None else dscale.to(scale.dtype),
         x.new_empty(0) if shift is None else dshift.to(shift.dtype),
     )
@@ -324,7 +366,7 @@ def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, lay
     )
     if x.numel() == 0:
         return tuple(weight.new_zeros(weight.shape[0], dtype=call.dtype) for _ in range(2))
-    return parts.statistics(call, x, weight.to(call.dtype))
+    return parts.statistics(call, x, _to(weight, call.dtype))
 
 
 def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
@@ -333,7 +375,7 @@ def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layou
     )
     if x.numel() == 0:
         return torch.empty_like(x)
-    return parts.fire(call, x, taps.to(call.dtype), bias.to(call.dtype))
+    return parts.fire(call, x, _to(taps, call.dtype), _to(bias, call.dtype))
 
 
 def _backward_reductions(
@@ -359,7 +401,7 @@ def _backward_reductions(
     )  # fmt: skip
     if x.numel() == 0:
         return taps.new_zeros(taps.shape, dtype=call.dtype), taps.new_zeros(taps.shape[0], dtype=call.dtype)
-    dtaps, dbias, _ = parts.backward_reductions(call, grad, x, taps.to(call.dtype), bias.to(call.dtype))
+    dtaps, dbias, _ = parts.backward_reductions(call, grad, x, _to(taps, call.dtype), _to(bias, call.dtype))
     return dtaps, dbias
 
 
@@ -397,9 +439,18 @@ def _backward_input(
             none if scale is None else zero,
             none.clone() if shift is None else zero.clone(),
         )
-    offset, slope = (None if v is None else v.to(call.dtype) for v in (offset, slope))
+    offset, slope = _to(offset, call.dtype), _to(slope, call.dtype)
     results = parts.backward_input(
-        call, grad, x, taps.to(call.dtype), bias.to(call.dtype), weight.to(call.dtype), offset, slope, None, input_grad
+        call,
+        grad,
+        x,
+        _to(taps, call.dtype),
+        _to(bias, call.dtype),
+        _to(weight, call.dtype),
+        offset,
+        slope,
+        None,
+        input_grad,
     )
     none = (x, weight, weight, weight)
     return tuple(like.new_empty(0) if r is None else r for r, like in zip(results, none, strict=True))
@@ -409,7 +460,7 @@ def _fake_neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
     training=False, dilation=1, layout="time_first", layer="", **constants,
 ):  # fmt: skip
-    _check(x, weight, mask, dilation, layout, layer)
+    _check_fake(x, weight, mask, dilation, layout, layer)
     if training:
         _check_training(x, weight, layer)
     size = weight.shape[0] if training else 0
@@ -433,13 +484,13 @@ def _fake_neuron_backward(
 def _fake_statistics(
     x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""
 ):
-    _check(x, weight, mask, dilation, layout, layer)
+    _check_fake(x, weight, mask, dilation, layout, layer)
     channel = weight.new_empty(weight.shape[0], dtype=_sum_dtype(x, weight))
     return channel, torch.empty_like(channel)
 
 
 def _fake_fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", layer="", **rest):
-    _check(x, taps, mask, dilation, layout, layer)
+    _check_fake(x, taps, mask, dilation, layout, layer)
     return torch.empty_like(x)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "kernels",
     "register_kernel",
     "unregister_kernel",
+    "version",
 ]
 
 # Runs wherever torch runs, in both layouts, on every dtype, and needs no compiler.
@@ -27,6 +28,7 @@ DEFAULT_KERNEL = "shifted-add"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _KERNELS: dict[str, Kernel] = {}
+_changes = 0
 
 
 class Problem(NamedTuple):
@@ -140,9 +142,20 @@ def register_kernel(
             unavailable,
             doc[0] if doc else "",
         )
+        _changed()
         return cls
 
     return decorate
+
+
+def _changed() -> None:
+    global _changes
+    _changes += 1
+
+
+def version() -> int:
+    """A number that changes whenever a kernel is registered or taken out: for what is remembered about kernels."""
+    return _changes
 
 
 def unregister_kernel(name: str) -> None:
@@ -151,6 +164,7 @@ def unregister_kernel(name: str) -> None:
         raise ValueError(f"{name!r} is the default kernel, which unbound neurons run; it cannot be unregistered")
     get_kernel(name)
     del _KERNELS[name]
+    _changed()
 
 
 def get_kernel(name: str) -> Kernel:

@@ -278,12 +278,7 @@ def test_few_channels_last(channels, positions):
 
 def test_out_of_memory_is_told(monkeypatch):
     """The library reports it (simulated here); it is raised, not answered with a wrong result."""
-
-    class Full:
-        def __getattr__(self, name):
-            return lambda *arguments: 1
-
-    monkeypatch.setattr(fused_cpu, "library", Full)
+    monkeypatch.setattr(fused_cpu, "_function", lambda *key: lambda *arguments: 1)
     with pytest.raises(MemoryError, match="fused-cpp: no memory for the scratch space of fire"):
         fire(torch.randn(4, 2, 3), torch.ones(3, 2), torch.zeros(3), method="fused-cpp")
 

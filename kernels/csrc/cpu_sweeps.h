@@ -5,6 +5,8 @@
 // threshold; a tap that reaches before t = 0 is left out.
 #pragma once
 
+#include <utility>
+
 #include "cpu_slabs.h"
 
 namespace mfpsn {
@@ -16,6 +18,9 @@ struct Tile {
   int64_t stride;
   acc* operator()(int64_t t) const { return at + t * stride; }
 };
+
+// Left to itself the compiler keeps bodies of the sweeps out of line, and with them taps and sums out of registers
+#define MFPSN_INLINED __attribute__((always_inline))
 
 struct Walk {
   int64_t steps, order, dilation;
@@ -40,21 +45,35 @@ struct Taps<0, acc> {
   vec<acc> operator[](int64_t i) const { return get(from + i * lanes<acc>); }
 };
 
-// body(t, first) for each step, the taps first … k−1 being those that reach no further back than t = 0; `first` is a
-// constant 0 from where on all do
-template <int K, typename Body>
-inline void each_step(const Walk& walk, const Body& body) {
-  const int64_t order = K ? K : walk.order, d = walk.dilation;
-  const int64_t ramp = std::min(walk.steps, (order - 1) * d);
+// body(t, first) for each step, the taps first … k−1 being those that reach no further back than t = 0. `first` is a
+// constant from where on all do (0), and everywhere where the order is one: at T = k = 8 most steps lie on that ramp, and
+// loops over a variable number of taps took twice as long
+template <int K, typename Body, int... reversed>
+MFPSN_INLINED inline int64_t ramp_up(const Walk& walk, const Body& body, std::integer_sequence<int, reversed...>) {
   int64_t t = 0;
-  for (int64_t first = order - 1; t < ramp; --first)
-    for (const int64_t end = std::min(ramp, t + d); t < end; ++t) body(t, first);
+  const auto steps = [&](auto first) MFPSN_INLINED {
+    for (const int64_t end = std::min(walk.steps, t + walk.dilation); t < end; ++t) body(t, first);
+  };
+  (steps(std::integral_constant<int64_t, K - 1 - reversed>{}), ...);
+  return t;
+}
+
+template <int K, typename Body>
+MFPSN_INLINED inline void each_step(const Walk& walk, const Body& body) {
+  int64_t t = 0;
+  if constexpr (K > 0) {
+    t = ramp_up<K>(walk, body, std::make_integer_sequence<int, K - 1>{});
+  } else {
+    const int64_t ramp = std::min(walk.steps, (walk.order - 1) * walk.dilation);
+    for (int64_t first = walk.order - 1; t < ramp; --first)
+      for (const int64_t end = std::min(ramp, t + walk.dilation); t < end; ++t) body(t, first);
+  }
   for (; t < walk.steps; ++t) body(t, std::integral_constant<int64_t, 0>{});
 }
 
 // One step of H (10)
 template <int K, typename acc, typename First>
-inline vec<acc> filtered(const Walk& walk, const Tile<const acc>& x, const Taps<K, acc>& w, int64_t t, First first) {
+MFPSN_INLINED inline vec<acc> filtered(const Walk& walk, const Tile<const acc>& x, const Taps<K, acc>& w, int64_t t, First first) {
   const int64_t order = K ? K : walk.order, d = walk.dilation;
   const int64_t start = first;
   vec<acc> h = w[start] * get(x(t - (order - 1 - start) * d));
@@ -65,7 +84,7 @@ inline vec<acc> filtered(const Walk& walk, const Tile<const acc>& x, const Taps<
 
 // sums[i] += d · x[t − lag_i]
 template <int K, typename acc, typename First, typename Sums>
-inline void correlated(const Walk& walk, const Tile<const acc>& x, vec<acc> d, int64_t t, First first, Sums& sums) {
+MFPSN_INLINED inline void correlated(const Walk& walk, const Tile<const acc>& x, vec<acc> d, int64_t t, First first, Sums& sums) {
   const int64_t order = K ? K : walk.order;
   const int64_t start = first;
 #pragma GCC unroll 8
@@ -96,7 +115,7 @@ struct Sums<0, acc> {
 
 // Θ'(u)
 template <typename acc>
-inline vec<acc> surrogate(int64_t kind, acc alpha, vec<acc> u) {
+MFPSN_INLINED inline vec<acc> surrogate(int64_t kind, acc alpha, vec<acc> u) {
   if (kind == 0) {
     const vec<acc> z = u * static_cast<acc>(M_PI / 2 * alpha);
     return (alpha / 2) / (z * z + acc(1));
@@ -122,7 +141,7 @@ inline void statistics_tile(const Walk& walk, Tile<const acc> x, const acc* taps
   }
   const vec<acc> pivot = get(rows);
   vec<acc> sum = get(rows + V), square = get(rows + 2 * V);
-  each_step<K>(walk, [&](int64_t t, auto first) {
+  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
     if (K == 0 && walk.masked(t)) return;
     const vec<acc> h = filtered<K, acc>(walk, x, w, t, first) - pivot;
     sum = sum + h;
@@ -136,7 +155,7 @@ template <int K, typename acc>
 inline void fire_tile(const Walk& walk, Tile<const acc> x, const acc* taps, const acc* bias, Tile<acc> out) {
   const Taps<K, acc> w(taps, walk.order);
   const vec<acc> threshold = -get(bias), one = all(acc(1));
-  each_step<K>(walk, [&](int64_t t, auto first) {
+  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
     if (K == 0 && walk.masked(t)) return put(out(t), vec<acc>{});
     // H + b ≥ 0 and H ≥ −b are the same in IEEE arithmetic
     put(out(t), filtered<K, acc>(walk, x, w, t, first) >= threshold ? one : vec<acc>{});
@@ -153,7 +172,7 @@ inline void reductions_tile(const Walk& walk, Tile<const acc> x, Tile<const acc>
   acc* last = rows + walk.order * V;
   Sums<K, acc> sums(rows, walk.order);
   vec<acc> total = get(last);
-  each_step<K>(walk, [&](int64_t t, auto first) {
+  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
     if (K == 0 && walk.masked(t)) return;
     const vec<acc> du = surrogate<acc>(kind, alpha, filtered<K, acc>(walk, x, w, t, first) + b) * get(grad(t));
     total = total + du;
@@ -170,7 +189,7 @@ inline void membrane_tile(const Walk& walk, Tile<const acc> x, Tile<const acc> g
   constexpr int64_t V = lanes<acc>;
   const Taps<K, acc> w(taps, walk.order);
   const vec<acc> b = get(bias);
-  each_step<K>(walk, [&](int64_t t, auto first) {
+  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
     if (K == 0 && walk.masked(t)) return put(du + t * V, vec<acc>{});
     put(du + t * V, surrogate<acc>(kind, alpha, filtered<K, acc>(walk, x, w, t, first) + b) * get(grad(t)));
   });
@@ -184,7 +203,7 @@ inline void through_tile(const Walk& walk, Tile<const acc> x, const acc* weight,
   const Taps<K, acc> w(weight, walk.order);
   const vec<acc> a = get(offset), s = get(slope);
   Sums<K, acc> sums(rows, walk.order);
-  each_step<K>(walk, [&](int64_t t, auto first) {
+  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
     if (K == 0 && walk.masked(t)) return put(dh + t * V, vec<acc>{});
     const vec<acc> d = a + s * filtered<K, acc>(walk, x, w, t, first);
     put(dh + t * V, d);
@@ -200,7 +219,7 @@ inline void transposed_tile(const Walk& walk, const acc* du, const acc* taps, co
   constexpr int64_t V = lanes<acc>;
   const Taps<K, acc> q(taps, walk.order), w(both ? weight : taps, walk.order);
   const int64_t order = K ? K : walk.order, d = walk.dilation;
-  const auto step = [&](int64_t s, auto first) {
+  const auto step = [&](int64_t s, auto first) MFPSN_INLINED {
     const int64_t start = first;
     vec<acc> sum{};
 #pragma GCC unroll 8
@@ -211,10 +230,9 @@ inline void transposed_tile(const Walk& walk, const acc* du, const acc* taps, co
     }
     put(dx(s), sum);
   };
-  const int64_t whole = std::max<int64_t>(0, walk.steps - (order - 1) * d);
-  int64_t s = 0;
-  for (; s < whole; ++s) step(s, std::integral_constant<int64_t, 0>{});
-  for (; s < walk.steps; ++s) step(s, std::max<int64_t>(0, order - 1 - (walk.steps - 1 - s) / d));
+  // the last steps reach no further than t = T − 1: the ramp, backwards
+  int64_t s = walk.steps;
+  each_step<K>(walk, [&](int64_t, auto first) MFPSN_INLINED { step(--s, first); });
 }
 
 }  // namespace mfpsn

@@ -157,15 +157,15 @@ class MulFreePSN(nn.Module):
         return spikes
 
     def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
-        with torch.no_grad():
-            count = x.numel() // self.channels
-            if mask is None:
-                unbiased = var * (count / (count - 1))
-            else:
-                valid = mask.sum() * (count // mask.numel())
-                unbiased = var * (valid / (valid - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        count = x.numel() // self.channels
+        if mask is None:
+            unbiased = var * (count / (count - 1))
+        else:
+            valid = mask.sum() * (count // mask.numel())
+            unbiased = var * (valid / (valid - 1).clamp(min=1))
+        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
+            # neither requires grad: the op's statistics are not differentiable
+            running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), self.momentum)
 
     def folded(self) -> Fold:
         """Taps W_q (C, k) and bias b_f (C,) that evaluation fires with (appendix C), and what they are made of."""
