@@ -30,6 +30,10 @@ struct Problem {
   const uint8_t* mask;  // (T, N), or null
 };
 
+// Rows that are copied side by side: one at a time waits for memory, since the prefetchers run only so far ahead in each
+// (at T = 16 and 32, with nothing in cache, a training step took 0.63 of the time at 8 rows, 0.66 at 4, 0.73 at 2)
+constexpr int64_t kStreams = 8;
+
 template <typename acc>
 inline int64_t tile_size(const Problem& p) {
   return (p.steps | 1) * lanes<acc>;
@@ -84,17 +88,18 @@ void load(const Problem& p, const View& v, const scalar* x, int64_t n, int64_t j
   const scalar* base = x + n * v.sn;
   if (width % V != 0) std::fill_n(slab + (tiles - 1) * size, T * V, acc(0));
   if (v.offset == nullptr && v.sj == 1) {
-    for (int64_t t = 0; t < T; ++t) {
-      const scalar* row = base + t * v.st + j0;
+    for (int64_t t0 = 0; t0 < T; t0 += kStreams)
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        acc* to = slab + tile * size + t * V;
         const int64_t count = std::min(V, width - tile * V);
-        if (count == V)
-          put(to, widened<acc>(row + tile * V));
-        else
-          for (int64_t b = 0; b < count; ++b) to[b] = static_cast<acc>(row[tile * V + b]);
+        for (int64_t t = t0; t < std::min(T, t0 + kStreams); ++t) {
+          const scalar* row = base + t * v.st + j0 + tile * V;
+          acc* to = slab + tile * size + t * V;
+          if (count == V)
+            put(to, widened<acc>(row));
+          else
+            for (int64_t b = 0; b < count; ++b) to[b] = static_cast<acc>(row[b]);
+        }
       }
-    }
     return;
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -126,17 +131,18 @@ void store(const Problem& p, const View& v, scalar* x, int64_t n, int64_t j0, in
   const int64_t T = p.steps, tiles = (width + V - 1) / V, size = tile_size<acc>(p);
   scalar* base = x + n * v.sn;
   if (v.offset == nullptr && v.sj == 1) {
-    for (int64_t t = 0; t < T; ++t) {
-      scalar* row = base + t * v.st + j0;
+    for (int64_t t0 = 0; t0 < T; t0 += kStreams)
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const acc* from = slab + tile * size + t * V;
         const int64_t count = std::min(V, width - tile * V);
-        if (count == V)
-          narrowed<acc>(row + tile * V, get(from));
-        else
-          for (int64_t b = 0; b < count; ++b) row[tile * V + b] = static_cast<scalar>(from[b]);
+        for (int64_t t = t0; t < std::min(T, t0 + kStreams); ++t) {
+          const acc* from = slab + tile * size + t * V;
+          scalar* row = base + t * v.st + j0 + tile * V;
+          if (count == V)
+            narrowed<acc>(row, get(from));
+          else
+            for (int64_t b = 0; b < count; ++b) row[b] = static_cast<scalar>(from[b]);
+        }
       }
-    }
     return;
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {

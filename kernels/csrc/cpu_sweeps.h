@@ -182,34 +182,33 @@ inline void reductions_tile(const Walk& walk, Tile<const acc> x, Tile<const acc>
   put(last, total);
 }
 
-// du[t] = grad · Θ'(U)
-template <int K, typename acc>
-inline void membrane_tile(const Walk& walk, Tile<const acc> x, Tile<const acc> grad, const acc* taps, const acc* bias,
-                          int64_t kind, acc alpha, acc* du) {
+// du[t] = grad · Θ'(U) where there is a gradient; dh[t] = offset + slope · H and in rows Σ dh[t] · X[t − lag_i] where there
+// is an offset. Both in one sweep: rows of X that are a power of two apart share a few cache sets, and a second sweep over
+// 16 of them would find none where the first left it.
+template <int K, bool membrane, bool through, typename acc>
+inline void gradients_tile(const Walk& walk, Tile<const acc> x, Tile<const acc> grad, const acc* taps, const acc* bias,
+                           int64_t kind, acc alpha, const acc* weight, const acc* offset, const acc* slope, acc* du, acc* dh,
+                           acc* rows) {
   constexpr int64_t V = lanes<acc>;
-  const Taps<K, acc> w(taps, walk.order);
-  const vec<acc> b = get(bias);
-  each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
-    if (K == 0 && walk.masked(t)) return put(du + t * V, vec<acc>{});
-    put(du + t * V, surrogate<acc>(kind, alpha, filtered<K, acc>(walk, x, w, t, first) + b) * get(grad(t)));
-  });
-}
-
-// dh[t] = offset + slope · H; rows: Σ dh[t] · X[t − lag_i]
-template <int K, typename acc>
-inline void through_tile(const Walk& walk, Tile<const acc> x, const acc* weight, const acc* offset, const acc* slope,
-                         acc* dh, acc* rows) {
-  constexpr int64_t V = lanes<acc>;
-  const Taps<K, acc> w(weight, walk.order);
-  const vec<acc> a = get(offset), s = get(slope);
+  const Taps<K, acc> q(membrane ? taps : weight, walk.order), w(through ? weight : taps, walk.order);
+  const vec<acc> b = membrane ? get(bias) : vec<acc>{}, a = through ? get(offset) : vec<acc>{},
+                 s = through ? get(slope) : vec<acc>{};
   Sums<K, acc> sums(rows, walk.order);
   each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
-    if (K == 0 && walk.masked(t)) return put(dh + t * V, vec<acc>{});
-    const vec<acc> d = a + s * filtered<K, acc>(walk, x, w, t, first);
-    put(dh + t * V, d);
-    correlated<K, acc>(walk, x, d, t, first, sums);
+    if (K == 0 && walk.masked(t)) {
+      if constexpr (membrane) put(du + t * V, vec<acc>{});
+      if constexpr (through) put(dh + t * V, vec<acc>{});
+      return;
+    }
+    if constexpr (membrane)
+      put(du + t * V, surrogate<acc>(kind, alpha, filtered<K, acc>(walk, x, q, t, first) + b) * get(grad(t)));
+    if constexpr (through) {
+      const vec<acc> d = a + s * filtered<K, acc>(walk, x, w, t, first);
+      put(dh + t * V, d);
+      correlated<K, acc>(walk, x, d, t, first, sums);
+    }
   });
-  sums.finish();
+  if constexpr (through) sums.finish();
 }
 
 // dx[s] = Σ_i taps_i · du[s + lag_i] (+ Σ_i weight_i · dh[s + lag_i] where there is a dh)

@@ -25,10 +25,11 @@ constexpr int64_t kSlab = 16384, kRow = 256, kLongest = 1024, kMost = 65536;
 constexpr int64_t kWork = 32768, kTasks = 256;
 // Values that one lane sums in float32, so that rounding stays near 1e-6 of the sum
 constexpr int64_t kSum = 4096;
-// Up to how many steps a tile is read in place: at 32 steps, half a megabyte apart, the two sweeps of backward took 1.4
-// times as long in place as through a slab, at 8 steps 0.9 times. Whole registers are always written in place (firing
+// Up to how many rows in all, of all tensors that a sweep touches, tiles are read in place. Beyond, rows fight for a few
+// sets of the cache, and lie in more pages than the TLB holds: the sweep for dX at 16 steps, 48 rows, took 1.2 to 1.8 times as
+// long in place; the reductions at 8 steps, 16 rows, 0.7 to 0.9 times. Whole registers are always written in place (firing
 // took 0.55 to 0.8 of the time that it took through a slab), up to where steps would outnumber the TLB's pages.
-constexpr int64_t kReadInPlace = 8, kWriteInPlace = 64;
+constexpr int64_t kReadInPlace = 16, kWriteInPlace = 64;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -98,10 +99,12 @@ struct Task {
   static constexpr int64_t V = lanes<acc>;
   const Problem& p;
   const Cut& cut;
+  int64_t tensors;  // that its sweep touches
   int64_t index, group, j0, width, tiles, n0, n1;
   acc* free;  // scratch that is not taken yet
 
-  Task(const Problem& p, const Cut& cut, int64_t index, acc* free) : p(p), cut(cut), index(index), free(free) {
+  Task(const Problem& p, const Cut& cut, int64_t tensors, int64_t index, acc* free)
+      : p(p), cut(cut), tensors(tensors), index(index), free(free) {
     const int64_t chunk = index / cut.groups;
     group = index % cut.groups;
     n0 = p.batch * chunk / cut.chunks, n1 = p.batch * (chunk + 1) / cut.chunks;
@@ -209,8 +212,8 @@ Tiles<acc> tiles_of(const Task<scalar, acc>& task, const View& v, const scalar* 
 }
 
 template <typename scalar, typename acc>
-Tiles<const acc> read(const Task<scalar, acc>& task, const View& v, const scalar* x, int64_t n, bool changed, acc* slab) {
-  const Tiles<acc> t = tiles_of(task, v, x, n, !changed && task.p.steps <= kReadInPlace, slab);
+Tiles<const acc> read(const Task<scalar, acc>& task, const View& v, const scalar* x, int64_t n, bool in_place, acc* slab) {
+  const Tiles<acc> t = tiles_of(task, v, x, n, in_place && task.p.steps * task.tensors <= kReadInPlace, slab);
   const int64_t done = t.in_place * lanes<acc>;
   if (done < task.width) load(task.p, v, x, n, task.j0 + done, task.width - done, slab + t.in_place * t.slab_stride);
   return {t.place, t.slab, t.tile_stride, t.step_stride, t.in_place, t.slab_stride};
@@ -222,14 +225,14 @@ void write_back(const Task<scalar, acc>& task, const View& v, scalar* x, int64_t
   if (done < task.width) store(task.p, v, x, n, task.j0 + done, task.width - done, t.slab + t.in_place * t.slab_stride);
 }
 
-// Runs body(task) for all tasks
+// Runs body(task) for all tasks; a task touches so many tensors, and has one slab more and so many rows of scratch space
 template <typename scalar, typename acc, typename Body>
-void run(const Problem& p, const Cut& cut, int64_t slabs, int64_t rows, const Body& body) {
+void run(const Problem& p, const Cut& cut, int64_t tensors, int64_t rows, const Body& body) {
   const int64_t V = lanes<acc>, tiles = ceil_div(cut.block, V);
   at::parallel_for(0, cut.tasks(), 1, [&](int64_t begin, int64_t end) {
-    acc* free = scratch<acc>(tiles * (slabs * tile_size<acc>(p) + rows * V) + 2 * p.steps * V);
+    acc* free = scratch<acc>(tiles * ((tensors + 1) * tile_size<acc>(p) + rows * V) + 2 * p.steps * V);
     for (int64_t index = begin; index < end; ++index) {
-      Task<scalar, acc> task(p, cut, index, free);
+      Task<scalar, acc> task(p, cut, tensors, index, free);
       body(task);
     }
   });
@@ -241,7 +244,7 @@ Tiles<const acc> lifted(const Task<scalar, acc>& task, const View& v, const scal
                         const acc* shift, acc* slab) {
   const Problem& p = task.p;
   const bool changed = p.scale != nullptr || p.shift != nullptr || p.mask != nullptr;
-  const Tiles<const acc> tiles = read(task, v, x, n, changed, slab);
+  const Tiles<const acc> tiles = read(task, v, x, n, !changed, slab);
   if (changed) lift(p, n, task.tiles, scale, shift, slab);
   return tiles;
 }
@@ -374,7 +377,7 @@ void backward_reductions(const Problem& p, const Cut& cut, const View& v, const 
       task.at(task.group * cut.group + g);
       for (int64_t n = task.n0; n < task.n1; ++n) {
         const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
-        const Tiles<const acc> grads = read(task, vg, grad, n, false, gradients);
+        const Tiles<const acc> grads = read(task, vg, grad, n, true, gradients);
         const Walk walk = task.walk(n);
         with_order<acc>(p, cut.order, [&](auto K) {
           for (int64_t i = 0; i < task.tiles; ++i)
@@ -401,7 +404,7 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
   const bool affine = p.scale != nullptr || p.shift != nullptr, wanted = dx != nullptr || affine;
   const int64_t rows = cut.order, T = p.steps, size = tile_size<acc>(p);
   std::vector<double> found(cut.tasks() * cut.slots * (rows + 2), 0.0);
-  run<scalar, acc>(p, cut, 4, 3 * cut.order + 7, [&](Task<scalar, acc>& task) {
+  run<scalar, acc>(p, cut, 3, 3 * cut.order + 7, [&](Task<scalar, acc>& task) {
     acc *slab = task.take_slab(), *gradients = task.take_slab(), *out = task.take_slab();
     acc* raw = affine ? task.take_slab() : nullptr;
     acc *du = task.take(T * V), *dh = task.take(T * V);
@@ -419,20 +422,25 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
         if (affine) load(p, v, x, n, task.j0, task.width, raw);
         const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
         Tiles<const acc> grads{};
-        if (wanted) grads = read(task, vg, grad, n, false, gradients);
+        if (wanted) grads = read(task, vg, grad, n, true, gradients);
         const bool after = affine || p.mask != nullptr || dx == nullptr;
         const Tiles<acc> target = tiles_of<scalar, acc>(task, vd, dx, n, !after && T <= kWriteInPlace, out);
         const Walk walk = task.walk(n);
         with_order<acc>(p, cut.order, [&](auto K) {
           for (int64_t i = 0; i < task.tiles; ++i) {
             const acc *qi = q + i * cut.order * V, *wi = w + i * cut.order * V;
-            if (offset != nullptr) through_tile<K>(walk, tiles(i), wi, a + i * V, s + i * V, dh, sums + i * rows * V);
-            if (!wanted) continue;
-            membrane_tile<K>(walk, tiles(i), grads(i), qi, b + i * V, p.surrogate, static_cast<acc>(p.alpha), du);
-            if (offset != nullptr)
-              transposed_tile<K, true>(walk, du, qi, dh, wi, target(i));
+            const auto gradients = [&](auto membrane, auto through) {
+              gradients_tile<K, membrane.value, through.value>(walk, tiles(i), grads(i), qi, b + i * V, p.surrogate,
+                                                               static_cast<acc>(p.alpha), wi, a + i * V, s + i * V, du, dh,
+                                                               sums + i * rows * V);
+              if constexpr (membrane.value) transposed_tile<K, through.value>(walk, du, qi, dh, wi, target(i));
+            };
+            if (!wanted)
+              gradients(std::false_type{}, std::true_type{});
+            else if (offset != nullptr)
+              gradients(std::true_type{}, std::true_type{});
             else
-              transposed_tile<K, false>(walk, du, qi, dh, wi, target(i));
+              gradients(std::true_type{}, std::false_type{});
           }
         });
         if (!wanted) continue;
