@@ -237,6 +237,21 @@ def test_the_folds_bias_is_equal_to_the_bit(at_the_threshold):
     assert not spikes[1].any()
 
 
+@pytest.mark.parametrize("length", [65536, 65543])
+def test_results_that_are_written_past_the_caches(length):
+    """From 64 MB on, rows at multiples of 64 bytes or not: the same bits as sample by sample, in small results."""
+    x, grad = torch.randn(3, 6, 16, length), torch.randn(3, 6, 16, length)
+    weight, gamma, beta, mean, var = torch.randn(16, 2), *torch.randn(2, 16), torch.zeros(16), torch.rand(16)
+    assert x.numel() * 4 >= 64 << 20 > x[:, :1].numel() * 4
+    eval_only = (weight, gamma, beta, mean, var)
+    spikes = neuron(x, *eval_only, method="fused-cpp")[0]
+    dx = OPS.neuron_backward(grad, x, *eval_only, method="fused-cpp")[0]
+    for n in range(6):
+        one, its = x[:, n : n + 1], grad[:, n : n + 1]
+        assert torch.equal(spikes[:, n : n + 1], neuron(one, *eval_only, method="fused-cpp")[0])
+        assert torch.equal(dx[:, n : n + 1], OPS.neuron_backward(its, one, *eval_only, method="fused-cpp")[0])
+
+
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 50.0])
 def test_sigmoid_surrogate(alpha):
     """Its exponential is the kernel's own: far from the threshold too."""

@@ -19,6 +19,13 @@ struct Tile {
   acc* operator()(int64_t t) const { return at + t * stride; }
 };
 
+template <typename acc>
+struct Target {
+  Tile<acc> tile;
+  bool past_caches;
+  void write(int64_t t, vec<acc> v) const { past_caches ? put_past_caches(tile(t), v) : put(tile(t), v); }
+};
+
 // Left to itself the compiler keeps bodies of the sweeps out of line, and with them taps and sums out of registers
 #define MFPSN_INLINED __attribute__((always_inline))
 
@@ -152,13 +159,13 @@ inline void statistics_tile(const Walk& walk, Tile<const acc> x, const acc* taps
 }
 
 template <int K, typename acc>
-inline void fire_tile(const Walk& walk, Tile<const acc> x, const acc* taps, const acc* bias, Tile<acc> out) {
+inline void fire_tile(const Walk& walk, Tile<const acc> x, const acc* taps, const acc* bias, Target<acc> out) {
   const Taps<K, acc> w(taps, walk.order);
   const vec<acc> threshold = -get(bias), one = all(acc(1));
   each_step<K>(walk, [&](int64_t t, auto first) MFPSN_INLINED {
-    if (K == 0 && walk.masked(t)) return put(out(t), vec<acc>{});
+    if (K == 0 && walk.masked(t)) return out.write(t, vec<acc>{});
     // H + b ≥ 0 and H ≥ −b are the same in IEEE arithmetic
-    put(out(t), filtered<K, acc>(walk, x, w, t, first) >= threshold ? one : vec<acc>{});
+    out.write(t, filtered<K, acc>(walk, x, w, t, first) >= threshold ? one : vec<acc>{});
   });
 }
 
@@ -214,7 +221,7 @@ inline void gradients_tile(const Walk& walk, Tile<const acc> x, Tile<const acc> 
 // dx[s] = Σ_i taps_i · du[s + lag_i] (+ Σ_i weight_i · dh[s + lag_i] where there is a dh)
 template <int K, bool both, typename acc>
 inline void transposed_tile(const Walk& walk, const acc* du, const acc* taps, const acc* dh, const acc* weight,
-                            Tile<acc> dx) {
+                            Target<acc> dx) {
   constexpr int64_t V = lanes<acc>;
   const Taps<K, acc> q(taps, walk.order), w(both ? weight : taps, walk.order);
   const int64_t order = K ? K : walk.order, d = walk.dilation;
@@ -227,7 +234,7 @@ inline void transposed_tile(const Walk& walk, const acc* du, const acc* taps, co
       sum = sum + q[i] * get(du + at);
       if constexpr (both) sum = sum + w[i] * get(dh + at);
     }
-    put(dx(s), sum);
+    dx.write(s, sum);
   };
   // the last steps reach no further than t = T − 1: the ramp, backwards
   int64_t s = walk.steps;

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace mfpsn {
 
 template <typename acc>
@@ -30,6 +34,29 @@ inline vec<acc> get(const acc* from) {
 template <typename acc>
 inline void put(acc* to, vec<acc> v) {
   __builtin_memcpy(to, &v, sizeof v);
+}
+
+// Writes past the caches, to an address that is a multiple of 64: the line is not fetched first. `flush_past_caches` before
+// another thread reads.
+template <typename acc>
+inline void put_past_caches(acc* to, vec<acc> v) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(__SSE2__)
+  __m128i bits[4];
+  __builtin_memcpy(bits, &v, sizeof bits);
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, bits[i]);
+#else
+  put(to, v);
+#endif
+}
+
+inline void flush_past_caches() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <typename acc>
