@@ -65,6 +65,10 @@ class SourceNeuron:
         threshold: () or (C,); fires at ``≥`` it, or above it if ``strict``.
         surrogate: the one its user trained with.
         strict: the source fires at > only.
+        reset: what a spike does to the membrane of a source whose response is geometric; conversion drops it, calibration
+            simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by the threshold;
+            ``"late-zero"`` and ``"late-subtract"``: the same happens to the next step's membrane, after its decay and
+            input (snnTorch).
         channels: if the neuron itself knows them.
         notes: what the conversion drops or approximates, for the selection table.
     """
@@ -74,6 +78,7 @@ class SourceNeuron:
     threshold: Tensor
     surrogate: Surrogate = dataclasses.field(default_factory=ATan)
     strict: bool = False
+    reset: str = "none"
     channels: int | None = None
     notes: tuple[str, ...] = ()
 

@@ -54,7 +54,10 @@ def _reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
         notes += (f"v_reset {float(rest):g} folded into the threshold",)
     if getattr(m, "store_v_seq", False):
         notes += ("the membrane sequence is no longer stored",)
-    return SourceNeuron(type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, notes=notes)
+    reset = "subtract" if m.v_reset is None else "zero"
+    return SourceNeuron(
+        type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, reset=reset, notes=notes
+    )
 
 
 @register_source(*_names("IFNode", "integrate_and_fire"))
@@ -102,7 +105,7 @@ def gated_leaky(m: nn.Module) -> SourceNeuron:
     gain, ratio = torch.broadcast_tensors(gain, ratio)
     return SourceNeuron(
         "GatedLIFNode", Geometric(gain.clone(), ratio.clone()), threshold + drift.mean(-1), surrogate,
-        channels=channels, notes=notes,
+        reset="subtract", channels=channels, notes=notes,
     )  # fmt: skip
 
 
