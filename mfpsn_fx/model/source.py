@@ -65,8 +65,8 @@ class SourceNeuron:
         threshold: () or (C,); fires at ``≥`` it, or above it if ``strict``.
         surrogate: the one its user trained with.
         strict: the source fires at > only.
-        reset: what a spike does to the membrane of a source whose response is geometric; conversion drops it, calibration
-            simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by the threshold;
+        reset: what a spike does to the membrane of a source whose response is geometric; conversion drops it,
+            calibration simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by the threshold;
             ``"late-zero"`` and ``"late-subtract"``: the same happens to the next step's membrane, after its decay and
             input (snnTorch).
         channels: if the neuron itself knows them.

@@ -55,9 +55,7 @@ def _reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
     if getattr(m, "store_v_seq", False):
         notes += ("the membrane sequence is no longer stored",)
     reset = "subtract" if m.v_reset is None else "zero"
-    return SourceNeuron(
-        type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, reset=reset, notes=notes
-    )
+    return SourceNeuron(type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, reset=reset, notes=notes)
 
 
 @register_source(*_names("IFNode", "integrate_and_fire"))
