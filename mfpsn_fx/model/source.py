@@ -66,9 +66,9 @@ class SourceNeuron:
         surrogate: the one its user trained with.
         strict: the source fires at > only.
         reset: what a spike does to the membrane of a source whose response is geometric; conversion drops it,
-            calibration simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by the threshold;
-            ``"late-zero"`` and ``"late-subtract"``: the same happens to the next step's membrane, after its decay and
-            input (snnTorch).
+            calibration simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by
+            the threshold; ``"late-zero"`` and ``"late-subtract"``: the same happens to the next step's membrane, after
+            its decay and input (snnTorch).
         channels: if the neuron itself knows them.
         notes: what the conversion drops or approximates, for the selection table.
     """
