@@ -15,6 +15,7 @@ from mfpsn_fx.model import (
     NotAFilterError,
     SourceNeuron,
     Taps,
+    TwoPole,
     register_source,
     unregister_source,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "SourceNeuron",
     "Surrogate",
     "Taps",
+    "TwoPole",
     "backend",
     "conversion_pipeline",
     "convert",
