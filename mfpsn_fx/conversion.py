@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -30,6 +31,7 @@ from mfpsn_fx.passes import (
 )
 
 from .selection import graph_of
+from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
@@ -99,6 +101,7 @@ def convert(
     init: str = "source",
     strict: bool = True,
     inplace: bool = False,
+    accept: Sequence[str] = (),
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
     repeats: int = 5,
@@ -118,6 +121,7 @@ def convert(
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
+        accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
         surrogate: for all new neurons; None keeps each source's.
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         repeats: m of autoselect.
@@ -143,17 +147,27 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
-    pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
+    pipeline = functools.partial(
+        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
         surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
     )  # fmt: skip
+    pipeline(example_args, kwargs)  # options are looked at before anything is copied
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
     _check_example(example_args, kwargs)
+    stepped = has_steps(model)
+    if stepped and inplace:
+        raise ValueError(
+            f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
+            "neurons that see all of it; use the graph that convert returns"
+        )
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
-        gm, _ = capture(subject)
-        gm = pipeline(gm)
+        if stepped:
+            gm, example_args, kwargs = rolled_up(subject, example_args, kwargs, accept)
+        else:
+            gm, _ = capture(subject)
+        gm = pipeline(example_args, kwargs)(gm)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
         if inplace:

@@ -60,8 +60,15 @@ class Stepping:
         """The state arguments of the next call."""
         if not self.states:
             return ()
-        names = ("state",) if "state" in self.outputs else self.states
-        return tuple(result[self.outputs.index("membrane" if n == "mem" else n)] for n in names)
+        if "state" in self.outputs:
+            return (result[self.outputs.index("state")],)
+        return tuple(result[self.position(name)] for name in self.states)
+
+    def position(self, state: str) -> int:
+        """Where a call's result has what the next call takes as ``state``."""
+        if "state" in self.outputs:
+            return self.outputs.index("state")
+        return self.outputs.index({"mem": "membrane", "spk": "spikes"}.get(state, state))
 
     def leaky_integrator(self, m: nn.Module) -> LeakyIntegrator:
         """The module that returns what the membrane of ``m`` would be without its reset.

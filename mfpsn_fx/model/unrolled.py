@@ -24,7 +24,7 @@ from .source import qualified_name
 from .stepping import stepping_of
 from .time_axis import fold_time, unfold_time
 
-__all__ = ["NotSteppedError", "capture_steps", "has_steps"]
+__all__ = ["NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
 
 _LIFT = "norse.torch.module.lift.Lift"
 _TRACED = ("norse.torch.module.sequential.SequentialState",)
@@ -270,7 +270,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                 )
             leaves[owner] = reason
     graph = graphs[0]
-    _drop_specialisations(graph)
+    _drop_specialisations(graph, concrete)
     for node in graph.nodes:
         node.meta.pop("mfpsn_owner", None)
     gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
@@ -296,12 +296,13 @@ def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
     return concrete
 
 
-def _drop_specialisations(graph: fx.Graph) -> None:
+def _drop_specialisations(graph: fx.Graph, concrete: Mapping) -> None:
     """FX asserts that what was traced as a constant stays one; such arguments are gone from the new network."""
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
         asserts = node.op == "call_function" and node.target in (torch._assert, fx._symbolic_trace._assert_is_none)
         compared = node.op == "call_function" and getattr(node.target, "__name__", "") == "eq"
-        if asserts or compared:
+        given = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
+        if asserts or compared or given:
             graph.erase_node(node)
