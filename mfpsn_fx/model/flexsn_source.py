@@ -48,7 +48,7 @@ def flexible(m: nn.Module) -> SourceNeuron:
     plane = torch.where(sign == 0, 0.0, sign / fires_at)
     small = torch.where(sign == 0, 1.0, fires_at) / 4
     _, moved = core(torch.diag(small))
-    update = (moved / small).T  # (states, 1 + states): next states from (input, states)
+    update = (moved / small[:, None]).T  # (states, 1 + states): next states from (input, states)
     _check_at_random(core, plane, small, update)
     response = Recurrence(update[:, 1:], update[:, 0], plane[1:], plane[0])
     notes = ("reset dropped", "its core was probed", "surrogate unknown, replaced by ATan(2)")
