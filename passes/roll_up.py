@@ -12,8 +12,9 @@ from torch.fx.node import map_aggregate
 
 from mfpsn_fx.model.capture import copied, preserved_rng
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.over_time import OverTime
-from mfpsn_fx.model.source import NotAFilterError
+from mfpsn_fx.model.source import NotAFilterError, is_source, looks_like_a_neuron
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.unrolled import has_batch_statistics
 
@@ -220,6 +221,8 @@ class _Emitter:
             if expr.op == "neuron":
                 self._check_membrane(index)
                 self._check_channels(expr)
+            elif expr.op == "call_module":
+                self._check_memory(expr)
         if "batch_statistics" not in self.accept:
             found = list(self.gm.meta.get("mfpsn_batch_layers", ()))
             for index in sorted(needed):
@@ -241,6 +244,20 @@ class _Emitter:
             known = exprs[index].op in ("neuron", "of_sequence", "repeat")
             if exprs[index].timed and not known and self.slices.full(index):
                 self._check_alike(exprs[index])
+
+    def _check_memory(self, expr: Expr) -> None:
+        """No layer on the fused axis may remember: its steps would be other samples."""
+        if not expr.timed:
+            return
+        for path, module in self.gm.get_submodule(expr.target).named_modules():
+            layer = ".".join(filter(None, (expr.target, path)))
+            if isinstance(module, (nn.RNNBase, MulFreePSN)):
+                raise RollUpError(f"{layer}: a {type(module).__name__} in a loop over steps already runs over time")
+            if is_source(module) or looks_like_a_neuron(module):
+                raise RollUpError(
+                    f"{layer}: how a {type(module).__name__} is stepped is not known: tell with "
+                    "mfpsn_fx.model.register_stepping"
+                )
 
     def _seen_often(self, expr: Expr) -> bool:
         if expr.timed:
