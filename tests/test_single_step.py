@@ -269,7 +269,7 @@ class Looped(nn.Module):
                 current = layer(step)
                 before = step
                 step, memories[i] = neuron(current, memories[i])
-                if self.skip and before.shape[-1:] == step.shape[-1:]:
+                if self.skip and layer.in_features == layer.out_features:
                     step = step + before
             spikes.append(step)
             membranes.append(memories[-1])
@@ -358,7 +358,215 @@ class TestRollingUp:
                 self.a, self.b, self.lif = nn.Linear(3, 3), nn.Linear(3, 3), Stateless()
 
             def forward(self, x):
-                return torch.stack([self.lif((self.a, self.b)[t % 2](x[t]))[0] for t in range(4)])
+                mem, spikes = None, []
+                for t in range(4):
+                    spk, mem = self.lif((self.a, self.b)[t % 2](x[t]), mem)
+                    spikes.append(spk)
+                return torch.stack(spikes)
 
         with pytest.raises(RollUpError, match=r"lif: step 1 is not like step 0: layer 'b' stands where layer 'a' was"):
             rolled(Alternating(), torch.randn(4, 2, 3))
+
+
+class Net(nn.Module):
+    """A loop over two Leaky layers; ``step`` is what its subclasses change."""
+
+    def __init__(self, channels=3, **settings):
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(3, channels), snntorch.Leaky(beta=0.9, **settings)
+        self.fc2, self.lif2 = nn.Linear(channels, 2), snntorch.Leaky(beta=0.8, **settings)
+
+    def step(self, t, x_t, mem1, mem2, spk1):
+        spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+        spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+        return spk2, mem1, mem2, spk1
+
+    def forward(self, x):
+        mem1, mem2 = self.lif1.init_leaky(), self.lif2.init_leaky()
+        spk1 = torch.zeros(x.shape[1], 3)
+        spikes = []
+        for t in range(x.shape[0]):
+            spk2, mem1, mem2, spk1 = self.step(t, x[t], mem1, mem2, spk1)
+            spikes.append(spk2)
+        return torch.stack(spikes)
+
+
+def changed(step, **layers):
+    """A :class:`Net` of another step."""
+
+    class Changed(Net):
+        pass
+
+    Changed.step = step
+    net = Changed()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    return net
+
+
+def constant_at_step_2(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t) * (3.0 if t == 2 else 2.0), mem1)
+    spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def tensor_constant_at_step_2(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t + torch.tensor([1.0, 2.0, 3.0 + (t == 2)]), mem1, mem2, spk1)
+
+
+def op_at_step_1(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, torch.relu(x_t) if t != 1 else torch.tanh(x_t), mem1, mem2, spk1)
+
+
+def backwards(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(self.x[3 - t]), mem1)
+    return Net.step(self, t, spk1, mem1, mem2, spk1)
+
+
+def recurrent(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t) + spk1, mem1)
+    spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def delayed(self, t, x_t, mem1, mem2, spk1):
+    before = spk1
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk2, mem2 = self.lif2(self.fc2(before), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def membrane_onwards(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk2, mem2 = self.lif2(self.fc2(mem1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def membrane_halved(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t, mem1 if t == 0 else mem1 * 0.5, mem2, spk1)
+
+
+def membranes_swapped(self, t, x_t, mem1, mem2, spk1):
+    spk2, mem1, mem2, spk1 = Net.step(self, t, x_t, mem1, mem2, spk1)
+    return spk2, mem2, mem1, spk1
+
+
+def normed(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.norm(x_t), mem1, mem2, spk1)
+
+
+def norm_of_each_step(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.norms[t](x_t), mem1, mem2, spk1)
+
+
+def across_the_batch(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t - x_t.mean(0), mem1, mem2, spk1)
+
+
+def branching(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.fc1(x_t) if spk1.sum() > 0 and t else x_t, mem1, mem2, spk1)
+
+
+def twice(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk1, mem1 = self.lif1(spk1, mem1)
+    return Net.step(self, t, spk1, mem1, mem2, spk1)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("step", "layers", "message"),
+        [
+            (constant_at_step_2, {}, r"lif1: step 2 is not like step 0: mul\(...\) has 3.0 where it had 2.0"),
+            (tensor_constant_at_step_2, {}, r"lif1: step 2 is not like step 0: '_tensor_constant\w*' stands where"),
+            (op_at_step_1, {}, r"lif1: step 1 is not like step 0: tanh\(...\) stands where relu\(...\) was"),
+            (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step: a connection back"),
+            (delayed, {}, r"lif2: .*(step 0|another step)"),
+            (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but with its reset gone"),
+            (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
+            (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
+            (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalised with .* pass accept=\('batch_statistics',\)"),
+            (norm_of_each_step, {"norms": nn.ModuleList(nn.BatchNorm1d(3) for _ in range(4))}, r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
+            (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
+            (branching, {}, r"steps cannot be read from its code: .*control flow"),
+            (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
+        ],
+    )  # fmt: skip
+    def test_steps(self, step, layers, message):
+        net = changed(step, **layers)
+        with pytest.raises(ConversionError, match=message):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_batch_statistics_are_accepted_if_asked_for(self):
+        net = changed(normed, norm=nn.BatchNorm1d(3))
+        x = torch.randn(4, 2, 3)
+        ours = converted(net, x, accept=("batch_statistics",))
+        ours(x)
+        assert int(ours.norm.num_batches_tracked) == 1
+        assert int(net.norm.num_batches_tracked) == 0
+        with pytest.raises(ValueError, match=r"unknown 'all' in accept: choose of batch_statistics"):
+            converted(net, x, accept=("all",))
+
+    def test_a_layer_that_remembers(self):
+        net = changed(normed, norm=nn.GRU(3, 3))
+        net.norm.forward = None  # never run: it is refused before
+        net = changed(lambda self, t, x, a, b, c: Net.step(self, t, self.norm(x)[0], a, b, c), norm=nn.GRU(3, 3))
+        with pytest.raises(RollUpError, match="norm: a GRU in a loop over steps already runs over time"):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_hooks(self):
+        net = Net()
+        net.register_forward_hook(lambda *a: None)
+        with pytest.raises(ConversionError, match="Net bears hooks"):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_training_that_differs(self):
+        def step(self, t, x_t, *rest):
+            return Net.step(self, t, nn.functional.dropout(x_t, 0.5, self.training), *rest)
+
+        with pytest.raises(ConversionError, match=r"differs between training and evaluation; use layers \(torch.nn.Dropout"):
+            converted(changed(step), torch.randn(4, 2, 3))
+
+    def test_examples(self):
+        net = Net()
+        with pytest.raises(ValueError, match=r"give convert an example, the whole sequence \(T, N, \*\)"):
+            mfpsn_fx.convert(net)
+        with pytest.raises(ConversionError, match="use an example of at least two steps"):
+            converted(net, torch.randn(1, 2, 3))
+        with pytest.raises(TypeError, match="the example does not fit Net.forward"):
+            converted(net, torch.randn(4, 2, 3), torch.randn(4, 2, 3))
+        with pytest.raises(ConversionError, match=r"does not run on an example of shape \[\(4, 2, 5\)\]"):
+            converted(net, torch.randn(4, 2, 5))
+        one_step = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(beta=0.5, init_hidden=True))
+        with pytest.raises(ConversionError, match=r"input has shape \(3,\), but .* the whole sequence, \(T, N, \*\)"):
+            converted(one_step, torch.randn(2, 3))
+        with pytest.raises(ValueError, match="inplace=True cannot be: Net steps through time"):
+            converted(net, torch.randn(4, 2, 3), inplace=True)
+        longer = torch.randn(5, 2, 3)
+        with pytest.raises(ValueError, match=r"loop over 4 steps, but dim 0 of its input has 5: convert it again"):
+            converted(net, torch.randn(4, 2, 3))(longer)
+
+    def test_neurons_that_are_no_filters_are_named(self):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lif = snntorch.RLeaky(beta=0.5, linear_features=3)
+
+            def forward(self, x):
+                spk, mem = self.lif.init_rleaky()
+                out = []
+                for t in range(4):
+                    spk, mem = self.lif(x[t], spk, mem)
+                    out.append(spk)
+                return torch.stack(out)
+
+        with pytest.raises(ConversionError, match="lif: its spikes feed back into it"):
+            converted(Recurrent(), torch.randn(4, 2, 3))
+
+    def test_decay_of_the_last_dim(self):
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), snntorch.Leaky(beta=torch.tensor([0.5, 0.6]), init_hidden=True))
+        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) belongs to the last dim .* as \(2, 1, 1\)"):
+            converted(net, torch.randn(4, 2, 1, 4, 4))
+        net[1] = snntorch.Leaky(beta=torch.tensor([0.5, 0.6]).reshape(2, 1, 1), init_hidden=True)
+        ours = converted(net, torch.randn(4, 2, 1, 4, 4))
+        torch.testing.assert_close(ours.get_submodule("1").weight[:, 0], torch.tensor([0.5, 0.6]))
