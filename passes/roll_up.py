@@ -401,9 +401,27 @@ class _Emitter:
                 args, kwargs = _replaced(expr, self._as_folded)
                 args, kwargs = self._without_batch(expr, args, kwargs, next(iter(expr.at.values())))
                 self.folded[index] = self._node(expr, args, kwargs)
+        elif self._adds_to_zeros(expr):
+            self.whole[index] = self.whole[expr.args[1].index]
         else:
             args, kwargs = _replaced(expr, lambda i: self.whole[i])
             self.whole[index] = self._node(expr, args, kwargs)
+
+    def _adds_to_zeros(self, expr: Expr) -> bool:
+        """A sum that was started from zeros of its own shape needs no zeros, which have the example's N."""
+        if expr.target is not operator.add or expr.node is not None or not isinstance(expr.args[0], Ref):
+            return False
+        start, total = (self.slices.exprs[ref.index] for ref in expr.args)
+        if start.op != "get_attr" or not start.node.meta.get("mfpsn_zero") or total.target != "sum":
+            return False
+        behind = self.slices.exprs[total.args[0].index]
+        while not behind.timed:  # all steps, or the first few of them
+            behind = self.slices.exprs[behind.args[0].index]
+        if not behind.at:
+            return False
+        summand = self.recorded[0].get(behind.at[0].name)
+        zeros = self.recorded[0][start.node.name]
+        return isinstance(summand, Tensor) and (summand.shape, summand.dtype) == (zeros.shape, zeros.dtype)
 
     def _node(self, expr: Expr, args: tuple, kwargs: dict) -> fx.Node:
         if expr.op == "call_module":
