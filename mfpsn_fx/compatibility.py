@@ -25,6 +25,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.passes import neurons
@@ -123,7 +124,7 @@ def examine(network: Network, backend: str = "aot_eager", repeats: int = 1) -> O
         outcome.reason = " ".join(str(error).split())
         outcome.expected = bool(network.refusal) and network.refusal in outcome.reason
         return outcome
-    outcome.converted = len({id(m) for m in gm.modules() if isinstance(m, MulFreePSN)})
+    outcome.converted = _converted(gm)
     outcome.captured = _captured(gm)
     chosen = selection(gm)
     outcome.kernels = tuple(sorted({row.kernel for row in chosen.rows}))
@@ -145,6 +146,13 @@ def examine(network: Network, backend: str = "aot_eager", repeats: int = 1) -> O
     done = outcome.forward and outcome.backward and outcome.compiled and outcome.graph_breaks == 0
     outcome.expected = done and not network.refusal and outcome.converted == outcome.found
     return outcome
+
+
+def _converted(gm: fx.GraphModule) -> int:
+    """Neurons that became ours; one whose spikes and membrane are both used became two modules, and counts once."""
+    paths = {path for path, m in gm.named_modules() if isinstance(m, MulFreePSN)}
+    readouts = {path for path, m in gm.named_modules() if isinstance(m, LeakyIntegrator)}
+    return len(paths) + sum(path.removesuffix("_membrane") not in paths for path in readouts)
 
 
 def _captured(gm: fx.GraphModule) -> str:
