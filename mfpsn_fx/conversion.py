@@ -22,6 +22,7 @@ from mfpsn_fx.passes import (
     Autoselect,
     BindKernels,
     CancelConversions,
+    CheckSources,
     ConversionError,
     InitialiseNeurons,
     InsertConversions,
@@ -29,6 +30,7 @@ from mfpsn_fx.passes import (
     Pipeline,
     PropagateShapes,
     ReplaceNeurons,
+    SeparateUses,
 )
 from mfpsn_fx.passes.replace_neurons import REFUSED
 
@@ -56,7 +58,9 @@ def conversion_pipeline(
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
     passes = [
+        CheckSources(strict),
         ObserveInputs(args, kwargs),
+        SeparateUses(),
         ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims),
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
@@ -112,7 +116,8 @@ def convert(
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
     Args:
-        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside.
+        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
+            compiled or DataParallel model, the network inside is converted: wrap the result again.
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the default kernels run, and :func:`plan` can do the rest later.
@@ -154,7 +159,7 @@ def convert(
         example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
         surrogate=surrogate, gradient=gradient, channel_dims=channel_dims, repeats=repeats, progress=progress,
     )  # fmt: skip
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _check_model(model)
     _check_example(example_args, kwargs)
     subject = model if inplace else copied(model)
@@ -162,7 +167,8 @@ def convert(
         switched = to_multi_step(subject, example_args, kwargs)
         gm, _ = capture(subject)
         gm.meta[REFUSED] = switched.refusals
-        gm = pipeline(gm)
+        with _said_why(switched.refusals):
+            gm = pipeline(gm)
         _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
@@ -199,6 +205,17 @@ def plan(
     gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
     gm.meta.clear()
     return gm
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:
@@ -242,11 +259,24 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
     for path, module in gm.named_modules(remove_duplicate=False):
-        if not isinstance(module, MulFreePSN):
+        if not isinstance(module, MulFreePSN) or "@" in path:  # a further use: the source's own forward has but one
             continue
         parent, _, child = path.rpartition(".")
         with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
             setattr(model.get_submodule(parent), child, module)
+
+
+@contextlib.contextmanager
+def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
+    """Give the reason of neurons in step mode 's' if the model does not run on the example with them."""
+    try:
+        yield
+    except (ConversionError, TypeError):
+        raise
+    except Exception as error:
+        if not refusals:
+            raise
+        raise ConversionError("\n".join(f"{path}: {reason}" for path, reason in refusals.items())) from error
 
 
 def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
