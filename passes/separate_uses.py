@@ -38,7 +38,10 @@ class SeparateUses(Pass):
             path = f"{node.target}@{uses[node.target]}"
             gm.add_submodule(path, copy.deepcopy(old))
             changes.append(f"{path}: a neuron of its own, as {node.target}")
-            node.target = path
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_module(path, node.args, node.kwargs)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
         if changes:
             gm.recompile()
         return Result(gm, changes)
