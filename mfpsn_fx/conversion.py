@@ -13,7 +13,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import ROOT_LEAF, capture, copied
+from mfpsn_fx.model.capture import capture, copied, said_of
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.model.step_mode import to_multi_step
@@ -282,7 +282,7 @@ def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
 def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
     """Notes on neurons by their paths in the user's model."""
     for path, module in gm.named_modules():
-        note = notes.get(path.removeprefix(f"{ROOT_LEAF}."))
+        note = said_of(gm, notes, path)
         if note is not None and isinstance(module, MulFreePSN):
             module.source = dataclasses.replace(module.source, notes=(*module.source.notes, note))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from mfpsn_fx.model.capture import said_of
 from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
-from .replace_neurons import REFUSED, ConversionError, refusal_message, user_path
+from .replace_neurons import REFUSED, ConversionError, refusal_message
 
 __all__ = ["CheckSources"]
 
@@ -31,7 +32,7 @@ class CheckSources(Pass):
             try:
                 describe(neuron)
             except NotAFilterError as error:
-                failed[path] = gm.meta.get(REFUSED, {}).get(user_path(path), str(error))
+                failed[path] = said_of(gm, gm.meta.get(REFUSED, {}), path) or str(error)
         if failed and self.strict:
             raise ConversionError(refusal_message(failed, len(paths)))
         return Result(gm, [f"{path}: {reason}" for path, reason in failed.items()])

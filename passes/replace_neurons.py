@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.quantiser import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import ROOT_LEAF, preserved_rng
+from mfpsn_fx.model.capture import preserved_rng, said_of, user_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
@@ -21,7 +21,7 @@ from .channel_widths import channels_before, heads_note
 from .neurons import INPUTS
 from .separate_uses import has_state
 
-__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons", "refusal_message", "user_path"]
+__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons", "refusal_message"]
 
 REFUSED = "mfpsn_refused"  # gm.meta: path -> reason, of neurons that were found unfit before the graph was captured
 
@@ -82,12 +82,12 @@ class ReplaceNeurons(Pass):
         swaps: list[tuple[str, MulFreePSN]] = []
         failed: dict[str, str] = {}
         refused, paths = gm.meta.get(REFUSED, {}), source_paths(gm)
-        if unknown := sorted(set(self.channel_dims) - {user_path(path) for path in paths} - set(paths)):
-            known = sorted(map(user_path, paths))
+        known = sorted(user_path(gm, path) for path in paths)
+        if unknown := sorted(set(self.channel_dims) - set(known) - set(paths)):
             raise ValueError(f"channel_dims names layers that are no neurons: {unknown}; the neurons are {known}")
         for path, old in paths.items():
-            if user_path(path) in refused:
-                failed[path] = refused[user_path(path)]
+            if (reason := said_of(gm, refused, path)) is not None:
+                failed[path] = reason
                 continue
             parent, _, child = path.rpartition(".")
             # A membrane belongs to its place; a PSN that stands in several shares its weights between them.
@@ -108,7 +108,7 @@ class ReplaceNeurons(Pass):
 
     def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:
         source = describe(old)
-        said = self.channel_dims.get(path, self.channel_dims.get(user_path(path)))
+        said = said_of(gm, self.channel_dims, path)
         shape = _observed_shape(gm, path)
         dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
         channels = source.channels or channels_before(gm, path)
@@ -142,16 +142,11 @@ class ReplaceNeurons(Pass):
         return new.train(old.training)
 
 
-def user_path(path: str) -> str:
-    """The path in the user's model of a neuron at ``path`` in the graph."""
-    return path.removeprefix(f"{ROOT_LEAF}.")
-
-
 def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
     try:
         return check_dims(dims, rank)
     except ValueError as error:
-        raise ValueError(f"{user_path(path)}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _observed_shape(gm: fx.GraphModule, path: str) -> tuple[int, ...] | None:

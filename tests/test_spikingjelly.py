@@ -425,10 +425,18 @@ class TestCompatibilityTable:
         target = tmp_path / "table.md"
         assert compatibility.main("mine/[lq]if", str(target), "eager") == 0
         text = target.read_text(encoding="utf-8")
-        assert text.splitlines()[0].startswith("| library")
-        row = [cell.strip() for cell in text.splitlines()[2].split("|")[1:-1]]
+        assert "## Mine\n" in text
+        assert "1 of 2 networks convert whole" in text
+        lines = [line for line in text.splitlines() if line.startswith("| Mine")]
+        row = [cell.strip() for cell in lines[0].split("|")[1:-1]]
         assert row[:9] == ["Mine", "LIF", "1", "1", "traced", "yes", "yes", "yes", "0"]
-        assert "0: its membrane is quadratic" in text.splitlines()[3]
+        assert "0: its membrane is quadratic" in lines[1]
+        # another library's section is kept when one is made anew
+        target.write_text(text + "\n## Other\n\nkept\n", encoding="utf-8")
+        assert compatibility.main("mine/lif", str(target), "eager") == 0
+        text = target.read_text(encoding="utf-8")
+        assert "## Other\n\nkept\n" in text
+        assert "1 of 1 networks" in text
         capsys.readouterr()
         assert compatibility.main("*wrong") == 1
         assert "not as expected: wrong" in capsys.readouterr().err
