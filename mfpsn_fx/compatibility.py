@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +39,23 @@ __all__ = ["FOLDER", "Network", "Outcome", "examine", "load_networks", "main", "
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "compatibility"
 HEADERS = ("library", "network", "neurons", "converted", "captured", "forward", "backward", "compiled",
            "graph breaks", "kernels", "refused, or what failed")  # fmt: skip
+
+_INTRODUCTION = """\
+# Compatibility
+
+Made by `python -m mfpsn_fx compatibility --markdown docs/compatibility.md`; `--only "norse/*"` redoes one library,
+`--backend inductor` compiles with another backend. The networks are listed in
+[examples/compatibility](../examples/compatibility); a list of your own is a file beside them.
+
+* **neurons**, **converted**: source neurons found, and those that became multiplication-free ones.
+* **captured**: traced; or with leaves, modules that run their own code with the neurons inside them converted; *one
+  leaf* is a model whose own `forward` looks at its input. Neurons inside leaves are measured and bound like the
+  others, in time-first.
+* **forward**, **backward**: finite outputs in training and in evaluation; a finite gradient for every converted neuron.
+* **compiled**, **graph breaks**: outputs and gradients in evaluation are those of the network as it is, and how often
+  Dynamo broke the graph.
+* **kernels**: those that were the fastest for some layer on the machine that made the table.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +224,27 @@ def table(outcomes: Iterable[Outcome], style: str = "simple") -> str:
     return tabulate(rows, HEADERS, tablefmt=style, disable_numparse=True)
 
 
+def document(outcomes: Iterable[Outcome], backend: str, before: str = "") -> str:
+    """A markdown page with a section for each library; sections of other libraries in ``before`` are kept."""
+    sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    for library in dict.fromkeys(o.library for o in outcomes):
+        rows = [o for o in outcomes if o.library == library]
+        done = sum(o.converted > 0 and o.expected for o in rows)
+        sections[library] = (
+            f"\n{library}{_version(library)}, torch {torch.__version__}, `torch.compile(backend={backend!r})`: "
+            f"{done} of {len(rows)} networks convert whole.\n\n{table(rows, 'github')}\n"
+        )
+    body = "\n".join(f"## {library}\n{text.rstrip()}\n" for library, text in sorted(sections.items()))
+    return f"{_INTRODUCTION}\n{body}"
+
+
+def _version(library: str) -> str:
+    try:
+        return f" {importlib.metadata.version(library.lower())}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def _word(value: bool | None) -> str:
     return "-" if value is None else "yes" if value else "no"
 
@@ -228,7 +267,9 @@ def main(only: str = "*", markdown: str | None = None, backend: str = "aot_eager
     ]
     print(table(outcomes))
     if markdown:
-        Path(markdown).write_text(table(outcomes, "github") + "\n", encoding="utf-8")
+        target = Path(markdown)
+        before = target.read_text(encoding="utf-8") if target.exists() else ""
+        target.write_text(document(outcomes, backend, before), encoding="utf-8")
     unexpected = [o.name for o in outcomes if not o.expected]
     if unexpected:
         print(f"not as expected: {', '.join(unexpected)}", file=sys.stderr)

@@ -13,12 +13,14 @@ from .assign_dilations import AssignDilations, receptive_field
 from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
 from .bind_kernels import BindKernels
+from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
 from .roll_up import RollUp
+from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
 
@@ -27,6 +29,7 @@ __all__ = [
     "Autoselect",
     "BindKernels",
     "CancelConversions",
+    "CheckSources",
     "ConversionError",
     "InitialiseNeurons",
     "InsertConversions",
@@ -40,6 +43,7 @@ __all__ = [
     "Result",
     "RollUp",
     "RollUpError",
+    "SeparateUses",
     "SnapWeights",
     "conversion_nodes",
     "neurons",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from mfpsn_fx.model.capture import user_path
 from mfpsn_fx.model.neuron import MulFreePSN
 
 __all__ = ["channels_before", "heads_note"]
@@ -87,6 +88,6 @@ def heads_note(gm: fx.GraphModule, path: str, shape: tuple[int, ...]) -> str | N
     for width in widths:
         candidates = [(2, d) for d in inner if shape[2] * shape[d] == width] or [d for d in inner if shape[d] == width]
         if candidates:
-            name = path.removeprefix("model.")
+            name = user_path(gm, path)
             return f"{found}{width} channels are around it: channel_dims={{{name!r}: {candidates[0]}}} gives one each"
     return f"{found}the layers around it have {' and '.join(map(str, dict.fromkeys(widths)))} channels: heads?"

@@ -487,7 +487,7 @@ class _Emitter:
         x = self.whole[source.index] if chain.sequence else self._as_whole(source.index)
         module = self.gm.get_submodule(chain.path)
         uses = [i for i, c in enumerate(self.slices.chains) if c.path == chain.path]
-        suffix = "" if uses.index(number) == 0 else f"_{uses.index(number) + 1}"  # each use is its own neuron
+        suffix = "" if uses.index(number) == 0 else f"@{uses.index(number) + 1}"  # each use is its own neuron
         if output == "spikes":
             path = chain.path + suffix
             self.modules[path] = OverTime(module)
@@ -503,7 +503,7 @@ class _Emitter:
             self.modules[path] = integrator.to(place.device if place is not None else None).train(module.training)
             if not chain.stepping.reads_out:
                 _log.warning("%s: its membrane is read out without its reset", chain.path)
-        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=path.replace(".", "_"))
+        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=path.replace(".", "_").replace("@", "_"))
 
     def _emitted(self) -> list[Expr]:
         return [self.slices.exprs[i] for i in self._needed()]

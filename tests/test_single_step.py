@@ -706,7 +706,7 @@ class TestConverted:
             return spk2, mem1, mem2, spk1
 
         ours = converted(changed(step), torch.randn(4, 2, 3))
-        assert [row.layer for row in mfpsn_fx.selection(ours).rows] == ["lif1", "lif1_2"]
+        assert [row.layer for row in mfpsn_fx.selection(ours).rows] == ["lif1", "lif1@2"]
 
     def test_rate_coding_draws_at_every_step(self):
         class Coded(nn.Module):

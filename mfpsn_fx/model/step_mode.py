@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
 
     The example is a whole sequence: each tensor in it has T first. It is run through a copy step by step, as the
     model is, and at once, as it would be; both in evaluation mode, in float64 and from fresh states. Only if the
-    outputs are the same is the model switched.
+    outputs and what each neuron meets are the same is the model switched.
 
     Args:
         model: with neurons of SpikingJelly; others are left alone.
@@ -126,7 +126,7 @@ def _disagreement(
                 "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
             )
         try:
-            stepped = _stepped(_fresh(model), flat, spec, steps.pop())
+            stepped = _stepped(_fresh(model), paths, flat, spec, steps.pop())
         except Exception as error:
             return (
                 "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
@@ -136,7 +136,9 @@ def _disagreement(
         try:
             set_mode(whole, "m")
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            at_once = pytree.tree_leaves(whole(*args, **kwargs))
+            with _inputs(whole, paths) as met:
+                at_once = pytree.tree_leaves(whole(*args, **kwargs))
+            at_once += [x for path in paths for x in met[path]]
         except Exception as error:
             return (
                 f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
@@ -176,11 +178,29 @@ def _calls(model: nn.Module, paths: list[str], example: tuple[tuple, dict]) -> i
     return max(counts.values())
 
 
-def _stepped(model: nn.Module, flat: list, spec, steps: int) -> list[object]:
+@contextlib.contextmanager
+def _inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each neuron meets: spikes alone would agree between networks that hardly fire."""
+    met: dict[str, list[Tensor]] = {path: [] for path in paths}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: met[path].append(args[0]))
+        for path in paths
+    ]
+    try:
+        yield met
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stepped(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
+    """The outputs of all steps, then the inputs of each neuron."""
     results = []
     for t in range(steps):
         args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)
-        results.append(pytree.tree_leaves(model(*args, **kwargs)))
+        with _inputs(model, paths) as met:
+            outputs = pytree.tree_leaves(model(*args, **kwargs))
+        results.append(outputs + [x for path in paths for x in met[path]])
     return [
         torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*results, strict=True)
     ]
