@@ -34,6 +34,7 @@ from mfpsn_fx.passes import (
     SeparateUses,
 )
 from mfpsn_fx.passes.replace_neurons import REFUSED
+from mfpsn_fx.passes.roll_up import check_accept
 
 from .selection import graph_of
 from .single_step import has_steps, rolled_up
@@ -163,6 +164,7 @@ def convert(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
         surrogate=surrogate, gradient=gradient, channel_dims=channel_dims, repeats=repeats, progress=progress,
     )  # fmt: skip
+    check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
     model = unwrapped(model)
     _check_model(model)

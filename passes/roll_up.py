@@ -21,11 +21,19 @@ from mfpsn_fx.model.unrolled import has_batch_statistics
 from .base import Pass, Result
 from .time_slices import Expr, Ref, RollUpError, Slices, is_random, read_slices, references
 
-__all__ = ["ACCEPTABLE", "RollUp"]
+__all__ = ["ACCEPTABLE", "RollUp", "check_accept"]
 
 _log = logging.getLogger("mfpsn_fx")
 
 ACCEPTABLE = ("batch_statistics",)
+
+
+def check_accept(accept: Collection[str]) -> None:
+    """``ValueError`` if something in ``accept`` is not of :data:`ACCEPTABLE`."""
+    given = {accept} if isinstance(accept, str) else set(accept)
+    if isinstance(accept, str) or given - set(ACCEPTABLE):
+        unknown = ", ".join(map(repr, sorted(given)))
+        raise ValueError(f"accept is a tuple of {', '.join(map(repr, ACCEPTABLE))}, found {unknown}")
 
 
 class RollUp(Pass):
@@ -71,8 +79,7 @@ class RollUp(Pass):
     def __init__(
         self, args: tuple = (), kwargs: Mapping | None = None, *, one_step: bool = False, accept: Collection[str] = ()
     ) -> None:
-        if unknown := sorted(set(accept) - set(ACCEPTABLE)):
-            raise ValueError(f"unknown {', '.join(map(repr, unknown))} in accept: choose of {', '.join(ACCEPTABLE)}")
+        check_accept(accept)
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         self.one_step, self.accept = one_step, tuple(accept)
 
@@ -109,9 +116,7 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _record(
-    gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool
-) -> list[dict[str, object]]:
+def _record(gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool) -> list[dict[str, object]]:
     """What each node makes of the example: one run of the loop; of a single step, one run for each of three steps."""
     runs = []
     graph = gm.graph
@@ -164,7 +169,7 @@ class _Emitter:
         self.steps_node: object = slices.steps
 
     def emit(self) -> fx.GraphModule:
-        needed = self._needed()
+        self.needed = needed = self._needed()
         self._check(needed)
         for index, expr in enumerate(self.slices.exprs):  # placeholders come first, needed or not
             if expr.op == "placeholder" and expr.target not in self.slices.dropped:
@@ -176,6 +181,9 @@ class _Emitter:
             if expr.op != "placeholder":
                 self._emit(index, expr)
         self.graph.output(self._output(self.slices.output))
+        for node in self.graph.nodes:
+            if node.target in (expect_steps, fold_time, repeat_in_time, unfold_time):
+                node.meta["is_wrapped"] = True  # FX traces its own code again when it unpickles: leave them calls
         rolled = fx.GraphModule(self._root(), self.graph, type(self.gm).__name__)
         rolled.training = self.gm.training
         for path, child in rolled.named_modules():
@@ -357,11 +365,15 @@ class _Emitter:
         """Whether a value that all steps share comes from the input, batch and all."""
         if not any(self.slices.exprs[i].op == "placeholder" for i in self._before(index)):
             return False
-        node = self.slices.exprs[index].node
-        if node is None:  # made of steps (a sum over time): a batch it has
+        if self.slices.exprs[index].node is None:  # made of steps (a sum over time): a batch it has
             return True
-        value = self.recorded[0].get(node.name)
+        value = self._shown(index)
         return isinstance(value, Tensor) and value.ndim > 0
+
+    def _shown(self, index: int) -> object:
+        """What a value that all steps share was on the example, if one node made it."""
+        node = self.slices.exprs[index].node
+        return None if node is None else self.recorded[0].get(node.name)
 
     def _without_batch(self, expr: Expr, args: tuple, kwargs: dict, node: fx.Node) -> tuple[tuple, dict]:
         """view(N, …) with the example's N, which is the number of samples of one step, as -1 or flatten."""
@@ -443,8 +455,13 @@ class _Emitter:
 
     def _of_sequence(self, index: int, expr: Expr) -> None:
         source, dim = self.whole[expr.args[0].index], expr.args[1]
-        if self.slices.steps is not None:
-            source = self._function(expect_steps, (source, dim, self.slices.steps))
+        steps = self.slices.steps
+        if steps is not None:
+            shown = self._shown(expr.args[0].index)
+            if isinstance(shown, Tensor) and shown.shape[dim] > steps:  # a loop over the first of them
+                source = self._function(torch.narrow, (source, dim, 0, steps))
+            else:
+                source = self._function(expect_steps, (source, dim, steps))
         if dim:
             source = self._function(torch.movedim, (source, dim, 0))
         self.whole[index] = source
@@ -493,20 +510,21 @@ class _Emitter:
             self.modules[path] = OverTime(module)
         else:
             path = chain.path + suffix
-            if any(e.op == "neuron" and e.args[1:] == ("spikes", number) for e in self._emitted()):
+            needed = (self.slices.exprs[i] for i in self.needed)
+            if any(e.op == "neuron" and e.args[1:] == ("spikes", number) for e in needed):
                 path += "_membrane"
             try:
                 integrator = chain.stepping.leaky_integrator(module)
             except NotAFilterError as error:
-                raise RollUpError(f"{chain.path}: its membrane is read out, but cannot be run at once: {error}") from None
+                raise RollUpError(
+                    f"{chain.path}: its membrane is read out, but cannot be run at once: {error}"
+                ) from None
             place = next((t for t in [*module.parameters(), *module.buffers(), *self.gm.parameters()]), None)
             self.modules[path] = integrator.to(place.device if place is not None else None).train(module.training)
             if not chain.stepping.reads_out:
                 _log.warning("%s: its membrane is read out without its reset", chain.path)
-        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=path.replace(".", "_").replace("@", "_"))
-
-    def _emitted(self) -> list[Expr]:
-        return [self.slices.exprs[i] for i in self._needed()]
+        name = path.replace(".", "_").replace("@", "_")
+        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=name)
 
     def _output(self, structure: object) -> object:
         if isinstance(structure, Ref):

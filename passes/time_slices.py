@@ -535,9 +535,7 @@ class _Reader:
         whole = call.step is None
         if chain.input is None:
             raise RollUpError(f"{chain.path}: it is used before it is called")
-        index = self._intern(
-            "neuron", chain.path, (Ref(chain.input), name, call.chain), timed=not whole, name=chain.path.replace(".", "_")
-        )  # fmt: skip
+        index = self._intern("neuron", chain.path, (Ref(chain.input), name, call.chain), timed=not whole)
         return _Whole(index) if whole else self._seen(index, call.step, node)
 
     def _state_attribute(self, node: fx.Node) -> object | None:
@@ -578,7 +576,7 @@ class _Reader:
             value = _Slice(same, step)
         if not isinstance(value, _Slice):
             raise RollUpError(
-                f"{chain.path}: at step {step} it is fed a sum over steps, which is not there when all steps run at once"
+                f"{chain.path}: at step {step} it is fed a sum over steps, which is not there when all run at once"
             )
         if value.step != step and not self.one_step:
             raise RollUpError(

@@ -178,12 +178,20 @@ def sequence(*shape):
     return lambda: (torch.randn(STEPS, BATCH, *shape),)
 
 
+def image():
+    return (torch.randn(BATCH, 16),)
+
+
+def batch_first():
+    return (torch.randn(BATCH, STEPS, 16),)
+
+
 NETWORKS = [
-    Network("snnTorch", "fully connected Leaky, loop over a constant input", FullyConnected, lambda: (torch.randn(BATCH, 16),)),
+    Network("snnTorch", "fully connected Leaky, loop over a constant input", FullyConnected, image),
     Network("snnTorch", "convolutional Leaky, loop over a sequence", Convolutional, sequence(1, 28, 28)),
     Network("snnTorch", "Sequential with init_hidden, stepped by the caller", stepped_sequential, sequence(1, 16, 16)),
-    Network("snnTorch", "Synaptic, loop over a batch-first sequence", SynapticLayers, lambda: (torch.randn(BATCH, STEPS, 16),)),
-    Network("snnTorch", "population coding", PopulationCoding, lambda: (torch.randn(BATCH, 16),)),
+    Network("snnTorch", "Synaptic, loop over a batch-first sequence", SynapticLayers, batch_first),
+    Network("snnTorch", "population coding", PopulationCoding, image),
     Network("snnTorch", "Leaky and Lapicque, one step a call", OneStep, sequence(16)),
     Network("snnTorch", "membrane readout", MembraneReadout, sequence(16)),
     Network("snnTorch", "StateLeaky and LinearLeaky", StateSpace, sequence(16)),

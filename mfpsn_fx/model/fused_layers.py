@@ -69,7 +69,8 @@ def _leaky_parallel(path: str, m: nn.Module) -> nn.Module:
         surrogate_disable=m.surrogate_disable, graded_spikes_factor=m.graded_spikes_factor.detach().clone(),
     )  # fmt: skip
     leaky.to(recurrent.device)
-    return nn.Sequential(_linear(m.rnn.weight_ih_l0, bias), OverTime(leaky, ("ReLU on its membrane dropped",))).train(m.training)
+    neuron = OverTime(leaky, ("ReLU on its membrane dropped",))
+    return nn.Sequential(_linear(m.rnn.weight_ih_l0, bias), neuron).train(m.training)
 
 
 def _linear_leaky(path: str, m: nn.Module) -> nn.Module:

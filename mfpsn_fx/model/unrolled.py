@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .capture import (
-    _LeafTracer,
-    _Untraceable,
     _differing_owner,
     _first_line,
     _has_hooks,
+    _LeafTracer,
     _submodule,
+    _Untraceable,
     _with_constants,
     copied,
     preserved_rng,
@@ -226,9 +226,7 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
 
 
 def first_step(example: Mapping) -> dict[str, object]:
-    return {
-        name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()
-    }
+    return {name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()}
 
 
 def _is_one_step(gm: fx.GraphModule) -> bool:
