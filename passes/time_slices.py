@@ -509,6 +509,8 @@ class _Reader:
         if isinstance(source, (_State, _Sum)):
             return None
         if isinstance(source, _Whole):
+            if all(self.slices.exprs[i].op != "placeholder" for i in self._ancestors(source.index)):
+                return None  # a row of a parameter, whatever the number of rows
             if isinstance(item, int):
                 unbound = self.slices.exprs[source.index]
                 if unbound.target in ("unbind", torch.unbind):

@@ -487,6 +487,18 @@ def across_the_batch(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, x_t - x_t.mean(0), mem1, mem2, spk1)
 
 
+def split_and_joined(self, t, x_t, mem1, mem2, spk1):
+    """By channels, which is as good as any layer; the numbers of rows are asked for on the way."""
+    a, b = x_t.unsqueeze(1).expand(-1, 2, -1).chunk(2, dim=1)
+    x_t = torch.cat([a, b], 1).mean(1).reshape(self.fc1(x_t).size(0), x_t.shape[1])
+    return Net.step(self, t, x_t * self.scale[0], mem1, mem2, spk1)
+
+
+def rows_of_the_batch(self, t, x_t, mem1, mem2, spk1):
+    a, b = x_t.chunk(2, dim=0)
+    return Net.step(self, t, torch.cat([b, a], 0), mem1, mem2, spk1)
+
+
 def branching(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, self.fc1(x_t) if spk1.sum() > 0 and t else x_t, mem1, mem2, spk1)
 
@@ -513,6 +525,7 @@ class TestRefusals:
             (norm_of_each_step, {"norms": nn.ModuleList(map(nn.BatchNorm1d, [3] * 4))},
              r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
             (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
+            (rows_of_the_batch, {}, r"chunk\w* \(chunk\) does not give on T·N samples at once"),
             (branching, {}, r"steps cannot be read from its code: .*control flow"),
             (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
         ],
@@ -521,6 +534,15 @@ class TestRefusals:
         net = changed(step, **layers)
         with pytest.raises(ConversionError, match=message):
             converted(net, torch.randn(4, 2, 3))
+
+    def test_a_constant_example_hides_nothing(self):
+        with pytest.raises(RollUpError, match="mixes the samples of a batch"):
+            converted(changed(across_the_batch), torch.zeros(4, 2, 3))
+
+    def test_what_is_no_reason_to_refuse(self):
+        net, x = changed(split_and_joined), 3 * torch.randn(4, 2, 3)
+        net.scale = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+        torch.testing.assert_close(rolled(net, x)(x), net(x))
 
     def test_batch_statistics_are_accepted_if_asked_for(self):
         net = changed(normed, norm=nn.BatchNorm1d(3))
@@ -561,7 +583,7 @@ class TestRefusals:
             converted(net, torch.randn(1, 2, 3))
         with pytest.raises(TypeError, match=r"the example does not fit Net\.forward"):
             converted(net, torch.randn(4, 2, 3), torch.randn(4, 2, 3))
-        with pytest.raises(ConversionError, match=r"does not run on an example of shape \[\(4, 2, 5\)\]"):
+        with pytest.raises(ConversionError, match=r"does not run on an example of shape \(4, 2, 5\)"):
             converted(net, torch.randn(4, 2, 5))
         one_step = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(beta=0.5, init_hidden=True))
         with pytest.raises(ConversionError, match=r"input has shape \(3,\), but .* the whole sequence, \(T, N, \*\)"):
