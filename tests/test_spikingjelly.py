@@ -316,7 +316,9 @@ class TestChannelDims:
         x = torch.randn(STEPS, 2, 5, 3)  # tokens (T, N, L, C)
         converted = quick(net, x)
         assert converted.get_submodule("1").channels == 5
-        assert "channel_dims={'1': 3} gives one each" in " ".join(mfpsn_fx.selection(converted).rows[0].notes)
+        assert "if channels are dim 3, say channel_dims={'1': 3}" in " ".join(
+            mfpsn_fx.selection(converted).rows[0].notes
+        )
         for dim, layout in ((3, "time_first"), (-1, "time_last")):
             converted = quick(net, x, channel_dims={"1": dim}, layout=layout)
             (found,) = neurons(converted)
@@ -338,8 +340,8 @@ class TestChannelDims:
         converted = quick(net, x)
         table = {row.layer: row for row in mfpsn_fx.selection(converted).rows}
         (path,) = [name for name in table if name.endswith("attn_lif")]
-        assert "(2, 2, 2, 8, 16) has 2 entries" in " ".join(table[path].notes)
-        assert not any("entries" in note for name, row in table.items() if name != path for note in row.notes)
+        assert "dim 2 of its input (2, 2, 2, 8, 16) is not the channels" in " ".join(table[path].notes)
+        assert not any("dim 2" in note for name, row in table.items() if name != path for note in row.notes)
         path = path.removeprefix("model.")
         assert f"channel_dims={{'{path}': (2, 3)}}" in " ".join(table[f"model.{path}"].notes)
         converted = quick(net, x, channel_dims={path: (2, 3)})
@@ -390,6 +392,9 @@ class TestModels:
         converted = quick(network.build(), *network.example())
         rows = mfpsn_fx.selection(converted).rows
         assert len(rows) >= 5
+        assert {row.layer.rpartition(".")[2] for row in rows if "not the channels" in " ".join(row.notes)} <= {
+            "attn_lif"
+        }
         assert all(row.kernel == "shifted-add" and row.forward_ms > 0 for row in rows)
         converted(*network.example()).sum().backward()
 

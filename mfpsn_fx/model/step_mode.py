@@ -64,7 +64,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
     if not rest or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
-    reason = _follows(model) or _disagreement(model, rest, args, dict(kwargs), set_mode)
+    reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
     if reason is not None:
         return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
     set_mode(model, "m")
@@ -120,6 +120,8 @@ def _disagreement(
                 f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
                 "and feed (T, N, C, *)"
             )
+        if (reason := _follows(model)) is not None:
+            return reason
         if len(steps) != 1:
             return (
                 "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
