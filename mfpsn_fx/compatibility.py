@@ -271,14 +271,14 @@ def main(only: str = "*", markdown: str | None = None, backend: str = "aot_eager
     if not networks:
         print(f"no network fits {only!r}", file=sys.stderr)
         return 1
-    outcomes = [
-        examine(network, backend) for network in tqdm(networks, disable=not sys.stderr.isatty(), desc="compatibility")
-    ]
+    target = Path(markdown) if markdown else None
+    before = target.read_text(encoding="utf-8") if target is not None and target.exists() else ""
+    outcomes: list[Outcome] = []
+    for network in tqdm(networks, disable=not sys.stderr.isatty(), desc="compatibility"):
+        outcomes.append(examine(network, backend))
+        if target is not None:  # each time: all of them take a while, and may be stopped
+            target.write_text(document(outcomes, backend, before), encoding="utf-8")
     print(table(outcomes))
-    if markdown:
-        target = Path(markdown)
-        before = target.read_text(encoding="utf-8") if target.exists() else ""
-        target.write_text(document(outcomes, backend, before), encoding="utf-8")
     unexpected = [o.name for o in outcomes if not o.expected]
     if unexpected:
         print(f"not as expected: {', '.join(unexpected)}", file=sys.stderr)

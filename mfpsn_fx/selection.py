@@ -12,7 +12,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
-from mfpsn_fx.model.source import NotAFilterError, describe, qualified_name, source_paths
+from mfpsn_fx.model.source import qualified_name, source_paths
 from mfpsn_fx.passes import conversion_nodes, neurons
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
@@ -217,9 +217,5 @@ def _notes(neuron, measured: Measured | None):
 
 def _unconverted(gm: fx.GraphModule):
     for path, module in source_paths(gm).items():
-        why = "it was left as it was"
-        try:
-            describe(module)
-        except NotAFilterError as error:
-            why = str(error)
+        why = getattr(module, "mfpsn_unconverted", "it was left as it was")
         yield path, f"{qualified_name(type(module))}: {why}"
