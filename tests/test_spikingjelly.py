@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import pickle
 import sys
 import types
 
@@ -138,6 +139,8 @@ def test_filters_fire_as_their_neurons_until_the_first_reset(make):
     assert torch.equal(spikes[silent].double(), ours[silent])
     assert (first_spikes(spikes).sum((1, 2)) > 0).sum() >= 3  # early ones and late ones
     assert any("reset dropped" in note for note in source.notes)
+    lags = torch.arange(5)
+    assert torch.equal(pickle.loads(pickle.dumps(source)).response(lags), source.response(lags))
 
 
 def test_klif_says_that_the_relu_is_dropped():
@@ -328,6 +331,9 @@ class TestChannelDims:
             )
             assert converted(x).shape == (STEPS, 2, 5, 6)
             converted(x).sum().backward()
+            compiled = torch.compile(converted.eval(), backend="eager", fullgraph=True)
+            assert torch.equal(compiled(x), converted(x))
+            assert mfpsn_fx.selection(copy.deepcopy(converted)) == mfpsn_fx.selection(converted)
         with pytest.raises(ValueError, match=r"channel_dims names layers that are no neurons: \['0'\].*\['1'\]"):
             quick(net, x, channel_dims={"0": 3})
         with pytest.raises(ValueError, match=r"1: channel dims must be .* below 4; found 4"):
@@ -619,6 +625,16 @@ class TestShapesOfCode:
             assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
-def test_the_examples_folder_is_found():
-    assert importlib.util.find_spec("mfpsn_fx") is not None
-    assert (compatibility.FOLDER / "spikingjelly_networks.py").exists()
+def test_the_page_has_a_row_for_each_network():
+    page = (compatibility.FOLDER.parent.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| Sp")]
+    listed = {n.name: n for n in compatibility.load_networks() if n.library == "SpikingJelly"}
+    assert {row[1] for row in rows} == set(listed)
+    for row in rows:
+        network = listed[row[1]]
+        if network.refusal:
+            assert row[3] == "0"
+            assert network.refusal in row[-1]
+        else:
+            assert row[5:9] == ["yes", "yes", "yes", "0"]
+            assert network.unused or row[2] == row[3]
