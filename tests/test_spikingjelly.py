@@ -509,6 +509,10 @@ class TestLivingWithIt:
         assert "1 hook not carried over" in " ".join(mfpsn_fx.selection(converted).rows[0].notes)
         net(x)
         assert len(seen.records) == 2
+        functional.reset_net(net)
+        functional.set_step_mode(net, "s")
+        quick(net, x)
+        assert len(seen.records) == 2
 
 
 class TestShapesOfCode:

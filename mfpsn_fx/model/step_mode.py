@@ -17,6 +17,7 @@ from .source import qualified_name, source_paths
 __all__ = ["Switched", "to_multi_step"]
 
 _LAYERS = "spikingjelly.activation_based.layer"
+_MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 _NET = "spikingjelly.activation_based.functional"
 # Containers whose children stay in step mode 's', and what that means for a neuron in them.
 _CONTAINERS = {
@@ -156,10 +157,14 @@ def _disagreement(
 
 
 def _fresh(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
     fresh = copied(model).eval().double()
     for m in fresh.modules():
-        if callable(reset := getattr(m, "reset", None)):
-            reset()
+        if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
+            m.reset()
+    for m in source_paths(fresh).values():
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
     return fresh
 
 
