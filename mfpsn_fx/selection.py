@@ -162,9 +162,20 @@ def print_selection(model: nn.Module, style: str = "simple") -> None:
     print(selection(model).table(style))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def graph_of(model: nn.Module) -> fx.GraphModule:
-    """The converted graph in ``model``, behind torch.compile's wrapper too."""
-    model = getattr(model, "_orig_mod", model)
+    """The converted graph in ``model``, behind wrappers too."""
+    model = unwrapped(model)
     if not isinstance(model, fx.GraphModule) or not any(isinstance(m, MulFreePSN) for m in model.modules()):
         raise TypeError(f"{type(model).__name__} is no network that mfpsn_fx.convert returned")
     return model

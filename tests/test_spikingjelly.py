@@ -589,6 +589,7 @@ class TestShapesOfCode:
         converted = quick(wrap(net), x)
         assert [row.layer for row in mfpsn_fx.selection(converted).rows] == ["1", "3"]
         assert torch.equal(converted.eval()(x), expected)
+        assert mfpsn_fx.selection(wrap(converted)) == mfpsn_fx.selection(converted)
         inner = quick(nn.Sequential(wrap(net)), x)
         assert len(mfpsn_fx.selection(inner).rows) == 2
         assert torch.equal(inner.eval()(x), expected)
