@@ -36,7 +36,7 @@ from mfpsn_fx.passes import (
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of
+from .selection import graph_of, unwrapped
 from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
@@ -222,17 +222,6 @@ def plan(
     gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
     gm.meta.clear()
     return gm
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:
