@@ -845,7 +845,7 @@ class TestConverted:
                     voltages.append(state.v)
                 return z, torch.stack(voltages)
 
-        net, x = Lifted(), 10 * torch.randn(4, 2, 3)
+        net, x = Lifted(), 50 * torch.randn(4, 2, 3)
         ours, theirs = rolled(net, x), net(x)
         assert torch.equal(ours(x)[0], theirs[0])
         assert theirs[0].sum() > 0
