@@ -86,8 +86,9 @@ class RollUp(Pass):
         self.one_step, self.accept = one_step, tuple(accept)
 
     def call(self, gm: fx.GraphModule) -> Result:
-        slices = read_slices(gm, self.one_step)
-        recorded = _record(gm, slices, self.args, self.kwargs, self.one_step)
+        slices, recorded = read_slices(
+            gm, self.one_step, lambda linked: _record(gm, linked, self.args, self.kwargs, self.one_step)
+        )
         rolled = _Emitter(gm, slices, recorded, self.accept).emit()
         changes = [f"{c.path}: {len(c.calls)} calls -> 1" for c in slices.chains]
         changes += [f"{name}: state argument dropped" for name in slices.dropped]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -138,17 +138,26 @@ def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _RANDOM
 
 
-def read_slices(gm: fx.GraphModule, one_step: bool) -> Slices:
+def read_slices(
+    gm: fx.GraphModule, one_step: bool, run: Callable[[Slices], dict[str, object]]
+) -> tuple[Slices, dict[str, object]]:
     """Read an unrolled graph, as :func:`~mfpsn_fx.model.unrolled.capture_steps` makes it.
 
     Args:
         one_step: the graph is one step; its inputs are slices, and so is what it returns.
+        run: runs the graph on an example, once neurons and states are known; gives each node's value by name.
+
+    Returns:
+        The slices, and what ``run`` gave.
 
     Raises:
         RollUpError: the steps are not the same, a neuron's state is touched between steps, or what is fed back does
             not stay in its own neuron.
     """
-    return _Reader(gm, one_step).read()
+    reader = _Reader(gm, one_step)
+    reader.link()
+    reader.shown = run(reader.slices)
+    return reader.read(), reader.shown
 
 
 class _Reader:
@@ -161,11 +170,12 @@ class _Reader:
         self.fed_back: set[fx.Node] = set()  # placeholders that carry a state in
         self.drawn: dict[tuple, int] = {}
         self.static_draws: dict[tuple, int] = {}
+        self.shown: dict[str, object] = {}
         self.filled: dict[str, list[_Slice]] = {}  # tensors made before the loop, written to step by step
 
     # -- neurons through time
 
-    def _link(self) -> None:
+    def link(self) -> None:
         """Find each neuron's calls, and which of them follow each other."""
         chains = self.slices.chains
         own: dict[str, int] = {}
@@ -205,6 +215,7 @@ class _Reader:
             )
         if lengths:
             self.slices.steps = None if self.one_step else next(iter(lengths))
+        self.slices.dropped = tuple(n.target for n in self.gm.graph.nodes if n in self.fed_back)
 
     def _state_arguments(self, node: fx.Node, stepping: Stepping) -> list:
         given = [*node.args[1:], *[None] * len(stepping.states)]
@@ -325,7 +336,6 @@ class _Reader:
     # -- the walk
 
     def read(self) -> Slices:
-        self._link()
         self._count_static_draws()
         self._check_in_place()
         for node in self.gm.graph.nodes:
@@ -333,7 +343,6 @@ class _Reader:
                 self.slices.output = self._output(node.args[0])
             else:
                 self.values[node] = self._read(node)
-        self.slices.dropped = tuple(n.target for n in self.gm.graph.nodes if n in self.fed_back)
         return self.slices
 
     def _read(self, node: fx.Node) -> object:
@@ -369,11 +378,9 @@ class _Reader:
             if joined is not None:
                 return joined
         if node.target in ("select", torch.select) and len(node.args) == 3:
-            source, dim, step = self.values[node.args[0]], node.args[1], node.args[2]
-            if isinstance(source, _Whole) and isinstance(dim, int) and isinstance(step, int):
-                taken = self._slice_of(node, source, dim, step)
-                if taken is not None:
-                    return taken
+            taken = self._slice_of(node, node.args[0], node.args[1], node.args[2])
+            if taken is not None:
+                return taken
         return self._plain(node)
 
     def _plain(self, node: fx.Node) -> object:
@@ -495,11 +502,18 @@ class _Reader:
                     f"{node.args[0].target} is changed in place ({name}) and used again: assign the result, x = x + …"
                 )
 
-    def _slice_of(self, node: fx.Node, source: _Whole, dim: int, step: int) -> object | None:
-        """``source`` at position ``step`` of ``dim``, if that dim can be time."""
-        if self.one_step or self.slices.steps is None or not 0 <= step < self.slices.steps or dim < 0:
+    def _slice_of(self, node: fx.Node, source: fx.Node, dim: int, step: int) -> object | None:
+        """``source`` at position ``step`` of ``dim``, if that dim can be time; None if it cannot."""
+        value, shown = self.values[source], self.shown.get(source.name)
+        if not isinstance(value, _Whole) or not isinstance(shown, Tensor) or self.slices.steps is None:
             return None
-        index = self._intern("of_sequence", None, (Ref(source.index), dim), timed=True, name=node.name)
+        if all(self.slices.exprs[i].op != "placeholder" for i in self._ancestors(value.index)):
+            return None  # a row of a parameter, whatever the number of rows
+        dim = dim + shown.ndim if dim < 0 else dim
+        step = step + shown.shape[dim] if step < 0 else step
+        if not step < self.slices.steps <= shown.shape[dim]:
+            return None
+        index = self._intern("of_sequence", None, (Ref(value.index), dim), timed=True, name=node.name)
         return self._seen(index, step, node)
 
     def _item(self, node: fx.Node) -> object | None:
@@ -508,20 +522,27 @@ class _Reader:
             return self._result(source, item, node)
         if isinstance(source, (_State, _Sum)):
             return None
-        if isinstance(source, _Whole):
-            if all(self.slices.exprs[i].op != "placeholder" for i in self._ancestors(source.index)):
-                return None  # a row of a parameter, whatever the number of rows
-            if isinstance(item, int):
-                unbound = self.slices.exprs[source.index]
-                if unbound.target in ("unbind", torch.unbind):
-                    dim = (*unbound.args[1:], *unbound.kwargs.values(), 0)[0]
-                    return self._slice_of(node, _Whole(unbound.args[0].index), dim, item)
-                return self._slice_of(node, source, 0, item)
-            if isinstance(item, tuple) and all(i == slice(None) or isinstance(i, int) for i in item):
-                ints = [position for position, i in enumerate(item) if isinstance(i, int)]
-                if len(ints) == 1:
-                    return self._slice_of(node, source, ints[0], item[ints[0]])
-        return None
+        if not isinstance(source, _Whole):
+            return None
+        if isinstance(item, int):
+            unbound = self.slices.exprs[source.index]
+            if unbound.target in ("unbind", torch.unbind) and unbound.node is not None:
+                dim = (*unbound.args[1:], *unbound.kwargs.values(), 0)[0]
+                return self._slice_of(node, unbound.node.args[0], dim, item)
+            return self._slice_of(node, node.args[0], 0, item)
+        shown = self.shown.get(node.args[0].name)
+        if not isinstance(item, tuple) or not isinstance(shown, Tensor):
+            return None
+        given = sum(i is not Ellipsis for i in item)
+        item = [
+            part
+            for i in item
+            for part in ([slice(None)] * (shown.ndim - given) if i is Ellipsis else [i])
+        ]  # fmt: skip
+        ints = [position for position, i in enumerate(item) if isinstance(i, int)]
+        if len(ints) != 1 or any(i != slice(None) for i in item if not isinstance(i, int)):
+            return None
+        return self._slice_of(node, node.args[0], ints[0], item[ints[0]])
 
     def _result(self, call: _Call, position: object, node: fx.Node) -> object:
         chain = self.slices.chains[call.chain]
@@ -677,8 +698,13 @@ class _Reader:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
         if not isinstance(dim, int):
             return None
-        whole = Ref(self._intern("sequence", None, (Ref(values[0].index),), timed=False))
-        if node.target is torch.stack:
+        index, target = values[0].index, node.target
+        lengthened = self.slices.exprs[index]
+        lengthens = lengthened.target in ("unsqueeze", torch.unsqueeze) and lengthened.args[1:] == (0,)
+        if target is torch.cat and dim == 0 and lengthens:  # cat of x.unsqueeze(0) is stack of x
+            index, target = lengthened.args[0].index, torch.stack
+        whole = Ref(self._intern("sequence", None, (Ref(index),), timed=False))
+        if target is torch.stack:
             if dim != 0:
                 whole = Ref(self._intern("call_function", torch.movedim, (whole, 0, dim), timed=False, name="movedim"))
             return _Whole(whole.index)

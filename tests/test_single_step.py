@@ -443,11 +443,6 @@ def op_at_step_1(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, torch.relu(x_t) if t != 1 else torch.tanh(x_t), mem1, mem2, spk1)
 
 
-def backwards(self, t, x_t, mem1, mem2, spk1):
-    spk1, mem1 = self.lif1(self.fc1(self.x[3 - t]), mem1)
-    return Net.step(self, t, spk1, mem1, mem2, spk1)
-
-
 def recurrent(self, t, x_t, mem1, mem2, spk1):
     spk1, mem1 = self.lif1(self.fc1(x_t) + spk1, mem1)
     spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
@@ -504,10 +499,106 @@ def branching(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, self.fc1(x_t) if spk1.sum() > 0 and t else x_t, mem1, mem2, spk1)
 
 
+def detached(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t, mem1 if t == 0 else mem1.detach(), mem2, spk1)
+
+
 def twice(self, t, x_t, mem1, mem2, spk1):
     spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
     spk1, mem1 = self.lif1(spk1, mem1)
     return Net.step(self, t, spk1, mem1, mem2, spk1)
+
+
+def zeros_of_the_inputs_shape(self, x):
+    steps, batch, _ = x.shape
+    mem1, mem2 = torch.zeros(batch, 3, device=x.device, dtype=x.dtype), torch.zeros((batch, 2))
+    record = torch.zeros(steps, batch, 2)
+    for t in range(steps):
+        record[t], mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+    return record
+
+
+def time_last(self, x):
+    mem1, mem2, spikes = None, None, []
+    x = x.permute(1, 2, 0)
+    for t in range(x.shape[-1]):
+        spk2, mem1, mem2, _ = self.step(t, x[..., t], mem1, mem2, None)
+        spikes.append(spk2)
+    return torch.stack(spikes, dim=-1).mean(-1)
+
+
+def enumerated(self, x):
+    mem1, mem2, record, hidden = None, None, {"spk": [], "last": None}, 0
+    for t, x_t in enumerate(x.transpose(0, 1).transpose(1, 0)):
+        spk2, mem1, mem2, spk1 = self.step(t, x_t.view(x_t.size(0), -1).float(), mem1, mem2, None)
+        hidden += spk1
+        record["spk"].append(spk2.unsqueeze(0))
+        record["last"] = spk2
+    return {"spk": torch.cat(record["spk"]), "last": record["last"], "rate": hidden / len(x)}
+
+
+def scores(self, x):
+    mem1, mem2, spikes = None, None, []
+    for t in range(x.size(0)):
+        spk2, mem1, mem2, _ = self.step(t, x.select(0, t), mem1, mem2, None)
+        spikes += [spk2]
+    out = torch.stack(spikes)
+    return nn.functional.log_softmax(out.sum(0) / out.shape[0], dim=1), out.max(0)[0], torch.stack(spikes[2:]), out[-1]
+
+
+def layer_by_layer(self, x):
+    mem1, mem2, hidden, spikes = None, None, [], []
+    current = self.fc1(x)
+    for t in range(4):
+        spk1, mem1 = self.lif1(current[t], mem1)
+        hidden.append(spk1)
+    current = self.fc2(torch.stack(hidden))
+    for t in range(4):
+        spk2, mem2 = self.lif2(current[t], mem=mem2)
+        spikes.append(spk2)
+    return torch.stack(spikes)
+
+
+def states_kept_as_attributes(self, x):
+    self.mem1, self.mem2, out = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+    for t in range(4):
+        spk1, self.mem1 = self.lif1(self.fc1(x[t]), self.mem1)
+        spk2, self.mem2 = self.lif2(self.fc2(spk1), self.mem2)
+        out.append(spk2)
+    return torch.stack(out)
+
+
+def counted_as_it_goes(self, x):
+    mem1, mem2, count, counts = None, None, torch.zeros(x.shape[1], 2), []
+    for t in range(4):
+        spk2, mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+        count = count + spk2
+        counts.append(count)
+    return torch.stack(counts)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        zeros_of_the_inputs_shape, time_last, enumerated, scores, layer_by_layer, states_kept_as_attributes,
+        counted_as_it_goes,
+    ],
+)  # fmt: skip
+def test_ways_to_write_a_loop(forward):
+    """With the source's own neurons, that is, before they are replaced."""
+
+    class Written(Net):
+        pass
+
+    Written.forward = forward
+    net, x = Written(), 4 * torch.randn(4, 5, 3)
+    nn.init.uniform_(net.fc2.weight, 0, 2)  # so that the last layer fires
+    ours = rolled(net, x)
+    assert sum(n.op == "call_module" for n in ours.graph.nodes) == 4
+    theirs = tensors(net(x))
+    assert theirs[0].detach().abs().sum() > 0
+    for one, other in zip(tensors(ours(x)), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 class TestRefusals:
@@ -528,6 +619,7 @@ class TestRefusals:
             (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
             (rows_of_the_batch, {}, r"chunk\w* \(chunk\) does not give on T·N samples at once"),
             (branching, {}, r"steps cannot be read from its code: .*control flow"),
+            (detached, {}, r"lif1: its state 'mem' is not handed on .* but comes from detach"),
             (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
         ],
     )  # fmt: skip
@@ -544,6 +636,18 @@ class TestRefusals:
         net, x = changed(split_and_joined), 3 * torch.randn(4, 2, 3)
         net.scale = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 1.0]))
         torch.testing.assert_close(rolled(net, x)(x), net(x))
+
+    def test_time_backwards(self):
+        class Backwards(Net):
+            def forward(self, x):
+                mem1, mem2, spikes = None, None, []
+                for t in range(4):
+                    spk2, mem1, mem2, _ = self.step(t, x[3 - t], mem1, mem2, None)
+                    spikes.append(spk2)
+                return torch.stack(spikes)
+
+        with pytest.raises(RollUpError, match="lif1: at step 0 it is fed what belongs to step 3"):
+            converted(Backwards(), torch.randn(4, 2, 3))
 
     def test_batch_statistics_are_accepted_if_asked_for(self):
         net = changed(normed, norm=nn.BatchNorm1d(3))
