@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
 
 from mfpsn_fx.model.capture import copied, preserved_rng
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
@@ -133,7 +134,12 @@ def _record(gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_s
     """What each node makes of the example, by name; of its first step where the graph is one step."""
     given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values: dict[str, object] = dict(zip((n.target for n in given), args, strict=False)) | kwargs
-    values = {name: value for name, value in values.items() if name not in slices.dropped}
+    for name in slices.dropped:
+        if any(isinstance(v, Tensor) and bool((v != 0).any()) for v in tree_leaves(values.pop(name, None))):
+            raise RollUpError(
+                f"the example's {name!r} carries a state in that is not zero; the converted network starts every "
+                "sequence from rest: give zeros, or nothing"
+            )
     shapes = [tuple(value.shape) for value in values.values() if isinstance(value, Tensor)]
     lengths = {shape[:1] for shape in shapes}
     if one_step and (len(lengths) != 1 or not shapes[0]):

@@ -98,7 +98,6 @@ class Chain:
     stepping: Stepping
     calls: list[fx.Node] = dataclasses.field(default_factory=list)
     input: int | None = None
-    given_state: bool = False
     lifted: bool = False
 
     @property
@@ -193,9 +192,6 @@ class _Reader:
             if before is None:
                 before = len(chains)
                 chains.append(Chain(node.target, stepping, lifted=lifted))
-                chains[before].given_state = any(
-                    isinstance(s, fx.Node) and s.op == "placeholder" for s in states
-                ) or bool(stepping.states)
                 if not stepping.states:
                     own[node.target] = before
             chain = chains[before]
@@ -216,6 +212,13 @@ class _Reader:
         if lengths:
             self.slices.steps = None if self.one_step else next(iter(lengths))
         self.slices.dropped = tuple(n.target for n in self.gm.graph.nodes if n in self.fed_back)
+        for node in self.fed_back:
+            for user in node.users:
+                if user.target is not operator.getitem and (user not in self.called or user.args[:1] == (node,)):
+                    raise RollUpError(
+                        f"the argument {node.target!r} carries a state in, and is used by {user.name} too, which is "
+                        "not its neuron"
+                    )
 
     def _state_arguments(self, node: fx.Node, stepping: Stepping) -> list:
         given = [*node.args[1:], *[None] * len(stepping.states)]
@@ -227,7 +230,7 @@ class _Reader:
 
     def _before(self, node: fx.Node, stepping: Stepping, states: list) -> int | None:
         """The chain that a call goes on; None if it begins one."""
-        found: set[tuple[fx.Node, int]] = set()
+        found: set[fx.Node] = set()
         fresh = 0
         for name, state in zip(stepping.states, states, strict=False):
             if self._is_initial(state):
@@ -396,8 +399,7 @@ class _Reader:
         random = is_random(self.gm, node)
         if together:
             step = next(iter(steps))
-            refs = lambda n: self._ref(self.values[n])  # noqa: E731
-            args, kwargs = self._mapped(node, refs)
+            args, kwargs = self._mapped(node, lambda n: Ref(self.values[n].index))
             extra = self._nth_draw(node, args, step) if random else None
             index = self._intern(node.op, node.target, args, kwargs, timed=True, name=node.name, extra=extra)
             return self._seen(index, step, node)
@@ -420,9 +422,6 @@ class _Reader:
         """Arguments with nodes replaced. (fx.map_arg would freeze what it maps into its own list types.)"""
         replace = lambda a: function(a) if isinstance(a, fx.Node) else a  # noqa: E731
         return map_aggregate(tuple(node.args), replace), map_aggregate(dict(node.kwargs), replace)
-
-    def _ref(self, value: object) -> Ref:
-        return Ref(value.index)
 
     def _nth_draw(self, node: fx.Node, args: tuple, step: int) -> int:
         """Two draws in one step are two values; the first of each step belong together."""
@@ -520,8 +519,6 @@ class _Reader:
         source, item = self.values[node.args[0]], node.args[1]
         if isinstance(source, _Call):
             return self._result(source, item, node)
-        if isinstance(source, (_State, _Sum)):
-            return None
         if not isinstance(source, _Whole):
             return None
         if isinstance(item, int):
@@ -754,7 +751,8 @@ class _Reader:
         if expr.op != "neuron" or expr.args[1] != "membrane":
             return False
         chain = self.slices.chains[expr.args[2]]
-        return chain.given_state and not (chain.stepping.reads_out or chain.stepping.outputs[0] == "membrane")
+        stepping = chain.stepping
+        return bool(stepping.states) and not (stepping.reads_out or stepping.outputs[0] == "membrane")
 
 
 def _is_filling(node: fx.Node) -> bool:

@@ -637,6 +637,48 @@ class TestRefusals:
         net.scale = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 1.0]))
         torch.testing.assert_close(rolled(net, x)(x), net(x))
 
+    def test_states_from_elsewhere(self):
+        class Given(Net):
+            def forward(self, x, mem1, mem2):
+                spikes = []
+                for t in range(4):
+                    spk2, mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+                    spikes.append(spk2)
+                return torch.stack(spikes)
+
+        x = torch.randn(4, 2, 3)
+        ours = converted(Given(), x, torch.zeros(2, 3), torch.zeros(2, 2))
+        assert ours(x).shape == (4, 2, 2)
+        with pytest.raises(RollUpError, match=r"'mem2' carries a state in that is not zero; .* give zeros, or nothing"):
+            converted(Given(), x, torch.zeros(2, 3), torch.ones(2, 2))
+
+        class Learned(Given):
+            def __init__(self):
+                super().__init__()
+                self.start = nn.Parameter(torch.zeros(3))
+
+            def forward(self, x):
+                return super().forward(x, self.start, None)
+
+        with pytest.raises(RollUpError, match="start: a state that starts from other values than zeros"):
+            converted(Learned(), x)
+
+        class Seen(nn.Sequential):
+            def forward(self, x, mem):
+                spk, after = self[0](x + mem, mem)
+                return spk, after
+
+        with pytest.raises(RollUpError, match="'mem' carries a state in, and is used by add"):
+            converted(Seen(snntorch.Leaky(beta=0.5)), x, torch.zeros(4, 2, 3))
+
+    def test_random_numbers_of_a_fixed_shape(self):
+        class Coded(Net):
+            def forward(self, x):
+                return super().forward((torch.rand(4, 2, 3) < x).float())
+
+        with pytest.raises(ConversionError, match=r"draws random numbers of a fixed shape, .*torch\.rand_like"):
+            converted(Coded(), torch.rand(4, 2, 3))
+
     def test_time_backwards(self):
         class Backwards(Net):
             def forward(self, x):

@@ -116,7 +116,8 @@ class _StepTracer(_LeafTracer):
         elif node.op == "get_attr":
             value = _attribute(self.root, node.target)
             if isinstance(value, Tensor):
-                node.meta["mfpsn_zero"] = not bool((value != 0).any())
+                trained = isinstance(value, nn.Parameter)
+                node.meta["mfpsn_zero"] = not trained and not bool((value != 0).any())
         elif node.op in ("call_function", "call_method"):
             self._follow(node)
         return node
@@ -281,6 +282,15 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                 )
             leaves[owner] = reason
     graph = graphs[0]
+    written = {n.args[0].target for n in graph.nodes if n.op == "call_method" and n.target == "__setitem__"}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and node.target not in written:
+            ours, theirs = (_attribute(scratch, node.target) for scratch in scratches)
+            if not _same_tensor(ours, theirs):
+                raise NotSteppedError(
+                    f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
+                    "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
+                )
     _drop_specialisations(graph, concrete)
     for node in graph.nodes:
         node.meta.pop("mfpsn_owner", None)
@@ -292,6 +302,10 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
         if source is not None and source is not child:
             child.training = source.training
     return gm
+
+
+def _same_tensor(a: object, b: object) -> bool:
+    return not isinstance(a, Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
