@@ -19,9 +19,12 @@ from mfpsn_fx.model import (
     register_source,
     unregister_source,
 )
+from mfpsn_fx.model.batches import Batch
+from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
 from .backend import backend
+from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
 from .selection import Row, Selection, print_selection, selection
 
@@ -29,6 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATan",
+    "Batch",
+    "Calibration",
     "ConversionError",
     "Geometric",
     "Layout",
@@ -46,8 +51,12 @@ __all__ = [
     "Taps",
     "TwoPole",
     "backend",
+    "calibrate",
+    "calibration",
     "conversion_pipeline",
     "convert",
+    "lengths_to_mask",
+    "masked_mean",
     "plan",
     "planning_pipeline",
     "print_selection",
@@ -56,4 +65,5 @@ __all__ = [
     "register_surrogate",
     "selection",
     "unregister_source",
+    "valid_steps",
 ]
