@@ -26,7 +26,11 @@ from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 from .backend import backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
+from .monitoring import Monitor, monitor
+from .parameters import check_optimizer, param_groups
+from .running_statistics import recompute_statistics
 from .selection import Row, Selection, print_selection, selection
+from .source_checkpoint import load_source_checkpoint
 
 __version__ = "0.1.0"
 
@@ -37,6 +41,7 @@ __all__ = [
     "ConversionError",
     "Geometric",
     "Layout",
+    "Monitor",
     "MulFreePSN",
     "NotAFilterError",
     "Pass",
@@ -53,13 +58,18 @@ __all__ = [
     "backend",
     "calibrate",
     "calibration",
+    "check_optimizer",
     "conversion_pipeline",
     "convert",
     "lengths_to_mask",
+    "load_source_checkpoint",
     "masked_mean",
+    "monitor",
+    "param_groups",
     "plan",
     "planning_pipeline",
     "print_selection",
+    "recompute_statistics",
     "register_kernel",
     "register_source",
     "register_surrogate",

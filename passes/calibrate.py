@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from mfpsn_fx.kernels.fold import deviation
 from mfpsn_fx.kernels.layout import Layout, to_layout
-from mfpsn_fx.model.batches import Batch, check_repeatable
+from mfpsn_fx.model.batches import Batch, check_repeatable, reset_states
 from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Calibrated
 from mfpsn_fx.model.simulate import SimulatedNeuron, simulate
-from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.model.steps import current_mask
 
 from .base import Pass, Result
@@ -37,8 +36,8 @@ class Calibrate(Pass):
     data), a threshold at which the neuron fires as often as its source, and γ, β, running statistics that fold to
     just these. The graph itself is unchanged. No labels, no gradients.
 
-    The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are taken in the order
-    in which data meets them; each is fitted on inputs that its calibrated predecessors make.
+    The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are taken in the
+    order in which data meets them; each is fitted on inputs that its calibrated predecessors make.
 
     Args:
         batches: run through several times for each layer: a list, a DataLoader. Each is a tensor, a tuple or a dict of
@@ -164,9 +163,7 @@ class _Twins:
 
     def run(self, model: nn.Module, batch: Batch, watched: dict[str, Callable[[_Call], None]], last: str = "") -> None:
         """Run ``model`` and hand each call of the ``watched`` neurons over; end after the calls of ``last``."""
-        for module in source_paths(model).values():  # neurons that were not converted remember the last batch
-            if callable(getattr(module, "reset", None)):
-                module.reset()
+        reset_states(model)
         left = self.uses.get(last, 0)
         handles = []
 

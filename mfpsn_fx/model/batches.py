@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .source import source_paths
 from .steps import valid_steps
 
-__all__ = ["Batch", "check_repeatable"]
+__all__ = ["Batch", "check_repeatable", "reset_states"]
 
 
 class Batch:
@@ -45,10 +46,10 @@ class Batch:
             f"found {type(value).__name__}"
         )
 
-    def run(self, model, **more):
+    def run(self, model: nn.Module):
         """``model(*args, **kwargs)`` with the mask in force."""
         with contextlib.nullcontext() if self.mask is None else valid_steps(self.mask):
-            return model(*self.args, **self.kwargs, **more)
+            return model(*self.args, **self.kwargs)
 
 
 def check_repeatable(batches: Iterable, purpose: str) -> None:
@@ -66,3 +67,10 @@ def check_repeatable(batches: Iterable, purpose: str) -> None:
             f"{purpose} runs through the batches several times, and this {type(batches).__name__} can be run through "
             "once only: give a list or a DataLoader, e.g. list(batches)"
         )
+
+
+def reset_states(model: nn.Module) -> None:
+    """Let neurons that were not converted forget what they met before."""
+    for module in source_paths(model).values():
+        if callable(reset := getattr(module, "reset", None)):
+            reset()

@@ -61,8 +61,8 @@ class Calibrated:
         source_rate: how often the source neuron fired.
         rate_before, rate_after: how often ours did, before and after calibration of the whole network.
         agreement_before, agreement_after: share of steps at which both fired or neither did.
-        spikes_before, spikes_after: share of all spikes, the source's or ours, that both fired (Jaccard's index; 1 where
-            neither ever fires), which says more where spikes are few.
+        spikes_before, spikes_after: share of all spikes, the source's or ours, that both fired (Jaccard's index; 1
+            where neither ever fires), which says more where spikes are few.
         fit: R² of the quantised filter against the source's membrane, in the mean over channels.
         steps: how many values of the membrane, per channel, it was fitted to.
     """
