@@ -151,8 +151,8 @@ def convert(
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
     pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, calibrate=calibrate,
-        strict=strict, surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
+        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
+        calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
     )  # fmt: skip
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
