@@ -418,7 +418,7 @@ def test_bad_input(hot, example):
         mfpsn_fx.calibrate(converted, [example], drive="mine")
     with pytest.raises(ValueError, match="this network was not calibrated"):
         mfpsn_fx.calibration(converted)
-    with pytest.raises(TypeError, match="no network that mfpsn_fx.convert returned"):
+    with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
         mfpsn_fx.calibrate(hot, [example])
     for m in converted.modules():
         if isinstance(m, MulFreePSN):
