@@ -12,7 +12,7 @@ import snntorch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import mfpsn_fx
@@ -53,8 +53,7 @@ class TestSimulate:
             "LIF, input not decaying": lambda: neuron.LIFNode(tau=1.5, decay_input=False, **common),
             "PLIF": lambda: neuron.ParametricLIFNode(init_tau=1.7, **common).double(),
         }[kind]()
-        x = torch.randn(STEPS, 3, 4, 2, dtype=torch.float64)
-        x = x + (v_reset or 0.0)
+        x = 1.5 * torch.randn(STEPS, 3, 4, 2, dtype=torch.float64) + (1.0 if kind in ("LIF", "PLIF") else 0.1)
         expected = m(x).detach()
         h, spikes = simulate(describe(m), x)
         assert 0.05 < expected.mean() < 0.8
@@ -228,9 +227,29 @@ class TestFit:
             assert ((reached - rate).abs() <= best + 1e-9).all()
 
 
+class LifNet(nn.Module):
+    """(T, N, 1, 8) → (N, 3), three layers of neurons."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            layer.Conv1d(1, 4, 3, padding=1), nn.Identity(), make(), layer.Conv1d(4, 4, 3, padding=1), make(),
+            layer.Flatten(), layer.Linear(32, 6), make(),
+        )  # fmt: skip
+        self.head = layer.Linear(6, 3)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        return self.head(self.features(x)).mean(0)
+
+
 @pytest.fixture
 def hot(net):
     """The network with neurons that fire, its norm at rest."""
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim > 1:
+                p.mul_(2)
     for m in net.modules():
         if isinstance(m, neuron.LIFNode):
             m.v_threshold = 0.3
@@ -242,20 +261,22 @@ def data(count=3, n=16):
 
 
 @pytest.mark.parametrize("drive", ["source", "own"])
-def test_rates_match_and_more_spikes_agree(hot, drive):
+def test_rates_match_and_more_spikes_agree(drive):
+    """Integrators that spikes lower by their threshold: without the reset they would hardly ever stop firing."""
+    net = LifNet(lambda: neuron.IFNode(v_reset=None, v_threshold=0.5)).eval()
     batches = data(4, 32)
-    converted = quick(hot, batches[0])
+    converted = quick(net, batches[0], order=4)
     taken = mfpsn_fx.calibrate(converted, batches, drive=drive, progress=False)
     assert list(taken.layers) == ["features.2", "features.4", "features.7"]
     for row in taken.layers.values():
         assert 0.01 < row.source_rate < 0.9
-        assert abs(row.rate_after - row.source_rate) < 0.03
-        assert abs(row.rate_after - row.source_rate) <= abs(row.rate_before - row.source_rate) + 0.01
-        assert row.spikes_after > row.spikes_before - 0.02
         assert row.steps > 0
+        assert row.agreement_after > row.agreement_before
+        assert row.spikes_after > row.spikes_before
+        assert abs(row.rate_after - row.source_rate) < (0.01 if drive == "source" else 0.1)
+        assert abs(row.rate_after - row.source_rate) < abs(row.rate_before - row.source_rate)
     first = taken.layers["features.2"]
-    assert first.spikes_after > first.spikes_before
-    assert first.agreement_after > 0.9
+    assert first.agreement_after > 0.8
 
 
 def test_the_source_is_the_source(hot):
@@ -265,7 +286,7 @@ def test_the_source_is_the_source(hot):
     fired: dict[str, list] = {}
     for path, m in hot.named_modules():
         if isinstance(m, neuron.LIFNode):
-            m.register_forward_hook(lambda m, a, out, path=path: fired.setdefault(path, []).append(out.mean()))
+            m.register_forward_hook(lambda m, a, out, path=path: fired.setdefault(path, []).append(out.detach().mean()))
     for x in batches:
         functional.reset_net(hot)
         hot(x)

@@ -32,6 +32,9 @@ class SpeechNet(nn.Module):
         self.fc2 = layer.Linear(8, 6, step_mode="m")
         self.lif2 = neuron.LIFNode(v_threshold=0.3, step_mode="m")
         self.head = layer.Linear(6, 3, step_mode="m")
+        with torch.no_grad():  # so that its neurons have something to do
+            self.fc1.weight.mul_(3)
+            self.fc2.weight.mul_(3)
 
     def forward(self, x):
         if not self.traced and x.max() > 1e9:  # makes the network a leaf
@@ -108,8 +111,11 @@ class TestVariableLengths:
             with mfpsn_fx.valid_steps(mask):
                 for a, b in zip(learn(model, clean), learn(twin, junk), strict=True):
                     assert torch.equal(a, b)
-        with mfpsn_fx.valid_steps(mask), torch.no_grad():
+        with mfpsn_fx.valid_steps(mask), torch.no_grad(), mfpsn_fx.monitor(model) as seen:
             assert torch.equal(model.eval()(clean), twin.eval()(junk))
+        assert all(0.02 < found.rate < 0.9 for found in seen.layers().values())
+        torch.manual_seed(1)
+        assert not torch.equal(model(clean), twin(junk))  # without the mask
 
     def test_a_padded_batch_is_its_sequences(self):
         """In evaluation each sequence gives what it gives alone, unpadded."""
@@ -274,7 +280,7 @@ class TestMonitor:
         assert found.saturated.tolist()[:2] == [False, True]
         assert found.steps == 2 * 6 * 5
         scalars = seen.scalars("train/")
-        assert scalars["train/features.4/rate"] == pytest.approx(float(wanted.mean()))
+        assert scalars["train/features.4/rate"] == pytest.approx(float(wanted.detach().mean()))
         assert scalars["train/features.4/saturated"] >= 0.25
         assert set(scalars) == {f"train/features.{i}/{w}" for i in (2, 4, 7) for w in ("rate", "silent", "saturated")}
         text = str(seen)
