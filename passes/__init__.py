@@ -14,11 +14,13 @@ from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
 from .bind_kernels import BindKernels
 from .calibrate import Calibrate
+from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
+from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "BindKernels",
     "Calibrate",
     "CancelConversions",
+    "CheckSources",
     "ConversionError",
     "InitialiseNeurons",
     "InsertConversions",
@@ -38,6 +41,7 @@ __all__ = [
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
+    "SeparateUses",
     "SnapWeights",
     "conversion_nodes",
     "neurons",

@@ -130,7 +130,7 @@ class _Reached(Exception):
 
 @dataclasses.dataclass
 class _Call:
-    """Input and output of one call of a neuron, (T, N, C, *), zero where the mask is false."""
+    """Input and output of one call of a neuron, (T, N, C, *); the input is zero where the mask is false."""
 
     x: Tensor
     spikes: Tensor
@@ -144,13 +144,15 @@ class _Twins:
         self.batches = batches
         self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
         self.uses: dict[str, int] = {}  # calls of each neuron in one run
-        for module in self.student.modules():
+        for module in [*self.student.modules(), *self.teacher.modules()]:
             if isinstance(module, MulFreePSN):
                 module.eval()
         made: dict[int, SimulatedNeuron] = {}
         for path, module in list(self.teacher.named_modules(remove_duplicate=False)):
             if isinstance(module, MulFreePSN) and module.source is not None:
-                stand_in = made.setdefault(id(module), SimulatedNeuron(module.source, module.layout))
+                stand_in = made.setdefault(
+                    id(module), SimulatedNeuron(module.source, module.layout, module.channel_dims)
+                )
                 parent, _, child = path.rpartition(".")
                 setattr(self.teacher.get_submodule(parent), child, stand_in)
 
@@ -173,11 +175,13 @@ class _Twins:
             layout = kwargs.get("layout") or module.layout
             given = args[1] if len(args) > 1 else kwargs.get("mask")
             mask = current_mask() if given is None else given
-            x = to_layout(args[0], layout, Layout.TIME_FIRST)
+            x, spikes = (
+                to_layout(module.channels_together(t, layout), layout, Layout.TIME_FIRST) for t in (args[0], spikes)
+            )
             if mask is not None:
                 x = x.masked_fill(~mask.reshape(*mask.shape, *([1] * (x.ndim - 2))), 0)
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            watched[path](_Call(x, to_layout(spikes, layout, Layout.TIME_FIRST).to(x.dtype), mask))
+            watched[path](_Call(x, spikes.to(x.dtype), mask))
             if path == last:
                 left -= 1
                 if left == 0:

@@ -486,3 +486,45 @@ def test_the_benchmark_in_small(monkeypatch, tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert "Made by `python benchmarks/calibration.py --quick" in text
     assert "| IF, lowered by the threshold | 2 |" in text
+
+
+def test_channels_elsewhere():
+    """Heads and width together are the channels, for the simulated source, the fit and the monitor."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif = nn.Linear(4, 4), neuron.IFNode(v_reset=None, v_threshold=0.3, step_mode="m")
+
+        def forward(self, x):
+            return self.lif(self.fc(x))
+
+    x = torch.randn(6, 9, 2, 3, 4)  # (T, N, heads, tokens, width)
+    for layout in ("time_first", "time_last"):
+        converted = quick(Heads(), x, channel_dims={"lif": (2, 4)}, calibrate=[x], layout=layout)
+        assert converted.get_submodule("lif").weight.shape == (8, 2)
+        with mfpsn_fx.monitor(converted.eval()) as seen:
+            converted(x)
+        row = mfpsn_fx.calibration(converted).layers["lif"]
+        assert seen.layers()["lif"].rates.shape == (8,)
+        assert seen.layers()["lif"].rate == pytest.approx(row.rate_after, abs=1e-6)
+        assert row.steps == 6 * 9 * 3
+        assert abs(row.rate_after - row.source_rate) < 0.02
+
+
+def test_each_use_of_a_shared_neuron_is_fitted(example):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.lif = nn.Linear(8, 5), nn.Linear(5, 4), neuron.ParametricLIFNode(step_mode="m")
+
+        def forward(self, x):
+            return self.lif(self.b(self.lif(self.a(x))))
+
+    net, x = Shared(), 4 * torch.randn(6, 9, 8)
+    converted = quick(net, x, calibrate=[x])
+    assert list(mfpsn_fx.calibration(converted).layers) == ["lif", "lif@2"]
+    mfpsn_fx.load_source_checkpoint(converted, net.state_dict(), x, source=net)
+    wanted = quick(net, x)
+    for (key, a), b in zip(converted.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
