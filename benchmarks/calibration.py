@@ -30,7 +30,7 @@ SOURCES = {
     ),
     "IF, lowered by the threshold": lambda: neuron.IFNode(v_reset=None, **SETTINGS),
 }
-STARTS = ("not calibrated", "own", "source")
+STARTS = ("not calibrated", "own", "source", "source, 1.25")
 
 
 def convert(source: torch.nn.Module, data, order: int, start: str, batches: list) -> torch.nn.Module:
@@ -38,7 +38,8 @@ def convert(source: torch.nn.Module, data, order: int, start: str, batches: list
     model = mfpsn_fx.convert(source, data.train_x[:, :128], order=order, kernels="shifted-add", layout="time_first",
                              repeats=1, progress=False)  # fmt: skip
     if start != "not calibrated":
-        mfpsn_fx.calibrate(model, batches, drive=start, progress=False)
+        drive, _, rate = start.partition(", ")
+        mfpsn_fx.calibrate(model, batches, drive=drive, rate=float(rate or 1), progress=False)
     return model
 
 
@@ -75,8 +76,8 @@ def tables(results: list[dict]) -> str:
             [name, order, mean(rows, "trained"), *(mean(some, "at once") for some in by_start)]
             + [mean(some, "after an epoch") for some in by_start]
         )
-    headers = ["source neuron", "k", "source", "converted", "calibrated, own drive", "calibrated, source drive"]
-    headers += ["an epoch later: converted", "own drive", "source drive"]
+    headers = ["source neuron", "k", "source", "converted", "own drive", "source drive", "at 1.25 of its rate"]
+    headers += ["an epoch later: converted", "own drive", "source drive", "at 1.25 of its rate"]
     return markdown_table(headers, body)
 
 
@@ -94,7 +95,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     else:
         results = measure(options.epochs, options.seeds, (2, 4), list(SOURCES), None)
     made_by = preamble("calibration.py", argv, environment(torch.device("cpu")))
-    text = f"{made_by}\n\nTest accuracy in per cent, mean over seeds.\n\n{tables(results)}"
+    legend = (
+        "Test accuracy in per cent, mean over seeds: of the source; right after conversion without calibration, with "
+        "own drive, with source drive, and with source drive at 1.25 of the source's rates; and of each an epoch later."
+    )
+    text = f"{made_by}\n\n{legend}\n\n{tables(results)}"
     print(text)
     write(options.json, results)
     write(options.markdown, "# Accuracy right after conversion\n\n" + text)

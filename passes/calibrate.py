@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -45,24 +46,29 @@ class Calibrate(Pass):
             what the model takes, or a ``Batch`` with a mask.
         drive: what the source neurons are driven by: ``"source"``, the source network's own layers, so that a layer
             makes up for what those before it missed; ``"own"``, the converted network's.
+        rate: how many times as often as its source a neuron shall fire.
         progress: show a progress bar; None: if the terminal is one.
 
     Layers other than neurons run in the mode that they are in.
 
     Raises:
         TypeError: ``batches`` can be run through once only, or holds something that is no batch.
-        ValueError: there is no batch, or ``drive`` is unknown.
+        ValueError: there is no batch, ``drive`` is unknown, or ``rate`` is not positive.
     """
 
     name = "calibrate"
     needs = ("neurons", "dilations")
     gives = ("initialised", "calibrated")
 
-    def __init__(self, batches: Iterable, drive: str = "source", progress: bool | None = None) -> None:
+    def __init__(
+        self, batches: Iterable, drive: str = "source", rate: float = 1.0, progress: bool | None = None
+    ) -> None:
         check_repeatable(batches, "calibration")
         if drive not in ("source", "own"):
             raise ValueError(f"unknown drive {drive!r}: choose 'source' or 'own'")
-        self.batches, self.drive, self.progress = batches, drive, progress
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise ValueError(f"rate must be a positive number, found {rate!r}")
+        self.batches, self.drive, self.rate, self.progress = batches, drive, float(rate), progress
 
     def call(self, gm: fx.GraphModule) -> Result:
         twins = _Twins(gm, self.batches)
@@ -70,7 +76,7 @@ class Calibrate(Pass):
         before = twins.compare()
         fits: dict[str, Fit] = {}
         for path in tqdm(before, desc="calibrate", unit="layer", disable=silent):
-            fits[path] = _calibrate(twins, path, self.drive)
+            fits[path] = _calibrate(twins, path, self.drive, self.rate)
         after = twins.compare() if fits else {}
         changes = []
         for path, fit in fits.items():
@@ -221,7 +227,7 @@ class _Twins:
         return {path: counts[path] for path in self.uses}
 
 
-def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
+def _calibrate(twins: _Twins, path: str, drive: str, rate: float) -> Fit:
     """Fit one neuron of the student, its predecessors being calibrated already; write the result into it."""
     neuron = twins.student.get_submodule(path)
     place = neuron.weight.device
@@ -255,7 +261,7 @@ def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
     told = fit.slope > 0
     threshold = neuron.source.threshold.to(fit.mean)
     wish = (threshold - fit.offset) / torch.where(told, fit.slope, torch.ones_like(fit.slope))
-    theta = tail.threshold(fit.rate, torch.where(told, wish, threshold.expand_as(wish)))
+    theta = tail.threshold((fit.rate * rate).clamp(max=1), torch.where(told, wish, threshold.expand_as(wish)))
     _write(neuron, fit, theta)
     return fit
 

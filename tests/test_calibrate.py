@@ -281,6 +281,13 @@ def test_rates_match_and_more_spikes_agree(drive):
     assert first.agreement_after > 0.8
 
 
+def test_more_spikes_than_the_source(hot):
+    batches = data(4, 32)
+    taken = mfpsn_fx.calibrate(quick(hot, batches[0]), batches, rate=1.5, progress=False)
+    for row in taken.layers.values():
+        assert row.rate_after / row.source_rate == pytest.approx(1.5, rel=0.1)
+
+
 def test_the_source_is_the_source(hot):
     """Rates of the simulated source are those of SpikingJelly's own neurons."""
     batches = data(2)
@@ -433,12 +440,20 @@ def test_bad_input(hot, example):
     ):
         with pytest.raises(TypeError, match=message):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
+    for wrong, kinds in (([(example, torch.zeros(5))], "Tensor, Tensor"), ([{"image": example}], "image")):
+        with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit what LifNet takes.*labels are no part"):
+            mfpsn_fx.calibrate(converted, wrong, progress=False)
+        with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit"):
+            mfpsn_fx.recompute_statistics(converted, wrong)
     with pytest.raises(TypeError, match="can be run through once only"):
         quick(hot, example, calibrate=iter([example]))
     with pytest.raises(ValueError, match="calibration was given no batch"):
         mfpsn_fx.calibrate(converted, [], progress=False)
     with pytest.raises(ValueError, match="unknown drive 'mine': choose 'source' or 'own'"):
         mfpsn_fx.calibrate(converted, [example], drive="mine")
+    for rate in (0, -1.0, True, "often", float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="rate must be a positive number"):
+            mfpsn_fx.calibrate(converted, [example], rate=rate)
     with pytest.raises(ValueError, match="this network was not calibrated"):
         mfpsn_fx.calibration(converted)
     with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
@@ -482,7 +497,7 @@ def test_the_benchmark_in_small(monkeypatch, tmp_path, capsys):
     finally:
         for name in ("checkout", "common"):
             sys.modules.pop(name, None)
-    assert [row["start"] for row in results] == ["not calibrated", "own", "source"]
+    assert [row["start"] for row in results] == ["not calibrated", "own", "source", "source, 1.25"]
     text = (tmp_path / "table.md").read_text()
     assert "Made by `python benchmarks/calibration.py --quick" in text
     assert "| IF, lowered by the threshold | 2 |" in text
