@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -12,14 +13,17 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import capture, copied
+from mfpsn_fx.model.capture import capture, copied, said_of
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.model.step_mode import to_multi_step
 from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
     BindKernels,
+    Calibrate,
     CancelConversions,
+    CheckSources,
     ConversionError,
     InitialiseNeurons,
     InsertConversions,
@@ -27,7 +31,9 @@ from mfpsn_fx.passes import (
     Pipeline,
     PropagateShapes,
     ReplaceNeurons,
+    SeparateUses,
 )
+from mfpsn_fx.passes.replace_neurons import REFUSED
 
 from .selection import graph_of
 
@@ -43,20 +49,26 @@ def conversion_pipeline(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
+    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
     passes = [
+        CheckSources(strict),
         ObserveInputs(args, kwargs),
-        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict),
+        SeparateUses(),
+        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims),
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
     ]
+    if calibrate is not None:
+        passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
@@ -97,17 +109,20 @@ def convert(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     inplace: bool = False,
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
+    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
     Args:
-        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside.
+        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
+            compiled or DataParallel model, the network inside is converted: wrap the result again.
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the default kernels run, and :func:`plan` can do the rest later.
@@ -116,12 +131,16 @@ def convert(
         layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
+        calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
+            layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
         surrogate: for all new neurons; None keeps each source's.
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
+        channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
+            dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
         repeats: m of autoselect.
-        progress: show autoselect's progress bar; None: if the terminal is one.
+        progress: show progress bars; None: if the terminal is one.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -144,22 +163,27 @@ def convert(
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
     pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
-        surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
+        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
+        calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
+        repeats=repeats, progress=progress,
     )  # fmt: skip
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _check_model(model)
     _check_example(example_args, kwargs)
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
+        switched = to_multi_step(subject, example_args, kwargs)
         gm, _ = capture(subject)
-        gm = pipeline(gm)
+        gm.meta[REFUSED] = switched.refusals
+        with _said_why(switched.refusals):
+            gm = pipeline(gm)
+        _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
         if inplace:
             _swap_into(subject, gm)
     gm.meta.clear()
-    _forget_cached_states()
+    _forget_cached_states(model)
     return gm
 
 
@@ -191,6 +215,17 @@ def plan(
     return gm
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:
     return kernels if isinstance(kernels, str) else dict(kernels)
 
@@ -216,30 +251,53 @@ def _check_example(args: tuple, kwargs: Mapping) -> None:
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put ``model``'s children back as they were if converting fails half way."""
+    """Put ``model``'s children and step modes back as they were if converting fails half way."""
     before = {module: dict(module._modules) for module in model.modules()}
+    modes = [(module, module._step_mode) for module in model.modules() if "_step_mode" in vars(module)]
     try:
         yield
     except BaseException:
         for module, children in before.items():
             module._modules.clear()
             module._modules.update(children)
+        for module, mode in modes:
+            module._step_mode = mode
         raise
 
 
 def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
     for path, module in gm.named_modules(remove_duplicate=False):
-        if not isinstance(module, MulFreePSN):
+        if not isinstance(module, MulFreePSN) or "@" in path:  # a further use: the source's own forward has but one
             continue
         parent, _, child = path.rpartition(".")
         with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
             setattr(model.get_submodule(parent), child, module)
 
 
-def _forget_cached_states() -> None:
-    """SpikingJelly's reset_net keeps a list of modules; one that is loaded must make it anew."""
+@contextlib.contextmanager
+def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
+    """Give the reason of neurons in step mode 's' if the model does not run on the example with them."""
+    try:
+        yield
+    except (ConversionError, TypeError):
+        raise
+    except Exception as error:
+        if not refusals:
+            raise
+        raise ConversionError("\n".join(f"{path}: {reason}" for path, reason in refusals.items())) from error
+
+
+def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
+    """Notes on neurons by their paths in the user's model."""
+    for path, module in gm.named_modules():
+        note = said_of(gm, notes, path)
+        if note is not None and isinstance(module, MulFreePSN):
+            module.source = dataclasses.replace(module.source, notes=(*module.source.notes, note))
+
+
+def _forget_cached_states(model: nn.Module) -> None:
+    """SpikingJelly's reset_net keeps a list of ``model``'s modules; where it is loaded it must make it anew."""
     functional = sys.modules.get("spikingjelly.activation_based.functional")
     invalidate = getattr(getattr(functional, "net_config", None), "invalidate_reset_cache", None)
     if callable(invalidate):
-        with contextlib.suppress(TypeError):
-            invalidate()
+        invalidate(model)

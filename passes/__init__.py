@@ -13,18 +13,23 @@ from .assign_dilations import AssignDilations, receptive_field
 from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
 from .bind_kernels import BindKernels
+from .calibrate import Calibrate
+from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
+from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 
 __all__ = [
     "AssignDilations",
     "Autoselect",
     "BindKernels",
+    "Calibrate",
     "CancelConversions",
+    "CheckSources",
     "ConversionError",
     "InitialiseNeurons",
     "InsertConversions",
@@ -36,6 +41,7 @@ __all__ = [
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
+    "SeparateUses",
     "SnapWeights",
     "conversion_nodes",
     "neurons",

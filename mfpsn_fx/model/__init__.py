@@ -1,9 +1,9 @@
 """Floor 2: the neuron as a module, what source neurons are, and capture."""
 
-from . import spikingjelly_sources  # noqa: F401  (registers its adapters)
+from . import flexsn_source, spikingjelly_sources, spikingjelly_variants  # noqa: F401  (they register their adapters)
 from .capture import capture
 from .neuron import MulFreePSN
-from .source import Geometric, NotAFilterError, SourceNeuron, Taps, register_source, unregister_source
+from .source import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, register_source, unregister_source
 
 __all__ = [
     "Geometric",
@@ -11,6 +11,7 @@ __all__ = [
     "NotAFilterError",
     "SourceNeuron",
     "Taps",
+    "TwoPole",
     "capture",
     "register_source",
     "unregister_source",

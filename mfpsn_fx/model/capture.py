@@ -6,7 +6,8 @@ import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -14,13 +15,13 @@ from torch import fx, nn
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
 
-__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
 
-# Their layers look at shapes (step modes) before they call torch: leaves, as torch.nn's own are.
-_LEAF_PACKAGES = ("torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
+# Their layers look at shapes (step modes) before they call torch, ours at the mask: leaves, as torch.nn's own are.
+_LEAF_PACKAGES = ("mfpsn_fx", "torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
 
 
 @contextlib.contextmanager
@@ -226,6 +227,17 @@ def _root_leaf(model: nn.Module) -> fx.GraphModule:
     gm = fx.GraphModule(holder, graph, type(model).__name__)
     gm.training = model.training
     return gm
+
+
+def user_path(gm: fx.GraphModule, path: str) -> str:
+    """The path in the captured model of a module at ``path`` in its graph: the same but behind a root leaf."""
+    calls = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    return path.removeprefix(f"{ROOT_LEAF}.") if calls == {ROOT_LEAF} else path
+
+
+def said_of(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
+    """What ``by_path`` says of the module at ``path`` in the graph, by that path or by its own in the model."""
+    return by_path.get(path, by_path.get(user_path(gm, path)))
 
 
 def _placeholders(model: nn.Module, graph: fx.Graph) -> tuple[tuple[fx.Node, ...], dict[str, fx.Node]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
@@ -15,6 +16,7 @@ __all__ = [
     "NotAFilterError",
     "SourceNeuron",
     "Taps",
+    "TwoPole",
     "adapter_for",
     "describe",
     "is_source",
@@ -54,6 +56,41 @@ class Taps:
         values, lags = self.values.double(), lags.to(self.values.device)
         reached = values[..., lags.clamp(max=values.shape[-1] - 1)]
         return torch.where(lags < values.shape[-1], reached, torch.zeros_like(reached))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPole:
+    """Two exponentials in series, a current that decays and a membrane that decays: CUBA-LIF, Synaptic, Norse's LIF.
+
+    i[t] = current·i[t−1] + x[t], v[t] = membrane·v[t−1] + gain·i[t−delay], so that the response at lag j is
+    gain·Σ_m current^m · membrane^(n−m), 0 ≤ m ≤ n = j − delay: gain·(current^(n+1) − membrane^(n+1))/(current −
+    membrane) where the two differ, gain·(n+1)·membrane^n where they are equal, and zero for n < 0.
+
+    Attributes:
+        gain, current, membrane: () or (C,) tensors.
+        delay: steps from the current to the membrane; 1 where a step of the membrane reads the last step's current.
+    """
+
+    gain: Tensor
+    current: Tensor
+    membrane: Tensor
+    delay: int = 0
+
+    def __call__(self, lags: Tensor) -> Tensor:
+        """lags (k,) of int → (k,) or (C, k) in float64."""
+        gain, current, membrane = torch.broadcast_tensors(
+            self.gain.double(), self.current.double(), self.membrane.double()
+        )
+        reached = lags.to(gain.device) - self.delay
+        # By the recursion: the closed form loses all digits where the two decays are close.
+        power = value = torch.ones_like(gain)
+        response = [value]
+        for _ in range(int(reached.max().clamp(min=0)) if reached.numel() else 0):
+            power = power * current
+            value = membrane * value + power
+            response.append(value)
+        taps = torch.stack(response, -1)[..., reached.clamp(min=0)]
+        return gain.unsqueeze(-1) * torch.where(reached >= 0, taps, torch.zeros_like(taps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +163,8 @@ def unregister_source(*classes: type | str) -> None:
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of the module's exact class, or None."""
-    return _ADAPTERS.get(qualified_name(type(module)))
+    """The adapter of the module's exact class, seen through torch's parametrizations, or None."""
+    return _ADAPTERS.get(qualified_name(type_before_parametrizations(module)))
 
 
 def is_source(module: nn.Module) -> bool:
@@ -146,7 +183,13 @@ def describe(module: nn.Module) -> SourceNeuron:
             f"{qualified_name(type(module))} has no adapter, and a subclass of a known neuron may behave otherwise; "
             "add one with mfpsn_fx.register_source"
         )
-    return adapter(module)
+    source = adapter(module)
+    notes = list(source.notes)
+    if is_parametrized(module):
+        notes.append("parametrization dropped, its present value taken")
+    if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks):
+        notes.append(f"{hooks} hook{'s' * (hooks > 1)} not carried over: register on the new neuron")
+    return dataclasses.replace(source, notes=tuple(notes))
 
 
 # A class from here, or derived from one with an adapter, is a neuron even if nothing is known of it.
