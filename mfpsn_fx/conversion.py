@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -34,8 +35,10 @@ from mfpsn_fx.passes import (
     SeparateUses,
 )
 from mfpsn_fx.passes.replace_neurons import REFUSED
+from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of
+from .selection import graph_of, unwrapped
+from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
@@ -112,6 +115,7 @@ def convert(
     calibrate: Iterable | None = None,
     strict: bool = True,
     inplace: bool = False,
+    accept: Sequence[str] = (),
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
@@ -135,6 +139,7 @@ def convert(
             layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
+        accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
         surrogate: for all new neurons; None keeps each source's.
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
@@ -162,22 +167,34 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
-    pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
+    pipeline = functools.partial(
+        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
         repeats=repeats, progress=progress,
     )  # fmt: skip
+    check_accept(accept)
+    pipeline(example_args, kwargs)  # options are looked at before anything is copied
     model = unwrapped(model)
     _check_model(model)
     _check_example(example_args, kwargs)
+    stepped = has_steps(model)
+    if stepped and inplace:
+        raise ValueError(
+            f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
+            "neurons that see all of it; use the graph that convert returns"
+        )
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
-        switched = to_multi_step(subject, example_args, kwargs)
-        gm, _ = capture(subject)
-        gm.meta[REFUSED] = switched.refusals
-        with _said_why(switched.refusals):
-            gm = pipeline(gm)
-        _add_notes(gm, switched.notes)
+        if stepped:
+            gm, example_args, kwargs = rolled_up(subject, example_args, kwargs, accept)
+            gm = pipeline(example_args, kwargs)(gm)
+        else:
+            switched = to_multi_step(subject, example_args, kwargs)
+            gm, _ = capture(subject)
+            gm.meta[REFUSED] = switched.refusals
+            with _said_why(switched.refusals):
+                gm = pipeline(example_args, kwargs)(gm)
+            _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
         if inplace:
@@ -213,17 +230,6 @@ def plan(
     gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
     gm.meta.clear()
     return gm
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:

@@ -20,8 +20,10 @@ from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
+from .roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
+from .time_slices import RollUpError
 
 __all__ = [
     "AssignDilations",
@@ -41,6 +43,8 @@ __all__ = [
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
+    "RollUp",
+    "RollUpError",
     "SeparateUses",
     "SnapWeights",
     "conversion_nodes",

@@ -101,6 +101,8 @@ class ReplaceNeurons(Pass):
             swaps.append((path, made[place]))
         if failed and self.strict:
             raise ConversionError(refusal_message(failed, len(failed) + len(swaps)))
+        for path, reason in failed.items():
+            gm.get_submodule(path).mfpsn_unconverted = reason  # for the selection, through copies and pickles
         for path, new in swaps:
             parent, _, child = path.rpartition(".")
             setattr(gm.get_submodule(parent), child, new)

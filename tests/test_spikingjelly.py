@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import pickle
 import sys
 import types
 
@@ -138,6 +139,8 @@ def test_filters_fire_as_their_neurons_until_the_first_reset(make):
     assert torch.equal(spikes[silent].double(), ours[silent])
     assert (first_spikes(spikes).sum((1, 2)) > 0).sum() >= 3  # early ones and late ones
     assert any("reset dropped" in note for note in source.notes)
+    lags = torch.arange(5)
+    assert torch.equal(pickle.loads(pickle.dumps(source)).response(lags), source.response(lags))
 
 
 def test_klif_says_that_the_relu_is_dropped():
@@ -316,7 +319,9 @@ class TestChannelDims:
         x = torch.randn(STEPS, 2, 5, 3)  # tokens (T, N, L, C)
         converted = quick(net, x)
         assert converted.get_submodule("1").channels == 5
-        assert "channel_dims={'1': 3} gives one each" in " ".join(mfpsn_fx.selection(converted).rows[0].notes)
+        assert "if channels are dim 3, say channel_dims={'1': 3}" in " ".join(
+            mfpsn_fx.selection(converted).rows[0].notes
+        )
         for dim, layout in ((3, "time_first"), (-1, "time_last")):
             converted = quick(net, x, channel_dims={"1": dim}, layout=layout)
             (found,) = neurons(converted)
@@ -326,6 +331,9 @@ class TestChannelDims:
             )
             assert converted(x).shape == (STEPS, 2, 5, 6)
             converted(x).sum().backward()
+            compiled = torch.compile(converted.eval(), backend="eager", fullgraph=True)
+            assert torch.equal(compiled(x), converted(x))
+            assert mfpsn_fx.selection(copy.deepcopy(converted)) == mfpsn_fx.selection(converted)
         with pytest.raises(ValueError, match=r"channel_dims names layers that are no neurons: \['0'\].*\['1'\]"):
             quick(net, x, channel_dims={"0": 3})
         with pytest.raises(ValueError, match=r"1: channel dims must be .* below 4; found 4"):
@@ -338,8 +346,8 @@ class TestChannelDims:
         converted = quick(net, x)
         table = {row.layer: row for row in mfpsn_fx.selection(converted).rows}
         (path,) = [name for name in table if name.endswith("attn_lif")]
-        assert "(2, 2, 2, 8, 16) has 2 entries" in " ".join(table[path].notes)
-        assert not any("entries" in note for name, row in table.items() if name != path for note in row.notes)
+        assert "dim 2 of its input (2, 2, 2, 8, 16) is not the channels" in " ".join(table[path].notes)
+        assert not any("dim 2" in note for name, row in table.items() if name != path for note in row.notes)
         path = path.removeprefix("model.")
         assert f"channel_dims={{'{path}': (2, 3)}}" in " ".join(table[f"model.{path}"].notes)
         converted = quick(net, x, channel_dims={path: (2, 3)})
@@ -363,24 +371,18 @@ class TestModels:
             for name in module.__all__:
                 assert name in names or name.endswith("ResNet") or "Config" in name or "Builder" in name, name
 
-    @pytest.mark.parametrize(
-        "build",
-        [
-            lambda: spiking_resnet.SpikingResNet(spiking_resnet.BasicBlock, [1, 1, 1, 1], 3,
-                                                 spiking_neuron=neuron.IFNode),
-            lambda: sew_resnet.SEWResNet(sew_resnet.BasicBlock, [1, 1, 1, 1], 3, cnf="IAND",
-                                         spiking_neuron=neuron.ParametricLIFNode),
-        ],
-    )  # fmt: skip
-    def test_resnets(self, build):
+    @pytest.mark.parametrize("step_mode", ["s", "m"])
+    def test_resnets(self, step_mode):
         def made():
-            net = build()
+            if step_mode == "s":
+                return spiking_resnet.SpikingResNet(spiking_resnet.BasicBlock, [1] * 4, 3, spiking_neuron=neuron.IFNode)
+            net = sew_resnet.SEWResNet(sew_resnet.BasicBlock, [1] * 4, 3, cnf="IAND",
+                                       spiking_neuron=neuron.ParametricLIFNode)  # fmt: skip
             functional.set_step_mode(net, "m")
             return net
 
-        outcome = compatibility.examine(
-            compatibility.Network("", "", made, lambda: (torch.rand(2, 2, 3, 32, 32),), OPTIONS), "eager"
-        )
+        x = torch.rand(2, 2, 3, 32, 32)
+        outcome = compatibility.examine(compatibility.Network("", "", made, lambda: (x,), OPTIONS), "eager")
         assert outcome.expected, outcome
         assert outcome.captured == "traced"
 
@@ -390,6 +392,9 @@ class TestModels:
         converted = quick(network.build(), *network.example())
         rows = mfpsn_fx.selection(converted).rows
         assert len(rows) >= 5
+        assert {row.layer.rpartition(".")[2] for row in rows if "not the channels" in " ".join(row.notes)} <= {
+            "attn_lif"
+        }
         assert all(row.kernel == "shifted-add" and row.forward_ms > 0 for row in rows)
         converted(*network.example()).sum().backward()
 
@@ -498,6 +503,10 @@ class TestLivingWithIt:
         assert "1 hook not carried over" in " ".join(mfpsn_fx.selection(converted).rows[0].notes)
         net(x)
         assert len(seen.records) == 2
+        functional.reset_net(net)
+        functional.set_step_mode(net, "s")
+        quick(net, x)
+        assert len(seen.records) == 2
 
 
 class TestShapesOfCode:
@@ -574,6 +583,7 @@ class TestShapesOfCode:
         converted = quick(wrap(net), x)
         assert [row.layer for row in mfpsn_fx.selection(converted).rows] == ["1", "3"]
         assert torch.equal(converted.eval()(x), expected)
+        assert mfpsn_fx.selection(wrap(converted)) == mfpsn_fx.selection(converted)
         inner = quick(nn.Sequential(wrap(net)), x)
         assert len(mfpsn_fx.selection(inner).rows) == 2
         assert torch.equal(inner.eval()(x), expected)
@@ -614,6 +624,16 @@ class TestShapesOfCode:
             assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
-def test_the_examples_folder_is_found():
-    assert importlib.util.find_spec("mfpsn_fx") is not None
-    assert (compatibility.FOLDER / "spikingjelly_networks.py").exists()
+def test_the_page_has_a_row_for_each_network():
+    page = (compatibility.FOLDER.parent.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| Sp")]
+    listed = {n.name: n for n in compatibility.load_networks() if n.library == "SpikingJelly"}
+    assert {row[1] for row in rows} == set(listed)
+    for row in rows:
+        network = listed[row[1]]
+        if network.refusal:
+            assert row[3] == "0"
+            assert network.refusal in row[-1]
+        else:
+            assert row[5:9] == ["yes", "yes", "yes", "0"]
+            assert network.unused or row[2] == row[3]

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
+from .stepping import is_stepping
 
 __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
@@ -183,8 +184,15 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, or ``ValueError`` saying what stands in its way."""
+    memo: dict[int, object] = {}
+    if any(is_stepping(m) for m in model.modules()):
+        # The states that stepping neurons keep after a batch hang on that batch's graph. They start afresh anyway.
+        for m in model.modules():
+            for value in (*m._buffers.values(), *vars(m).values()):
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied with copy.deepcopy, which is needed to leave it untouched: "

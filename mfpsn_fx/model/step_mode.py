@@ -17,6 +17,7 @@ from .source import qualified_name, source_paths
 __all__ = ["Switched", "to_multi_step"]
 
 _LAYERS = "spikingjelly.activation_based.layer"
+_MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 _NET = "spikingjelly.activation_based.functional"
 # Containers whose children stay in step mode 's', and what that means for a neuron in them.
 _CONTAINERS = {
@@ -32,7 +33,8 @@ _CONTAINERS = {
 _BOUND = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample, nn.PixelShuffle,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Upsample, nn.PixelShuffle,
 )  # fmt: skip
 NOTE = "step mode 's' switched to 'm'"
 
@@ -64,7 +66,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
     if not rest or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
-    reason = _follows(model) or _disagreement(model, rest, args, dict(kwargs), set_mode)
+    reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
     if reason is not None:
         return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
     set_mode(model, "m")
@@ -120,6 +122,8 @@ def _disagreement(
                 f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
                 "and feed (T, N, C, *)"
             )
+        if (reason := _follows(model)) is not None:
+            return reason
         if len(steps) != 1:
             return (
                 "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
@@ -153,10 +157,14 @@ def _disagreement(
 
 
 def _fresh(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
     fresh = copied(model).eval().double()
     for m in fresh.modules():
-        if callable(reset := getattr(m, "reset", None)):
-            reset()
+        if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
+            m.reset()
+    for m in source_paths(fresh).values():
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
     return fresh
 
 
