@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,7 @@ from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
     BindKernels,
+    Calibrate,
     CancelConversions,
     CheckSources,
     ConversionError,
@@ -51,6 +52,7 @@ def conversion_pipeline(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
@@ -68,6 +70,8 @@ def conversion_pipeline(
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
     ]
+    if calibrate is not None:
+        passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
@@ -108,6 +112,7 @@ def convert(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     inplace: bool = False,
     accept: Sequence[str] = (),
@@ -130,6 +135,8 @@ def convert(
         layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
+        calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
+            layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
         accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
@@ -138,7 +145,7 @@ def convert(
         channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
         repeats: m of autoselect.
-        progress: show autoselect's progress bar; None: if the terminal is one.
+        progress: show progress bars; None: if the terminal is one.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -161,8 +168,9 @@ def convert(
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
     pipeline = functools.partial(
-        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
-        surrogate=surrogate, gradient=gradient, channel_dims=channel_dims, repeats=repeats, progress=progress,
+        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
+        calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
+        repeats=repeats, progress=progress,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
