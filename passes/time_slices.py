@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from mfpsn_fx.model.stepping import Stepping, stepping_of
+from mfpsn_fx.model.stepping import Stepping, is_stepping, stepping_of
 
 from .replace_neurons import ConversionError
 
@@ -181,8 +181,15 @@ class _Reader:
         for node in self.gm.graph.nodes:
             if node.op != "call_module":
                 continue
-            stepping = stepping_of(self.gm.get_submodule(node.target))
+            module = self.gm.get_submodule(node.target)
+            stepping = stepping_of(module)
             if stepping is None:
+                inside = [path for path, m in module.named_modules() if is_stepping(m)]
+                if inside:
+                    raise RollUpError(
+                        f"{node.target}.{inside[0]}: {node.target} ({type(module).__name__}) runs its own code (it "
+                        "bears hooks, or cannot be traced), in which its neurons cannot be told from step to step"
+                    )
                 continue
             lifted = bool(node.meta.get("mfpsn_lifted"))
             states = self._state_arguments(node, stepping)

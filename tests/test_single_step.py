@@ -712,6 +712,10 @@ class TestRefusals:
         net.register_forward_hook(lambda *a: None)
         with pytest.raises(ConversionError, match="Net bears hooks"):
             converted(net, torch.randn(4, 2, 3))
+        block = norse.SequentialState(nn.Linear(3, 3), norse.LIFCell())
+        block.register_forward_hook(lambda *a: None)
+        with pytest.raises(ConversionError, match=r"0.1: 0 \(SequentialState\) runs its own code \(it bears hooks"):
+            converted(norse.SequentialState(block, nn.Linear(3, 3), norse.LIFCell()), torch.randn(4, 2, 3))
 
     def test_training_that_differs(self):
         def step(self, t, x_t, *rest):

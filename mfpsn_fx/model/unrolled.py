@@ -20,6 +20,7 @@ from .capture import (
     copied,
     preserved_rng,
 )
+from .fused_layers import LinearThenCell
 from .source import qualified_name
 from .stepping import is_stepping, stepping_of
 from .time_axis import fold_time, unfold_time
@@ -77,7 +78,8 @@ class _StepTracer(_LeafTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_stepping(m):
             return True
-        if qualified_name(type(m)) in _TRACED and not _has_hooks(m):
+        traced = isinstance(m, LinearThenCell) or qualified_name(type(m)) in _TRACED
+        if traced and not _has_hooks(m):
             return module_qualified_name in self.leaves
         return super().is_leaf_module(m, module_qualified_name)
 
