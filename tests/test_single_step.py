@@ -948,12 +948,22 @@ class TestConverted:
         assert "lif2: its membrane is read out without its reset" in caplog.text
         assert isinstance(ours.get_submodule("lif2_membrane"), LeakyIntegrator)
 
+    @pytest.mark.parametrize("name", ["Leaky and Lapicque, one step a call", "SequentialState with Lift"])
+    def test_time_last_and_calibrated(self, name):
+        network = TestNetworks.listed(name)
+        (x,) = network.example()
+        ours = converted(network.build().eval(), x, layout="time_last", calibrate=[x, *network.example()]).eval()
+        assert {row.layout for row in mfpsn_fx.selection(ours).rows} == {"time_last"}
+        plain = copy.deepcopy(ours)
+        mfpsn_fx.plan(plain, x, layout="time_first", kernels="shifted-add", repeats=1, progress=False)
+        torch.testing.assert_close(tensors(ours(x))[0], tensors(plain(x))[0])
+
     def test_notes(self):
         network = TestNetworks.listed("LeakyParallel")
         ours = converted(network.build(), *network.example())
         rows = mfpsn_fx.selection(ours).rows
         assert [row.layer for row in rows] == ["0.1", "1.1"]
-        assert all("ReLU on its membrane dropped" in row.notes for row in rows)
+        assert all(row.notes == ("ReLU on its membrane dropped",) for row in rows)
 
     def test_copies_and_checkpoints(self):
         net, x = Net(), torch.randn(4, 2, 3)

@@ -30,7 +30,7 @@ def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
         for name, ours, parameter in (("atan", ATan, "alpha"), ("sigmoid", Sigmoid, "slope")):
             if kind == name and isinstance(values.get(parameter), (int, float)):
                 return ours(float(values[parameter])), ()
-    if kind == "ATan":  # LeakyParallel's own
+    if getattr(getattr(function, "__self__", None), "__qualname__", "") == "LeakyParallel.ATan":  # alpha is its default
         return ATan(), ()
     return ATan(), (f"surrogate {kind} replaced by ATan(2)",)
 
