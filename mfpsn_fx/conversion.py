@@ -126,7 +126,8 @@ def convert(
 
     Args:
         model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
-            compiled or DataParallel model, the network inside is converted: wrap the result again.
+            compiled or DataParallel model, the network inside is converted: wrap the result again. Networks of
+            snnTorch and Norse may step through time: what comes out does not (``docs/single_step.md``).
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the default kernels run, and :func:`plan` can do the rest later.
@@ -153,7 +154,8 @@ def convert(
     Raises:
         TypeError: ``model`` is no module, or the example does not fit.
         ValueError: there is no neuron in it, an option is unknown, weights are NaN, or the example is empty.
-        ConversionError: with ``strict``, a neuron cannot be converted; all are named.
+        ConversionError: with ``strict``, a neuron cannot be converted; all are named. Steps of a network that steps
+            through time are not alike, or cannot run at once.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.fold import deviation
 from mfpsn_fx.model.capture import ROOT_LEAF, copied
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import NotAFilterError, SourceNeuron, describe
+from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.passes import InitialiseNeurons, Pipeline
 
 from .selection import graph_of
@@ -45,13 +47,14 @@ def load_source_checkpoint(
     """
     gm = graph_of(model)
     kwargs = dict(example_kwargs or {})
-    neurons = {path: m for path, m in gm.named_modules(remove_duplicate=False) if isinstance(m, MulFreePSN)}
+    kinds = (MulFreePSN, LeakyIntegrator)
+    neurons = {path: m for path, m in gm.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
     own = {key: value for key, value in gm.state_dict().items() if not _within(key, neurons)}
     prefix = max(("", f"{ROOT_LEAF}."), key=lambda p: sum(p + key in own for key in state_dict))
     given = {prefix + key: value for key, value in state_dict.items()}
     of_neurons = [key for key in given if key not in own and _within(key, neurons)]
     _check(own, given, of_neurons, prefix)
-    described: dict[int, SourceNeuron] = {}
+    described: dict[int, SourceNeuron | LeakyIntegrator] = {}
     if of_neurons:
         if source is None:
             shown = ", ".join(key.removeprefix(prefix) for key in of_neurons[:5])
@@ -66,17 +69,18 @@ def load_source_checkpoint(
             if key in own:
                 own[key].copy_(value)
         for module in {id(m): m for m in neurons.values()}.values():
-            if module.source is None:
-                continue
-            module.source = described.get(id(module), module.source)
-            _restart(module)
+            if isinstance(module, LeakyIntegrator):
+                module.load_state_dict(described.get(id(module), module).state_dict())
+            elif module.source is not None:
+                module.source = described.get(id(module), module.source)
+                _restart(module)
     meta = dict(gm.meta)
     steps = InitialiseNeurons("source", example_args, kwargs)
     Pipeline([steps], given=("neurons", "dilations"))(gm)
     gm.meta = meta
 
 
-def _within(key: str, neurons: Mapping[str, MulFreePSN]) -> str | None:
+def _within(key: str, neurons: Mapping[str, nn.Module]) -> str | None:
     """The path of the neuron that ``key`` belongs to."""
     return next((path for path in neurons if key.startswith(f"{path}.")), None)
 
@@ -101,9 +105,9 @@ def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], of_neurons: l
 
 
 def _descriptions(
-    source: nn.Module, state_dict: Mapping[str, Tensor], neurons: Mapping[str, MulFreePSN], prefix: str
-) -> dict[int, SourceNeuron]:
-    """Each neuron as the checkpoint has it, by the id of the neuron that took its place."""
+    source: nn.Module, state_dict: Mapping[str, Tensor], neurons: Mapping[str, nn.Module], prefix: str
+) -> dict[int, SourceNeuron | LeakyIntegrator]:
+    """Each neuron as the checkpoint has it, by the id of the module that took its place."""
     twin = copied(source)
     try:
         twin.load_state_dict(dict(state_dict))
@@ -111,11 +115,16 @@ def _descriptions(
         raise ValueError(f"the checkpoint does not fit the {type(source).__name__} given as source: {error}") from error
     found = {}
     for path, module in neurons.items():
-        if module.source is None:
+        readout = isinstance(module, LeakyIntegrator)
+        if not readout and module.source is None:
             continue
-        name = path.removeprefix(prefix).partition("@")[0]  # a further use of the same neuron
+        name = path.removeprefix(prefix)
+        name = (name.removesuffix("_membrane") if readout else name).partition("@")[
+            0
+        ]  # a further use of the same neuron
         try:
-            found[id(module)] = describe(twin.get_submodule(name))
+            neuron = twin.get_submodule(name)
+            found[id(module)] = stepping_of(neuron).leaky_integrator(neuron) if readout else describe(neuron)
         except AttributeError as error:
             raise ValueError(f"{name}: the {type(source).__name__} given as source has no neuron there") from error
         except NotAFilterError as error:

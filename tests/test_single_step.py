@@ -958,6 +958,20 @@ class TestConverted:
         mfpsn_fx.plan(plain, x, layout="time_first", kernels="shifted-add", repeats=1, progress=False)
         torch.testing.assert_close(tensors(ours(x))[0], tensors(plain(x))[0])
 
+    @pytest.mark.parametrize("name", ["membrane readout", "fully connected Leaky, loop over a constant input"])
+    def test_source_checkpoints(self, name):
+        """Loaded into the converted network, they give what converting the checkpoint's own network gives."""
+        network = TestNetworks.listed(name)
+        args = network.example()
+        trained = network.build()
+        with torch.no_grad():
+            for p in trained.parameters():
+                p.mul_(0.9)
+        ours, wanted = converted(network.build(), *args), converted(trained, *args)
+        mfpsn_fx.load_source_checkpoint(ours, trained.state_dict(), *args, source=network.build())
+        for one, other in zip(tensors(ours.eval()(*args)), tensors(wanted.eval()(*args)), strict=True):
+            torch.testing.assert_close(one, other)
+
     def test_notes(self):
         network = TestNetworks.listed("LeakyParallel")
         ours = converted(network.build(), *network.example())
