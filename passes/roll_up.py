@@ -285,8 +285,6 @@ class _Emitter:
     def _check_membrane(self, index: int) -> None:
         """A membrane is a readout: nothing that it reaches feeds a neuron, unless it never resets."""
         expr = self.slices.exprs[index]
-        if expr.args[1] != "spikes":
-            return
         for ancestor in self._before(expr.args[0].index):
             other = self.slices.exprs[ancestor]
             chain = self.slices.chains[other.args[2]] if other.op == "neuron" else None
@@ -388,7 +386,14 @@ class _Emitter:
             self.modules[expr.target] = self.gm.get_submodule(expr.target)
         elif expr.op == "get_attr":
             owner, _, name = expr.target.rpartition(".")
-            self.modules[expr.target] = getattr(self.gm.get_submodule(owner), name)
+            value = getattr(self.gm.get_submodule(owner), name)
+            if any(
+                owner == chain.path for chain in self.slices.chains
+            ):  # the neuron will be gone, its threshold read on
+                path = expr.target.replace(".", "_")
+                self.modules[path] = value
+                return self.graph.get_attr(path)
+            self.modules[expr.target] = value
         return self.graph.create_node(expr.op, expr.target, args, kwargs, name=expr.name or None)
 
     def _function(self, target, args: tuple) -> fx.Node:

@@ -25,7 +25,7 @@ import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
 from mfpsn_fx.compatibility import load_networks
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
-from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
+from mfpsn_fx.model.fused_layers import split_fused_layers
 from mfpsn_fx.model.source import describe
 from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.model.unrolled import capture_steps
@@ -462,6 +462,16 @@ def membrane_onwards(self, t, x_t, mem1, mem2, spk1):
     return spk2, mem1, mem2, spk1
 
 
+def membrane_to_an_integrator(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    _, mem2 = self.li(self.fc2(mem1), mem2)
+    return mem2, mem1, mem2, spk1
+
+
+def threshold_read(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t * self.lif1.threshold, mem1, mem2, spk1)
+
+
 def membrane_halved(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, x_t, mem1 if t == 0 else mem1 * 0.5, mem2, spk1)
 
@@ -611,6 +621,8 @@ class TestRefusals:
             (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step"),
             (delayed, {}, r"lif2: .*(step 0|another step)"),
             (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but with its reset gone"),
+            (membrane_to_an_integrator, {"li": snntorch.Leaky(beta=0.5, reset_mechanism="none")},
+             r"lif1: its membrane feeds 'li', but with its reset gone"),
             (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
             (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
             (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalised with .* pass accept=\('batch_statistics',\)"),
@@ -636,6 +648,8 @@ class TestRefusals:
         net, x = changed(split_and_joined), 3 * torch.randn(4, 2, 3)
         net.scale = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 1.0]))
         torch.testing.assert_close(rolled(net, x)(x), net(x))
+        net = changed(threshold_read)
+        assert converted(net, x)(x).shape == (4, 2, 2)
 
     def test_states_from_elsewhere(self):
         class Given(Net):
@@ -783,8 +797,7 @@ class TestNetworks:
         """With the source's own neurons, resets and all, one after the other over time."""
         network = self.listed(name)
         model = network.build().eval()
-        if any(has_fused_layers(m) for m in [model]):
-            split_fused_layers(model)
+        split_fused_layers(model)
         args = network.example()
         example = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
         unrolled, one_step = capture_steps(model, args)
