@@ -372,9 +372,7 @@ class _Emitter:
         start, total = (self.slices.exprs[ref.index] for ref in expr.args)
         if start.op != "get_attr" or not start.node.meta.get("mfpsn_zero") or total.target != "sum":
             return False
-        behind = self.slices.exprs[total.args[0].index]
-        while not behind.timed:  # all steps, or the first few of them
-            behind = self.slices.exprs[behind.args[0].index]
+        behind = self.slices.exprs[self.slices.exprs[total.args[0].index].args[0].index]
         if not behind.at:
             return False
         summand = self.recorded.get(behind.at[0].name)

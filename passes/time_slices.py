@@ -323,11 +323,14 @@ class _Reader:
                 return Ref(self._intern("sequence", None, (Ref(value.index),), timed=False))
             return Ref(self._intern("select", None, (Ref(value.index), value.step), timed=False))
         if isinstance(value, _Sum):
-            whole = Ref(self._intern("sequence", None, (Ref(value.index),), timed=False))
-            if value.count != self.slices.steps:
-                part = (whole, slice(None, value.count, None))
-                whole = Ref(self._intern("call_function", operator.getitem, part, timed=False))
-            total = Ref(self._intern("call_method", "sum", (whole, 0), timed=False, name="sum"))
+            if value.count == self.slices.steps:
+                whole = Ref(self._intern("sequence", None, (Ref(value.index),), timed=False))
+                total = Ref(self._intern("call_method", "sum", (whole, 0), timed=False, name="sum"))
+            else:  # the value may not be there at later steps
+                total = self._whole(_Slice(value.index, 0))
+                for step in range(1, value.count):
+                    terms = (total, self._whole(_Slice(value.index, step)))
+                    total = Ref(self._intern("call_function", operator.add, terms, timed=False, name="add"))
             if value.start is None:
                 return total
             return Ref(self._intern("call_function", operator.add, (Ref(value.start), total), timed=False, name="add"))

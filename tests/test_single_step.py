@@ -266,7 +266,7 @@ class Looped(nn.Module):
     INPUTS = ("x[t]", "for x_t in x", "x[:, t]", "static", "unbind")
     READOUTS = (
         "stack spikes", "stack membrane", "stack dim 1", "sum from 0", "sum from zeros", "builtin sum", "mean", "last",
-        "last membrane", "cat", "decaying sum", "through a layer", "dict of both", "only odd steps",
+        "last membrane", "cat", "decaying sum", "through a layer", "dict of both", "only odd steps", "the first two",
     )  # fmt: skip
 
     def __init__(self, widths, steps, how, readout, skip):
@@ -328,6 +328,8 @@ class Looped(nn.Module):
                 return self.head(spikes[-1]) + self.head(membranes[0])
             case "dict of both":
                 return {"spikes": torch.stack(spikes), "count": count}
+            case "the first two":
+                return self.head(spikes[0]) + self.head(spikes[1])
             case "only odd steps":
                 return torch.stack(spikes[1::2])
             case _:
