@@ -70,7 +70,9 @@ def read_ts(path: str | pathlib.Path) -> TimeSeries:
                 if in_data:
                     case, label = _case(text, header)
                     if cases and case.shape[1] != cases[0].shape[1]:
-                        raise TsFormatError(f"{case.shape[1]} dimensions, but the cases before have {cases[0].shape[1]}")
+                        raise TsFormatError(
+                            f"{case.shape[1]} dimensions, but the cases before have {cases[0].shape[1]}"
+                        )
                     if header.equal_length and cases and len(case) != len(cases[0]):
                         raise TsFormatError(f"{len(case)} steps, but @equalLength is true and the first case has "
                                             f"{len(cases[0])}")  # fmt: skip

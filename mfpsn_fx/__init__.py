@@ -23,6 +23,7 @@ from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
 from .backend import backend
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
+from .nir_reader import from_nir
 from .selection import Row, Selection, print_selection, selection
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "backend",
     "conversion_pipeline",
     "convert",
+    "from_nir",
     "plan",
     "planning_pipeline",
     "print_selection",
