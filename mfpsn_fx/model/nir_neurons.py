@@ -6,8 +6,8 @@ Between spikes all of them are one recursion, with the coefficients that a time 
     v[t] = rest + c·(v[t−1] − rest) + g·i[t]      c = 1 − dt/τ,     g = r·dt/τ       (IF, I: c = 1, g = r·dt)
 
 from i = 0 and v = rest. That is what SpikingJelly, snnTorch and Norse make of an NIR graph: the membrane sees this
-step's current, a spike (v > v_threshold) is put out in the step that reaches it, and v is then v_reset. NIR does not say
-where v starts; rest is v_leak, and v_reset for the IF, which has no leak.
+step's current, a spike (v > v_threshold) is put out in the step that reaches it, and v is then v_reset. NIR does not
+say where v starts; rest is v_leak, and v_reset for the IF, which has no leak.
 """
 
 from __future__ import annotations
