@@ -19,20 +19,30 @@ from mfpsn_fx.model import (
     register_source,
     unregister_source,
 )
+from mfpsn_fx.model.batches import Batch
+from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
 from .backend import backend
+from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
+from .monitoring import Monitor, monitor
 from .nir_reader import from_nir
+from .parameters import check_optimizer, param_groups
+from .running_statistics import recompute_statistics
 from .selection import Row, Selection, print_selection, selection
+from .source_checkpoint import load_source_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ATan",
+    "Batch",
+    "Calibration",
     "ConversionError",
     "Geometric",
     "Layout",
+    "Monitor",
     "MulFreePSN",
     "NotAFilterError",
     "Pass",
@@ -47,15 +57,25 @@ __all__ = [
     "Taps",
     "TwoPole",
     "backend",
+    "calibrate",
+    "calibration",
+    "check_optimizer",
     "conversion_pipeline",
     "convert",
     "from_nir",
+    "lengths_to_mask",
+    "load_source_checkpoint",
+    "masked_mean",
+    "monitor",
+    "param_groups",
     "plan",
     "planning_pipeline",
     "print_selection",
+    "recompute_statistics",
     "register_kernel",
     "register_source",
     "register_surrogate",
     "selection",
     "unregister_source",
+    "valid_steps",
 ]

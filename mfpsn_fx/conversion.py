@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,7 @@ from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
     BindKernels,
+    Calibrate,
     CancelConversions,
     ConversionError,
     InitialiseNeurons,
@@ -43,6 +44,7 @@ def conversion_pipeline(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
@@ -57,6 +59,8 @@ def conversion_pipeline(
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
     ]
+    if calibrate is not None:
+        passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
@@ -97,6 +101,7 @@ def convert(
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
     init: str = "source",
+    calibrate: Iterable | None = None,
     strict: bool = True,
     inplace: bool = False,
     surrogate: Surrogate | None = None,
@@ -116,12 +121,14 @@ def convert(
         layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
+        calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
+            layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
         surrogate: for all new neurons; None keeps each source's.
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         repeats: m of autoselect.
-        progress: show autoselect's progress bar; None: if the terminal is one.
+        progress: show progress bars; None: if the terminal is one.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -144,8 +151,8 @@ def convert(
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
     pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, strict=strict,
-        surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
+        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, calibrate=calibrate,
+        strict=strict, surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
     )  # fmt: skip
     model = getattr(model, "_orig_mod", model)
     _check_model(model)

@@ -13,6 +13,7 @@ from .assign_dilations import AssignDilations, receptive_field
 from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
 from .bind_kernels import BindKernels
+from .calibrate import Calibrate
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
@@ -24,6 +25,7 @@ __all__ = [
     "AssignDilations",
     "Autoselect",
     "BindKernels",
+    "Calibrate",
     "CancelConversions",
     "ConversionError",
     "InitialiseNeurons",

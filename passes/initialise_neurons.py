@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from mfpsn_fx.kernels.fold import deviation
 from mfpsn_fx.kernels.op import statistics
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.steps import current_mask
 
 from .base import Pass, Result
 from .run_copy import run_copy
@@ -86,8 +87,9 @@ def _hook_measurement(copied: nn.Module) -> None:
         done.add(id(module))
         x = args[0]
         mean, var = statistics(
-            x, module.weight, dilation=module.dilation, layout=kwargs.get("layout") or module.layout, layer=module.path
-        )
+            x, module.weight, None, None, current_mask(),
+            dilation=module.dilation, layout=kwargs.get("layout") or module.layout, layer=module.path,
+        )  # fmt: skip
         mean, var = mean.to(module.running_mean), var.to(module.running_var)
         std = deviation(var, module.eps)
         module.running_mean.copy_(mean)

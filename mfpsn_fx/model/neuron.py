@@ -14,8 +14,9 @@ from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, che
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
-from .record import Measured, Plan
+from .record import Calibrated, Measured, Plan
 from .source import SourceNeuron
+from .steps import current_mask
 
 __all__ = ["MulFreePSN"]
 
@@ -86,6 +87,8 @@ class MulFreePSN(nn.Module):
         self.source: SourceNeuron | None = None
         self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
         self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
+        self.calibrated: Calibrated | None = None  # what calibration found, if there was one
+        self._masked = False  # whether the last forward had a mask, for layers that are run again in backward
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
         self.gamma = nn.Parameter(torch.ones(channels, **factory))
@@ -118,13 +121,16 @@ class MulFreePSN(nn.Module):
         Args:
             x: (T, N, C, *) or (N, C, *, T), as ``layout`` says.
             mask: (T, N) of bool, the steps that are valid; others are read as zero, count in no statistic and
-                do not fire.
+                do not fire. None: that of :func:`mfpsn_fx.valid_steps`, if there is one.
             layout, kernel, eval_kernel: this call's binding; None for the module's own.
 
         Raises:
             TypeError: x is not floating point.
             ValueError: rank or channels do not fit, or there is one value per channel in training.
+            RuntimeError: a checkpointed layer is run again without the mask that it had.
         """
+        mask = current_mask() if mask is None else mask
+        again = self._runs_again(mask)
         chosen = (
             (self.kernel if kernel is None else kernel)
             if self.training
@@ -152,9 +158,23 @@ class MulFreePSN(nn.Module):
             method=chosen,
             layer=self.path,
         )
-        if self.training:
+        if self.training and not again:
             self._update_statistics(mean, var, x, mask)
         return spikes
+
+    def _runs_again(self, mask: Tensor | None) -> bool:
+        """Whether this is the second run of a checkpointed layer, whose statistics have been counted already."""
+        if torch.compiler.is_compiling():  # the compiler recomputes values, not calls
+            return False
+        if torch._C._current_graph_task_id() == -1:  # not within a backward
+            self._masked = mask is not None
+            return False
+        if self._masked and mask is None:
+            raise RuntimeError(
+                f"{self.path or 'MulFreePSN'}: its checkpointed forward runs again without the mask that it had; call "
+                "backward inside valid_steps too"
+            )
+        return True
 
     def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
         count = x.numel() // self.channels

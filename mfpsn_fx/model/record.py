@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["Candidate", "Measured", "Plan"]
+__all__ = ["Calibrated", "Candidate", "Measured", "Plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +51,28 @@ class Plan:
     conversion_ms: float = 0.0
     seconds: float = 0.0
     repeats: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What calibration did to one neuron; rates and shares in 0 … 1, over all its steps and units on the data.
+
+    Attributes:
+        source_rate: how often the source neuron fired.
+        rate_before, rate_after: how often ours did, before and after calibration of the whole network.
+        agreement_before, agreement_after: share of steps at which both fired or neither did.
+        spikes_before, spikes_after: share of all spikes, the source's or ours, that both fired (Jaccard's index; 1
+            where neither ever fires), which says more where spikes are few.
+        fit: R² of the quantised filter against the source's membrane, in the mean over channels.
+        steps: how many values of the membrane, per channel, it was fitted to.
+    """
+
+    source_rate: float
+    rate_before: float
+    rate_after: float
+    agreement_before: float
+    agreement_after: float
+    spikes_before: float
+    spikes_after: float
+    fit: float
+    steps: int

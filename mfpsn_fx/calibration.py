@@ -1,0 +1,95 @@
+"""``calibrate`` a converted network on data, and read what that did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.record import Calibrated
+from mfpsn_fx.passes import Calibrate, Pipeline
+
+from .selection import graph_of
+
+__all__ = ["Calibration", "calibrate", "calibration"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What calibration did, by layer in the order of the graph."""
+
+    layers: dict[str, Calibrated]
+
+    def table(self, style: str = "simple") -> str:
+        """The table as text; ``style`` is any of tabulate's formats."""
+        headers = [
+            "layer", "source's rate", "rate before", "rate after", "agree before", "agree after", "common spikes before",
+            "common spikes after", "R2",
+        ]  # fmt: skip
+        body = [
+            [
+                path,
+                *(f"{v:.4f}" for v in (row.source_rate, row.rate_before, row.rate_after)),
+                *(f"{v:.1%}" for v in (row.agreement_before, row.agreement_after, row.spikes_before, row.spikes_after)),
+                f"{row.fit:.2f}",
+            ]
+            for path, row in self.layers.items()
+        ]
+        return tabulate(body, headers, tablefmt=style, disable_numparse=True)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> str:
+        """The figures as JSON text: an object by layer."""
+        return json.dumps({path: dataclasses.asdict(row) for path, row in self.layers.items()}, indent=2)
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable, *, drive: str = "source", progress: bool | None = None
+) -> Calibration:
+    """Fit the neurons of a converted network to what their sources do on data, in place.
+
+    ``convert(..., calibrate=batches)`` does the same while converting. Do it before training: the source network is
+    taken to be this one with the source's neurons in their places, as their descriptions tell. No labels, no gradients.
+
+    Args:
+        model: what ``convert`` returned.
+        batches, drive, progress: as in :class:`mfpsn_fx.passes.Calibrate`.
+
+    Returns:
+        Rates and agreement by layer; :func:`calibration` gives it again later.
+
+    Raises:
+        TypeError: ``model`` is no converted network, or ``batches`` can be run through once only or hold what is none.
+        ValueError: there is no batch, no neuron remembers its source, or ``drive`` is unknown.
+    """
+    gm = graph_of(model)
+    if not any(isinstance(m, MulFreePSN) and m.source is not None for m in gm.modules()):
+        raise ValueError(f"no neuron of {type(gm).__name__} remembers a source that it could be calibrated to")
+    meta = dict(gm.meta)
+    Pipeline([Calibrate(batches, drive, progress)], given=("neurons", "dilations"))(gm)
+    gm.meta = meta
+    return calibration(gm)
+
+
+def calibration(model: nn.Module) -> Calibration:
+    """What calibration did to ``model``, kept with its neurons (also in copies and pickles).
+
+    Raises:
+        TypeError: ``model`` is no converted network.
+        ValueError: it was not calibrated.
+    """
+    gm: fx.GraphModule = graph_of(model)
+    layers = {
+        path: module.calibrated
+        for path, module in gm.named_modules()
+        if isinstance(module, MulFreePSN) and module.calibrated is not None
+    }
+    if not layers:
+        raise ValueError("this network was not calibrated: convert(..., calibrate=batches) or mfpsn_fx.calibrate do it")
+    return Calibration(layers)

@@ -1,0 +1,76 @@
+"""A batch of what a network takes, in the forms in which users have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from .source import source_paths
+from .steps import valid_steps
+
+__all__ = ["Batch", "check_repeatable", "reset_states"]
+
+
+class Batch:
+    """One call of a network: its arguments, and the mask of valid steps if sequences differ in length.
+
+    Args:
+        args, kwargs: what the model is called with.
+        mask: (T, N) of bool, or None; see :func:`valid_steps`.
+    """
+
+    def __init__(self, *args, mask: Tensor | None = None, **kwargs) -> None:
+        self.args, self.kwargs, self.mask = args, kwargs, mask
+
+    @classmethod
+    def of(cls, value: object) -> Batch:
+        """A tensor is the one argument, a tuple or list the arguments, a mapping the keyword arguments.
+
+        Raises:
+            TypeError: it is none of these.
+        """
+        if isinstance(value, Batch):
+            return value
+        if isinstance(value, Tensor):
+            return cls(value)
+        if isinstance(value, (tuple, list)):
+            return cls(*value)
+        if isinstance(value, Mapping):
+            batch = cls()  # a model may have an argument called mask
+            batch.kwargs = dict(value)
+            return batch
+        raise TypeError(
+            f"a batch must be a tensor, a tuple or a dict of what the model takes, or an mfpsn_fx.Batch, "
+            f"found {type(value).__name__}"
+        )
+
+    def run(self, model: nn.Module):
+        """``model(*args, **kwargs)`` with the mask in force."""
+        with contextlib.nullcontext() if self.mask is None else valid_steps(self.mask):
+            return model(*self.args, **self.kwargs)
+
+
+def check_repeatable(batches: Iterable, purpose: str) -> None:
+    """Refuse what cannot be run through more than once.
+
+    Raises:
+        TypeError: ``batches`` is a tensor, no iterable, or a one-shot iterator.
+    """
+    if isinstance(batches, (Tensor, Mapping, Batch)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{purpose} takes an iterable of batches, found {type(batches).__name__}; put a single batch into a list"
+        )
+    if iter(batches) is batches:
+        raise TypeError(
+            f"{purpose} runs through the batches several times, and this {type(batches).__name__} can be run through "
+            "once only: give a list or a DataLoader, e.g. list(batches)"
+        )
+
+
+def reset_states(model: nn.Module) -> None:
+    """Let neurons that were not converted forget what they met before."""
+    for module in source_paths(model).values():
+        if callable(reset := getattr(module, "reset", None)):
+            reset()

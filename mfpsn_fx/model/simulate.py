@@ -1,0 +1,144 @@
+"""What a source neuron would have done, its reset included, simulated step by step from its description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
+
+from .source import Geometric, SourceNeuron, TwoPole
+from .steps import current_mask
+
+__all__ = ["SimulatedNeuron", "charging", "simulate"]
+
+Charge = Callable[[Tensor, Tensor], Tensor]
+
+
+@singledispatch
+def charging(response: object, like: Tensor) -> Charge | None:
+    """The recursion of a response: a function (V after the last step's reset, X) → H, or None if it has none.
+
+    Register the response class of a neuron with a memory of its own (``charging.register``); ``like`` is one step of
+    the input, (N, C, *), whose shape, dtype and device states take.
+    """
+    return None
+
+
+def _broadcast(value: Tensor, like: Tensor) -> Tensor:
+    """() or (C,) so that it broadcasts against (N, C, *)."""
+    value = value.to(like)
+    return value if value.ndim == 0 else per_channel(value, like.ndim + 1, Layout.TIME_FIRST)
+
+
+@charging.register
+def _geometric(response: Geometric, like: Tensor) -> Charge:
+    gain, ratio = _broadcast(response.gain, like), _broadcast(response.ratio, like)
+    return lambda v, x: ratio * v + gain * x
+
+
+@charging.register
+def _two_pole(response: TwoPole, like: Tensor) -> Charge:
+    gain, current, membrane = (_broadcast(p, like) for p in (response.gain, response.current, response.membrane))
+    history = [torch.zeros_like(like)] * (response.delay + 1)  # i[t−delay] … i[t]; a reset leaves the current alone
+
+    def charge(v: Tensor, x: Tensor) -> Tensor:
+        history.append(current * history[-1] + x)
+        history.pop(0)
+        return membrane * v + gain * history[0]
+
+    return charge
+
+
+def _filtered(source: SourceNeuron, x: Tensor) -> Tensor:
+    """Σ_j response(j)·X[t−j] over all of the past."""
+    steps = x.shape[0]
+    taps = source.response(torch.arange(steps)).to(x)
+    h = torch.zeros_like(x)
+    for lag in range(steps):
+        tap = taps[..., lag]
+        if bool((tap != 0).any()):
+            h[lag:] += _broadcast(tap, x[0]) * x[: steps - lag]
+    return h
+
+
+def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the neuron that ``source`` describes, from rest, with its reset (paper, equations 1 to 3).
+
+    Args:
+        source: the description; V is counted from the neuron's rest, as ``source.threshold`` is.
+        x: input (T, N, C, *), floating point; half precision is computed in float32.
+
+    Returns:
+        H (T, N, C, *), the membrane after the charge and before the spike of each step; and the spikes, zeros and
+        ones, of the same shape and dtype.
+
+    Raises:
+        ValueError: the reset is unknown, or the response has a reset but no recursion that is known.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if x.shape[0] == 0:
+        return torch.empty_like(x), torch.empty_like(x)
+    if source.reset not in ("none", "zero", "subtract", "late-zero", "late-subtract"):
+        raise ValueError(f"{source.name}: unknown reset {source.reset!r}")
+    threshold = _broadcast(source.threshold, x[0])
+    fires = torch.gt if source.strict else torch.ge
+    if source.reset == "none":
+        h = _filtered(source, x) if charging(source.response, x[0]) is None else _charged(source, x)
+        return h, fires(h, threshold).to(x.dtype)
+    charge = charging(source.response, x[0])
+    if charge is None:
+        raise ValueError(
+            f"{source.name}: its response {type(source.response).__name__} has no recursion that its reset "
+            f"{source.reset!r} could act on; register one with mfpsn_fx.model.simulate.charging"
+        )
+    late = source.reset.startswith("late-")
+    zero = source.reset.endswith("zero")
+    v = spike = torch.zeros_like(x[0])
+    membrane, spikes = [], []
+    for step in x:
+        h = charge(v, step)
+        if late:
+            h = h * (1 - spike) if zero else h - spike * threshold
+        spike = fires(h, threshold).to(x.dtype)
+        v = h if late else h * (1 - spike) if zero else h - spike * threshold
+        membrane.append(h)
+        spikes.append(spike)
+    return torch.stack(membrane), torch.stack(spikes)
+
+
+def _charged(source: SourceNeuron, x: Tensor) -> Tensor:
+    charge, v, membrane = charging(source.response, x[0]), torch.zeros_like(x[0]), []
+    for step in x:
+        v = charge(v, step)
+        membrane.append(v)
+    return torch.stack(membrane)
+
+
+class SimulatedNeuron(nn.Module):
+    """A source neuron in a network, from its description alone; it takes what ``MulFreePSN.forward`` takes.
+
+    Not for training: no gradient passes.
+    """
+
+    def __init__(self, source: SourceNeuron, layout: str = "time_first") -> None:
+        super().__init__()
+        self.source, self.layout = source, layout
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, layout: str | None = None, **binding) -> Tensor:
+        """Spikes (T, N, C, *) or (N, C, *, T), zero where ``mask`` (or :func:`valid_steps`) is false."""
+        layout = layout or self.layout
+        mask = current_mask() if mask is None else mask
+        x = to_layout(x, layout, Layout.TIME_FIRST)
+        if mask is not None:
+            valid = mask.reshape(*mask.shape, *([1] * (x.ndim - 2)))
+            x = x.masked_fill(~valid, 0)
+        spikes = simulate(self.source, x)[1].to(x.dtype)
+        if mask is not None:
+            spikes = spikes * valid
+        return to_layout(spikes, Layout.TIME_FIRST, layout)

@@ -1,0 +1,78 @@
+"""Parameter groups for optimizers, and optimizers that hold the wrong parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.source import source_paths
+
+__all__ = ["check_optimizer", "param_groups"]
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for an optimizer: synapses with weight decay, everything else without.
+
+    No decay for neurons (W, γ, β of ``MulFreePSN``, and whatever a neuron that was not converted learns), norm layers
+    and biases (any parameter of fewer than two dims). A decaying W would do nothing but raise the neuron's effective
+    learning rate, as its normalisation cancels the scale; a decaying β would pull thresholds towards the mean.
+
+    Args:
+        model: a converted network, also compiled; any other module will do.
+        weight_decay: of the first group.
+
+    Returns:
+        ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]``; each parameter
+        once, in the model's order. A group may be empty.
+
+    Raises:
+        ValueError: ``weight_decay`` is negative or no number.
+    """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be a number of at least 0, found {weight_decay!r}")
+    exempt: set[int] = set()
+    for module in [*model.modules(), *source_paths(model).values()]:
+        if isinstance(module, (MulFreePSN, *_NORMS)):
+            exempt.update(id(p) for p in module.parameters(recurse=False))
+    for module in source_paths(model).values():
+        exempt.update(id(p) for p in module.parameters())
+    decayed, spared = [], []
+    for parameter in model.parameters():
+        (spared if id(parameter) in exempt or parameter.ndim < 2 else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": float(weight_decay)}, {"params": spared, "weight_decay": 0.0}]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Make sure that ``optimizer`` trains ``model``: all its parameters that require gradients, and no others.
+
+    An optimizer made before ``convert`` holds the source's parameters: its steps would change the source and leave
+    the converted network as it is.
+
+    Raises:
+        ValueError: it lacks parameters of the model, or holds others; both are told.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters()}
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    foreign = len(held - set(names))
+    if not lacking and not foreign:
+        return
+    faults = []
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
+        faults.append(f"lacks {len(lacking)} of {len(names)} parameters of the model ({shown})")
+    if foreign:
+        faults.append(f"holds {foreign} tensors that are none of the model's parameters")
+    raise ValueError(
+        f"the optimizer {' and '.join(faults)}. Was it made before convert? Make it afterwards: "
+        "torch.optim.AdamW(mfpsn_fx.param_groups(model, weight_decay), lr=…)"
+    )

@@ -1,0 +1,79 @@
+"""Running statistics, found afresh on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mfpsn_fx.model.batches import Batch, reset_states
+from mfpsn_fx.model.neuron import MulFreePSN
+
+__all__ = ["recompute_statistics"]
+
+
+def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
+    """Replace the running statistics of neurons and batch norms by their cumulative average over ``batches``.
+
+    For data that differ from those trained on, or after weights were averaged. Neurons and batch norms run in training
+    mode and normalise with each batch's own statistics; all other layers (dropout among them) in evaluation. Every
+    batch counts alike. Training flags and momenta are restored; if a batch fails, the statistics too.
+
+    Args:
+        model: a converted network; a compiled one runs uncompiled here.
+        batches: run through once, so an iterator will do. Each is a tensor, a tuple or a dict of what the model takes,
+            or a :class:`Batch` with a mask.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        TypeError: something in ``batches`` is no batch.
+        ValueError: there is no batch, or the model has no running statistics.
+    """
+    model = getattr(model, "_orig_mod", model)
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, MulFreePSN)
+        or (isinstance(m, nn.modules.batchnorm._NormBase) and isinstance(m.running_mean, torch.Tensor))
+    ]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no neuron and no batch norm with running statistics")
+    modes = {m: m.training for m in model.modules()}
+    momenta = {m: m.momentum for m in layers}
+    before = {m: {name: b.clone() for name, b in m.named_buffers(recurse=False)} for m in layers}
+    count = 0
+    try:
+        model.eval()
+        for m in layers:
+            m.training = True
+            m.running_mean.zero_()
+            m.running_var.fill_(1)
+            if isinstance(m, MulFreePSN):
+                continue
+            m.momentum = None  # torch's cumulative average
+            m.num_batches_tracked.zero_()
+        with torch.no_grad():
+            for batch in batches:
+                count += 1
+                for m in layers:
+                    if isinstance(m, MulFreePSN):
+                        m.momentum = 1 / count
+                reset_states(model)
+                Batch.of(batch).run(model)
+        if not count:
+            raise ValueError("recompute_statistics was given no batch")
+    except BaseException:
+        for m, buffers in before.items():
+            for name, value in buffers.items():
+                getattr(m, name).copy_(value)
+        raise
+    finally:
+        for m, training in modes.items():
+            m.training = training
+        for m, momentum in momenta.items():
+            m.momentum = momentum
+        reset_states(model)
+    return count

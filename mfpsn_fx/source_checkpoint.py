@@ -1,0 +1,131 @@
+"""A checkpoint of the source network, loaded into the converted one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.fold import deviation
+from mfpsn_fx.model.capture import ROOT_LEAF, copied
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.source import NotAFilterError, SourceNeuron, describe
+from mfpsn_fx.passes import InitialiseNeurons, Pipeline
+
+from .selection import graph_of
+
+__all__ = ["load_source_checkpoint"]
+
+
+def load_source_checkpoint(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *example_args,
+    example_kwargs: Mapping | None = None,
+    source: nn.Module | None = None,
+) -> None:
+    """Load what the source network saved into the network that it was converted to, in place.
+
+    Synapses, norms and buffers are taken over by name; neurons start anew from their sources, as ``convert`` starts
+    them. Where the checkpoint has parameters of neurons (PLIF's ``w``, snnTorch's ``beta``), ``source`` tells what they
+    mean. Either all of it is loaded or, with an error, nothing.
+
+    Args:
+        model: what ``convert`` returned for a network of this kind.
+        state_dict: of the source network.
+        example_args, example_kwargs: one real batch, on which thresholds are set (as in ``convert``). Without it the
+            network evaluates just as well, but its first step in training moves the thresholds.
+        source: a network of the source's class, whatever its weights; it is not altered.
+
+    Raises:
+        TypeError: ``model`` is no converted network.
+        ValueError: keys are unknown or missing, or shapes differ (all in one error); the checkpoint has parameters of
+            neurons and there is no ``source``, or ``source`` is a network of another kind.
+    """
+    gm = graph_of(model)
+    kwargs = dict(example_kwargs or {})
+    neurons = {path: m for path, m in gm.named_modules(remove_duplicate=False) if isinstance(m, MulFreePSN)}
+    own = {key: value for key, value in gm.state_dict().items() if not _within(key, neurons)}
+    prefix = max(("", f"{ROOT_LEAF}."), key=lambda p: sum(p + key in own for key in state_dict))
+    given = {prefix + key: value for key, value in state_dict.items()}
+    of_neurons = [key for key in given if key not in own and _within(key, neurons)]
+    _check(own, given, of_neurons, prefix)
+    described: dict[int, SourceNeuron] = {}
+    if of_neurons:
+        if source is None:
+            shown = ", ".join(key.removeprefix(prefix) for key in of_neurons[:5])
+            raise ValueError(
+                f"the checkpoint holds what {len({_within(k, neurons) for k in of_neurons})} neurons learned ({shown}"
+                f"{', …' if len(of_neurons) > 5 else ''}): give source=, a network of the class that was converted, "
+                "which tells what that means"
+            )
+        described = _descriptions(source, state_dict, neurons, prefix)
+    with torch.no_grad():
+        for key, value in given.items():
+            if key in own:
+                own[key].copy_(value)
+        for module in {id(m): m for m in neurons.values()}.values():
+            if module.source is None:
+                continue
+            module.source = described.get(id(module), module.source)
+            _restart(module)
+    meta = dict(gm.meta)
+    steps = InitialiseNeurons("source", example_args, kwargs)
+    Pipeline([steps], given=("neurons", "dilations"))(gm)
+    gm.meta = meta
+
+
+def _within(key: str, neurons: Mapping[str, MulFreePSN]) -> str | None:
+    """The path of the neuron that ``key`` belongs to."""
+    return next((path for path in neurons if key.startswith(f"{path}.")), None)
+
+
+def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], of_neurons: list[str], prefix: str) -> None:
+    faults = []
+    known = set(of_neurons)
+    faults += [f"unknown key {key.removeprefix(prefix)}" for key in given if key not in own and key not in known]
+    # constants that tracing made are the converted network's own
+    faults += [
+        f"missing key {key.removeprefix(prefix)}"
+        for key in own
+        if key not in given and not key.rpartition(".")[2].startswith("_tensor_constant")
+    ]
+    faults += [
+        f"{key.removeprefix(prefix)} has shape {tuple(given[key].shape)}, the model's {tuple(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    if faults:
+        raise ValueError("the checkpoint does not fit the network that was converted:\n  " + "\n  ".join(faults))
+
+
+def _descriptions(
+    source: nn.Module, state_dict: Mapping[str, Tensor], neurons: Mapping[str, MulFreePSN], prefix: str
+) -> dict[int, SourceNeuron]:
+    """Each neuron as the checkpoint has it, by the id of the neuron that took its place."""
+    twin = copied(source)
+    try:
+        twin.load_state_dict(dict(state_dict))
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the {type(source).__name__} given as source: {error}") from error
+    found = {}
+    for path, module in neurons.items():
+        if module.source is None:
+            continue
+        name = path.removeprefix(prefix)
+        try:
+            found[id(module)] = describe(twin.get_submodule(name))
+        except AttributeError as error:
+            raise ValueError(f"{name}: the {type(source).__name__} given as source has no neuron there") from error
+        except NotAFilterError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return found
+
+
+def _restart(module: MulFreePSN) -> None:
+    """γ, β and statistics that fold to the source's threshold, whatever W; an example makes them the data's."""
+    module.running_mean.zero_()
+    module.running_var.fill_(1)
+    module.gamma.copy_(deviation(module.running_var, module.eps))
+    module.beta.copy_(-module.source.threshold.to(module.beta).expand_as(module.beta))

@@ -1,0 +1,264 @@
+"""Fit the new neurons to what the source's neurons do on data."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from mfpsn_fx.kernels.fold import deviation
+from mfpsn_fx.kernels.layout import Layout, to_layout
+from mfpsn_fx.model.batches import Batch, check_repeatable, reset_states
+from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.record import Calibrated
+from mfpsn_fx.model.simulate import SimulatedNeuron, simulate
+from mfpsn_fx.model.steps import current_mask
+
+from .base import Pass, Result
+from .fit_taps import Fit, Moments, Tail, filtered, fit_taps
+
+__all__ = ["Calibrate"]
+
+_log = logging.getLogger("mfpsn_fx")
+
+
+class Calibrate(Pass):
+    """Fit W, γ, β of each neuron to its source's membrane, reset included, on batches of data.
+
+    Before: ``W`` the source's response without reset, threshold V_th. After: W, powers of two already, whose filter
+    follows the source neuron's membrane best (least squares; k + k² sums per channel are all that is kept of the
+    data), a threshold at which the neuron fires as often as its source, and γ, β, running statistics that fold to
+    just these. The graph itself is unchanged. No labels, no gradients.
+
+    The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are taken in the
+    order in which data meets them; each is fitted on inputs that its calibrated predecessors make.
+
+    Args:
+        batches: run through several times for each layer: a list, a DataLoader. Each is a tensor, a tuple or a dict of
+            what the model takes, or a ``Batch`` with a mask.
+        drive: what the source neurons are driven by: ``"source"``, the source network's own layers, so that a layer
+            makes up for what those before it missed; ``"own"``, the converted network's.
+        progress: show a progress bar; None: if the terminal is one.
+
+    Layers other than neurons run in the mode that they are in.
+
+    Raises:
+        TypeError: ``batches`` can be run through once only, or holds something that is no batch.
+        ValueError: there is no batch, or ``drive`` is unknown.
+    """
+
+    name = "calibrate"
+    needs = ("neurons", "dilations")
+    gives = ("initialised", "calibrated")
+
+    def __init__(self, batches: Iterable, drive: str = "source", progress: bool | None = None) -> None:
+        check_repeatable(batches, "calibration")
+        if drive not in ("source", "own"):
+            raise ValueError(f"unknown drive {drive!r}: choose 'source' or 'own'")
+        self.batches, self.drive, self.progress = batches, drive, progress
+
+    def call(self, gm: fx.GraphModule) -> Result:
+        twins = _Twins(gm, self.batches)
+        silent = None if self.progress is None else not self.progress
+        before = twins.compare()
+        fits: dict[str, Fit] = {}
+        for path in tqdm(before, desc="calibrate", unit="layer", disable=silent):
+            fits[path] = _calibrate(twins, path, self.drive)
+        after = twins.compare() if fits else {}
+        changes = []
+        for path, fit in fits.items():
+            ours, theirs = gm.get_submodule(path), twins.student.get_submodule(path)
+            with torch.no_grad():
+                for name in ("weight", "gamma", "beta", "running_mean", "running_var"):
+                    getattr(ours, name).copy_(getattr(theirs, name))
+            ours.calibrated = _record(before[path], after[path], fit)
+            changes.append(f"{path}: {ours.calibrated}")
+            _warn(path, ours.calibrated)
+        return Result(gm, changes)
+
+
+@dataclasses.dataclass
+class _Counts:
+    """Of one layer: values met, spikes of the source, ours, and both at once."""
+
+    values: int = 0
+    source: float = 0.0
+    ours: float = 0.0
+    both: float = 0.0
+
+    def add(self, source: Tensor, ours: Tensor, mask: Tensor | None) -> None:
+        each = 1 if mask is None else int(mask.sum()) / max(mask.numel(), 1)
+        self.values += round(source.numel() * each)
+        self.source += float(source.sum())
+        self.ours += float(ours.sum())
+        self.both += float((source * ours).sum())
+
+    def rates(self) -> tuple[float, float, float, float]:
+        """(the source's rate, ours, agreement, share of spikes in common)."""
+        values, either = max(self.values, 1), self.source + self.ours - self.both
+        agreement = 1 - (either - self.both) / values
+        return self.source / values, self.ours / values, agreement, self.both / either if either else 1.0
+
+
+def _record(before: _Counts, after: _Counts, fit: Fit) -> Calibrated:
+    source, rate_before, agreement_before, spikes_before = before.rates()
+    _, rate_after, agreement_after, spikes_after = after.rates()
+    return Calibrated(
+        source_rate=source, rate_before=rate_before, rate_after=rate_after, agreement_before=agreement_before,
+        agreement_after=agreement_after, spikes_before=spikes_before, spikes_after=spikes_after,
+        fit=float(fit.r2.mean()), steps=int(fit.count),
+    )  # fmt: skip
+
+
+def _warn(path: str, found: Calibrated) -> None:
+    if found.source_rate == 0:
+        _log.warning(
+            "%s: its source never fired on the calibration data; give more, or data that it was made for", path
+        )
+
+
+class _Reached(Exception):
+    """The layer that a run was for has been met for the last time."""
+
+
+@dataclasses.dataclass
+class _Call:
+    """Input and output of one call of a neuron, (T, N, C, *), zero where the mask is false."""
+
+    x: Tensor
+    spikes: Tensor
+    mask: Tensor | None
+
+
+class _Twins:
+    """The converted network and its source, both as copies that take the same batches."""
+
+    def __init__(self, gm: fx.GraphModule, batches: Iterable) -> None:
+        self.batches = batches
+        self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
+        self.uses: dict[str, int] = {}  # calls of each neuron in one run
+        for module in self.student.modules():
+            if isinstance(module, MulFreePSN):
+                module.eval()
+        made: dict[int, SimulatedNeuron] = {}
+        for path, module in list(self.teacher.named_modules(remove_duplicate=False)):
+            if isinstance(module, MulFreePSN) and module.source is not None:
+                stand_in = made.setdefault(id(module), SimulatedNeuron(module.source, module.layout))
+                parent, _, child = path.rpartition(".")
+                setattr(self.teacher.get_submodule(parent), child, stand_in)
+
+    def each(self) -> Iterator[Batch]:
+        found = False
+        for batch in self.batches:
+            found = True
+            yield Batch.of(batch)
+        if not found:
+            raise ValueError("calibration was given no batch")
+
+    def run(self, model: nn.Module, batch: Batch, watched: dict[str, Callable[[_Call], None]], last: str = "") -> None:
+        """Run ``model`` and hand each call of the ``watched`` neurons over; end after the calls of ``last``."""
+        reset_states(model)
+        left = self.uses.get(last, 0)
+        handles = []
+
+        def hook(path: str, module: nn.Module, args: tuple, kwargs: dict, spikes: Tensor) -> None:
+            nonlocal left
+            layout = kwargs.get("layout") or module.layout
+            given = args[1] if len(args) > 1 else kwargs.get("mask")
+            mask = current_mask() if given is None else given
+            x = to_layout(args[0], layout, Layout.TIME_FIRST)
+            if mask is not None:
+                x = x.masked_fill(~mask.reshape(*mask.shape, *([1] * (x.ndim - 2))), 0)
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            watched[path](_Call(x, to_layout(spikes, layout, Layout.TIME_FIRST).to(x.dtype), mask))
+            if path == last:
+                left -= 1
+                if left == 0:
+                    raise _Reached
+
+        for path in watched:
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_hook(lambda *call, path=path: hook(path, *call), with_kwargs=True))
+        try:
+            with torch.no_grad(), preserved_rng():  # dropout draws the same for both networks
+                batch.run(model)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def compare(self) -> dict[str, _Counts]:
+        """Run both networks over all batches; counts by neuron, in the order in which data meets them."""
+        paths = [path for path, module in self.teacher.named_modules() if isinstance(module, SimulatedNeuron)]
+        counts: dict[str, _Counts] = {}
+        for batch in self.each():
+            fired: dict[str, list[Tensor]] = {path: [] for path in paths}
+            order: dict[str, int] = {}
+
+            def keep(call: _Call, path: str, fired=fired, order=order) -> None:
+                fired[path].append(call.spikes.bool())
+                order[path] = order.get(path, 0) + 1
+
+            def match(call: _Call, path: str, fired=fired) -> None:
+                theirs = fired[path].pop(0).to(call.spikes.dtype)
+                counts.setdefault(path, _Counts()).add(theirs, call.spikes, call.mask)
+
+            self.run(self.teacher, batch, {path: lambda call, path=path: keep(call, path) for path in paths})
+            self.uses = self.uses or order
+            self.run(self.student, batch, {path: lambda call, path=path: match(call, path) for path in order})
+        return {path: counts[path] for path in self.uses}
+
+
+def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
+    """Fit one neuron of the student, its predecessors being calibrated already; write the result into it."""
+    neuron = twins.student.get_submodule(path)
+    place = neuron.weight.device
+    moments = Moments(neuron.channels, neuron.order, neuron.dilation, place)
+    for batch in twins.each():
+        targets: list[tuple[Tensor, Tensor]] = []
+
+        def aim(call: _Call, targets=targets) -> None:
+            targets.append(simulate(neuron.source, call.x))
+
+        def add(call: _Call, targets=targets) -> None:
+            if drive == "own":
+                aim(call)
+            moments.add(call.x, *targets.pop(0), call.mask)
+
+        if drive == "source":
+            twins.run(twins.teacher, batch, {path: aim}, last=path)
+        twins.run(twins.student, batch, {path: add}, last=path)
+    quantised = neuron.gradient != "none"
+    fit = fit_taps(
+        moments, neuron.weight.detach(), quantised=quantised, min_exponent=neuron.min_exponent,
+        max_exponent=neuron.max_exponent,
+    )  # fmt: skip
+    tail = Tail(fit.least, fit.most)
+    for batch in twins.each():
+        twins.run(
+            twins.student, batch,
+            {path: lambda call: tail.add(filtered(call.x, fit.taps, neuron.dilation), call.mask)}, last=path,
+        )  # fmt: skip
+    told = fit.slope > 0
+    threshold = neuron.source.threshold.to(fit.mean)
+    wish = (threshold - fit.offset) / torch.where(told, fit.slope, torch.ones_like(fit.slope))
+    theta = tail.threshold(fit.rate, torch.where(told, wish, threshold.expand_as(wish)))
+    _write(neuron, fit, theta)
+    return fit
+
+
+def _write(neuron: MulFreePSN, fit: Fit, theta: Tensor) -> None:
+    """Parameters and statistics that fold to the taps and the threshold exactly, with γ/√(σ²+ε) = 1."""
+    with torch.no_grad():
+        neuron.weight.copy_(fit.taps)
+        neuron.running_mean.copy_(fit.mean)
+        neuron.running_var.copy_(fit.var * fit.count / (fit.count - 1).clamp(min=1))
+        neuron.gamma.copy_(deviation(neuron.running_var, neuron.eps))
+        neuron.beta.copy_(fit.mean - theta)
