@@ -164,7 +164,7 @@ class Source:
         return ", ".join(f"{symbol} = {value}" for symbol, value in pairs)
 
 
-RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 _TAUS = tuple(itertools.product((1.25, 2.0, 4.0, 8.0), (True, False)))
 
 SOURCES = {
@@ -261,13 +261,15 @@ def train(
     return course
 
 
-def converted(net: nn.Module, data: Utterances, calibrated: bool, order: int = ORDER) -> nn.Module:
-    """Ours, started where ``net`` is: by its neurons' description, or fitted to what they do on the training set."""
-    with mfpsn_fx.valid_steps(data.mask):
-        return mfpsn_fx.convert(
-            net, data.x, order=order, calibrate=[mfpsn_fx.Batch(data.x, mask=data.mask)] if calibrated else None,
-            repeats=2, progress=False,
-        )  # fmt: skip
+def converted(net: nn.Module, data: Utterances, calibrated: bool, batch: int = 27, order: int = ORDER) -> nn.Module:
+    """Ours, started where ``net`` is: by its neurons' description, or fitted to what they do on all of ``data``.
+
+    Kernels are measured on one batch of the size that training takes.
+    """
+    example = next(data.batches(batch, seed=0))
+    whole = [mfpsn_fx.Batch(data.x, mask=data.mask)] if calibrated else None
+    with mfpsn_fx.valid_steps(example.mask):
+        return mfpsn_fx.convert(net, example.x, order=order, calibrate=whole, repeats=2, progress=False)
 
 
 @dataclasses.dataclass
@@ -291,10 +293,10 @@ class Result:
 
 def run(source: Source, seed: int, data: Utterances, test: Utterances, epochs: int, batch: int) -> Result:
     net = source.build(seed)
-    first = train(converted(net, data, calibrated=False), data, test, epochs, seed, batch, OURS_LR)
+    first = train(converted(net, data, False, batch), data, test, epochs, seed, batch, OURS_LR)
     course = train(net, data, test, epochs, seed, batch, source.lr)
-    plain = accuracy(converted(net, data, calibrated=False), test)
-    ours = converted(net, data, calibrated=True)
+    plain = accuracy(converted(net, data, False, batch), test)
+    ours = converted(net, data, True, batch)
     calibrated = accuracy(ours, test)
     after = train(ours, data, test, epochs, seed + 500, batch, OURS_LR)
     longer = train(net, data, test, epochs, seed + 500, batch, source.lr)
@@ -312,7 +314,7 @@ def tune(names: list[str], epochs: int, folds: int, batch: int) -> None:
             for k in range(folds):
                 rest, part = fold(data, k)
                 if name == "ours":
-                    net = converted(SOURCES["LIF"].build(k), rest, calibrated=False, order=setting[0])
+                    net = converted(SOURCES["LIF"].build(k), rest, False, batch, order=setting[0])
                 else:
                     net = SOURCES[name].build(k, setting)
                 held_out += train(net, rest, part, epochs, k, batch, lr, every_epoch=False).accuracies
