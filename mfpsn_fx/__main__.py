@@ -1,4 +1,4 @@
-"""The command line: ``python -m mfpsn_fx kernels``, ``build`` and ``demo``."""
+"""The command line: ``python -m mfpsn_fx kernels``, ``build``, ``demo`` and ``compatibility``."""
 
 from __future__ import annotations
 
@@ -74,11 +74,19 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("build", help="compile the C++ and CUDA kernels now, rather than on first use")
     commands.add_parser("demo", help="convert, compile and train a network on digits (see --help of the example)",
                         add_help=False)  # fmt: skip
+    networks = commands.add_parser("compatibility", help="convert, train and compile other libraries' networks")
+    networks.add_argument("--markdown", metavar="FILE", help="write the table to FILE as well")
+    networks.add_argument("--only", metavar="PATTERN", default="*", help="of library/network, as a shell pattern")
+    networks.add_argument("--backend", default="aot_eager", help="of torch.compile (default: %(default)s)")
     options, rest = parser.parse_known_args(argv)
     if options.command == "demo":
         return demo(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "compatibility":
+        from . import compatibility
+
+        return compatibility.main(options.only, options.markdown, options.backend)
     if options.command == "build":
         return build()
     print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))

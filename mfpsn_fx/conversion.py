@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,9 +14,10 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import capture, copied
+from mfpsn_fx.model.capture import ROOT_LEAF, capture, copied
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.model.step_mode import to_multi_step
 from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
@@ -29,8 +32,10 @@ from mfpsn_fx.passes import (
     PropagateShapes,
     ReplaceNeurons,
 )
+from mfpsn_fx.passes.replace_neurons import REFUSED
 
 from .selection import graph_of
+from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
@@ -48,6 +53,7 @@ def conversion_pipeline(
     strict: bool = True,
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
+    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> Pipeline:
@@ -55,7 +61,7 @@ def conversion_pipeline(
     kwargs = dict(kwargs or {})
     passes = [
         ObserveInputs(args, kwargs),
-        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict),
+        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims),
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
     ]
@@ -104,8 +110,10 @@ def convert(
     calibrate: Iterable | None = None,
     strict: bool = True,
     inplace: bool = False,
+    accept: Sequence[str] = (),
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
+    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> fx.GraphModule:
@@ -125,8 +133,11 @@ def convert(
             layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
         strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
+        accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
         surrogate: for all new neurons; None keeps each source's.
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
+        channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
+            dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
         repeats: m of autoselect.
         progress: show progress bars; None: if the terminal is one.
 
@@ -150,23 +161,38 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
-    pipeline = conversion_pipeline(
-        example_args, kwargs, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init, calibrate=calibrate,
-        strict=strict, surrogate=surrogate, gradient=gradient, repeats=repeats, progress=progress,
+    pipeline = functools.partial(
+        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
+        calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
+        repeats=repeats, progress=progress,
     )  # fmt: skip
+    pipeline(example_args, kwargs)  # options are looked at before anything is copied
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
     _check_example(example_args, kwargs)
+    stepped = has_steps(model)
+    if stepped and inplace:
+        raise ValueError(
+            f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
+            "neurons that see all of it; use the graph that convert returns"
+        )
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
-        gm, _ = capture(subject)
-        gm = pipeline(gm)
+        if stepped:
+            gm, example_args, kwargs = rolled_up(subject, example_args, kwargs, accept)
+            gm = pipeline(example_args, kwargs)(gm)
+        else:
+            switched = to_multi_step(subject, example_args, kwargs)
+            gm, _ = capture(subject)
+            gm.meta[REFUSED] = switched.refusals
+            gm = pipeline(example_args, kwargs)(gm)
+            _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
         if inplace:
             _swap_into(subject, gm)
     gm.meta.clear()
-    _forget_cached_states()
+    _forget_cached_states(model)
     return gm
 
 
@@ -223,14 +249,17 @@ def _check_example(args: tuple, kwargs: Mapping) -> None:
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put ``model``'s children back as they were if converting fails half way."""
+    """Put ``model``'s children and step modes back as they were if converting fails half way."""
     before = {module: dict(module._modules) for module in model.modules()}
+    modes = [(module, module._step_mode) for module in model.modules() if "_step_mode" in vars(module)]
     try:
         yield
     except BaseException:
         for module, children in before.items():
             module._modules.clear()
             module._modules.update(children)
+        for module, mode in modes:
+            module._step_mode = mode
         raise
 
 
@@ -243,10 +272,17 @@ def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
             setattr(model.get_submodule(parent), child, module)
 
 
-def _forget_cached_states() -> None:
-    """SpikingJelly's reset_net keeps a list of modules; one that is loaded must make it anew."""
+def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
+    """Notes on neurons by their paths in the user's model."""
+    for path, module in gm.named_modules():
+        note = notes.get(path.removeprefix(f"{ROOT_LEAF}."))
+        if note is not None and isinstance(module, MulFreePSN):
+            module.source = dataclasses.replace(module.source, notes=(*module.source.notes, note))
+
+
+def _forget_cached_states(model: nn.Module) -> None:
+    """SpikingJelly's reset_net keeps a list of ``model``'s modules; where it is loaded it must make it anew."""
     functional = sys.modules.get("spikingjelly.activation_based.functional")
     invalidate = getattr(getattr(functional, "net_config", None), "invalidate_reset_cache", None)
     if callable(invalidate):
-        with contextlib.suppress(TypeError):
-            invalidate()
+        invalidate(model)

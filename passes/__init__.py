@@ -19,7 +19,9 @@ from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
+from .roll_up import RollUp
 from .snap_weights import SnapWeights
+from .time_slices import RollUpError
 
 __all__ = [
     "AssignDilations",
@@ -38,6 +40,8 @@ __all__ = [
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
+    "RollUp",
+    "RollUpError",
     "SnapWeights",
     "conversion_nodes",
     "neurons",

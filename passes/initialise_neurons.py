@@ -85,11 +85,11 @@ def _hook_measurement(copied: nn.Module) -> None:
         if id(module) in done:  # a neuron at several places starts from the first
             return
         done.add(id(module))
-        x = args[0]
+        layout = kwargs.get("layout") or module.layout
+        x = module.channels_together(args[0], layout)
         mean, var = statistics(
-            x, module.weight, None, None, current_mask(),
-            dilation=module.dilation, layout=kwargs.get("layout") or module.layout, layer=module.path,
-        )  # fmt: skip
+            x, module.weight, None, None, current_mask(), dilation=module.dilation, layout=layout, layer=module.path
+        )
         mean, var = mean.to(module.running_mean), var.to(module.running_var)
         std = deviation(var, module.eps)
         module.running_mean.copy_(mean)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem
+from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, shape_together
 from mfpsn_fx.model.neuron import MulFreePSN
 
 __all__ = ["INPUTS", "Neuron", "input_meta", "neurons"]
@@ -95,6 +96,14 @@ class _ModuleNeuron(Neuron):
     @dilation.setter
     def dilation(self, value: int) -> None:
         self.module.dilation = value
+
+    @property
+    def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
+        """(shape, dtype, device) of the input with its channels brought together, or None before propagation."""
+        found = super().meta
+        if found is None or self.module.channel_dims == DEFAULT_DIMS:
+            return found
+        return (shape_together(found[0], self.module.channel_dims, self.layout), *found[1:])
 
     @property
     def masked(self) -> bool:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 
 from mfpsn_fx.kernels.quantiser import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.capture import ROOT_LEAF, preserved_rng
+from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
+from .channel_widths import channels_before, heads_note
 from .neurons import INPUTS
 
-__all__ = ["ConversionError", "ReplaceNeurons"]
+__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons"]
+
+REFUSED = "mfpsn_refused"  # gm.meta: path -> reason, of neurons that were found unfit before the graph was captured
 
 
 class ConversionError(ValueError):
@@ -32,11 +40,14 @@ class ReplaceNeurons(Pass):
 
     Args:
         order: k of the new neurons.
+        channel_dims: for neurons by path, the dim or dims of their input (time-first order) that hold the channels,
+            where that is not dim 2.
         surrogate: None keeps the source's.
         gradient, momentum, eps, min_exponent, max_exponent: as in ``MulFreePSN``.
         strict: raise where a neuron cannot be converted; otherwise it stays and is listed in the selection.
 
     Raises:
+        ValueError: ``channel_dims`` names what is no neuron, or dims that are none of its input's.
         ConversionError: with ``strict``, naming every neuron that stays and why.
     """
 
@@ -50,16 +61,25 @@ class ReplaceNeurons(Pass):
         surrogate: Surrogate | None = None,
         gradient: Gradient | str = Gradient.STRAIGHT_THROUGH,
         strict: bool = True,
+        channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
         **settings,
     ) -> None:
         self.order, self.surrogate = order, surrogate
         self.gradient, self.strict, self.settings = gradient, strict, settings
+        self.channel_dims = dict(channel_dims or {})
 
     def call(self, gm: fx.GraphModule) -> Result:
         made: dict[int, MulFreePSN] = {}
         swaps: list[tuple[str, MulFreePSN]] = []
         failed: dict[str, str] = {}
-        for path, old in source_paths(gm).items():
+        refused, paths = gm.meta.get(REFUSED, {}), source_paths(gm)
+        if unknown := sorted(set(self.channel_dims) - {_named(path) for path in paths} - set(paths)):
+            known = sorted(map(_named, paths))
+            raise ValueError(f"channel_dims names layers that are no neurons: {unknown}; the neurons are {known}")
+        for path, old in paths.items():
+            if _named(path) in refused:
+                failed[path] = refused[_named(path)]
+                continue
             if id(old) not in made:
                 try:
                     made[id(old)] = self._make(gm, path, old)
@@ -80,7 +100,19 @@ class ReplaceNeurons(Pass):
 
     def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:
         source = describe(old)
-        channels = _observed_channels(gm, path) or source.channels or _channels_before(gm, path)
+        said = self.channel_dims.get(path, self.channel_dims.get(_named(path)))
+        shape = _observed_shape(gm, path)
+        dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
+        channels = source.channels or channels_before(gm, path)
+        if shape is not None:
+            channels = math.prod(shape[d] for d in dims)
+            if said is None and (note := heads_note(gm, path, shape)):
+                source = dataclasses.replace(source, notes=(*source.notes, note))
+        if source.channels not in (None, channels):
+            raise NotAFilterError(
+                f"it has {source.channels} channels, but its input {shape} has {channels} in dims {dims}: "
+                "channel_dims={path: dim} says where they are"
+            )
         if channels is None:
             raise NotAFilterError(
                 "its number of channels is not told by the graph (no convolution, linear layer or norm in front of "
@@ -93,6 +125,7 @@ class ReplaceNeurons(Pass):
                 self.order,
                 surrogate=self.surrogate or source.surrogate,
                 gradient=self.gradient,
+                channel_dims=dims,
                 device=place.device,
                 dtype=place.dtype if place.is_floating_point() else None,
                 **self.settings,
@@ -101,7 +134,19 @@ class ReplaceNeurons(Pass):
         return new.train(old.training)
 
 
-def _observed_channels(gm: fx.GraphModule, path: str) -> int | None:
+def _named(path: str) -> str:
+    """The path in the user's model of a neuron at ``path`` in the graph."""
+    return path.removeprefix(f"{ROOT_LEAF}.")
+
+
+def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
+    try:
+        return check_dims(dims, rank)
+    except ValueError as error:
+        raise ValueError(f"{_named(path)}: {error}") from None
+
+
+def _observed_shape(gm: fx.GraphModule, path: str) -> tuple[int, ...] | None:
     seen = gm.meta.get(INPUTS, {})
     if path not in seen:
         if seen:
@@ -114,40 +159,4 @@ def _observed_channels(gm: fx.GraphModule, path: str) -> int | None:
         )
     if not dtype.is_floating_point:
         raise NotAFilterError(f"its input is {dtype}, but a floating-point tensor is needed")
-    return shape[2]
-
-
-def _width(module: nn.Module) -> int | None:
-    """Channels that ``module`` puts out, if it is a layer that knows."""
-    if isinstance(module, nn.Sequential) or type(module).__name__.endswith("Container"):
-        widths = [w for child in module.children() if (w := _width(child)) is not None]
-        return widths[-1] if widths else None
-    for attribute in ("out_channels", "out_features", "num_features"):
-        if isinstance(value := getattr(module, attribute, None), int):
-            return value
-    return None
-
-
-def _channels_before(gm: fx.GraphModule, path: str) -> int | None:
-    node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
-    if node is None:  # inside a leaf: the last such layer that is registered before the neuron
-        last = None
-        for name, module in gm.named_modules():
-            if name == path:
-                return last
-            last = _width(module) if _width(module) is not None and not list(module.children()) else last
-        return None
-    while node.all_input_nodes:
-        node = node.all_input_nodes[0]
-        if node.op != "call_module":
-            if node.op == "call_method" or "flatten" in str(node.target):
-                return None
-            continue
-        module = gm.get_submodule(node.target)
-        if (width := _width(module)) is not None:
-            return width
-        if isinstance(module, MulFreePSN):
-            return module.channels
-        if "Flatten" in type(module).__name__:
-            return None
-    return None
+    return shape

@@ -14,6 +14,7 @@ from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, che
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
+from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
 from .record import Calibrated, Measured, Plan
 from .source import SourceNeuron
 from .steps import current_mask
@@ -39,6 +40,8 @@ class MulFreePSN(nn.Module):
         layout: of the input where the call does not say: ``"time_first"`` (T, N, C, *) or ``"time_last"`` (N, C, *, T).
         eps, momentum: as in ``torch.nn.BatchNorm1d``.
         min_exponent, max_exponent: bounds on the exponents of the quantised weights, within −126 … 127.
+        channel_dims: the dims of the input that hold its channels, counted in time-first order: 2, or others, or
+            several that are channels together, such as (2, 3) of (T, N, heads, width, L).
 
     Shapes: input (T, N, C, *) or (N, C, *, T), floating point; output the same, of zeros and ones. Parameters
     ``weight`` (C, k), ``gamma`` (C,) = 1, ``beta`` (C,) = −1; buffers ``running_mean``, ``running_var`` (C,). They
@@ -61,6 +64,7 @@ class MulFreePSN(nn.Module):
         momentum: float = 0.1,
         min_exponent: int = MIN_EXPONENT,
         max_exponent: int = MAX_EXPONENT,
+        channel_dims: int | tuple[int, ...] = DEFAULT_DIMS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,6 +84,7 @@ class MulFreePSN(nn.Module):
         self.gradient = str(Gradient.parse(gradient))
         self.layout = str(Layout.parse(layout))
         self.eps, self.momentum = eps, momentum
+        self.channel_dims = check_dims(channel_dims)
         self.min_exponent, self.max_exponent = min_exponent, max_exponent
         # Where there is no node to carry a binding (inside a leaf), the module's own defaults do.
         self.kernel = self.eval_kernel = ""
@@ -136,6 +141,9 @@ class MulFreePSN(nn.Module):
             if self.training
             else (self.eval_kernel if eval_kernel is None else eval_kernel)
         )
+        layout = self.layout if layout is None else layout
+        shape = x.shape
+        x = self.channels_together(x, layout)
         spikes, mean, var = neuron(
             x,
             self.weight,
@@ -154,12 +162,14 @@ class MulFreePSN(nn.Module):
             max_exponent=self.max_exponent,
             training=self.training,
             dilation=self.dilation,
-            layout=self.layout if layout is None else layout,
+            layout=layout,
             method=chosen,
             layer=self.path,
         )
         if self.training and not again:
             self._update_statistics(mean, var, x, mask)
+        if self.channel_dims != DEFAULT_DIMS:
+            spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes
 
     def _runs_again(self, mask: Tensor | None) -> bool:
@@ -175,6 +185,17 @@ class MulFreePSN(nn.Module):
                 "backward inside valid_steps too"
             )
         return True
+
+    def channels_together(self, x: Tensor, layout: str) -> Tensor:
+        """``x`` as the kernels see it: (T, N, C, *) or (N, C, *, T), wherever its channels are."""
+        if self.channel_dims == DEFAULT_DIMS:
+            return x
+        if max(self.channel_dims) >= x.ndim:
+            raise ValueError(
+                f"{self.path or 'MulFreePSN'}: its channels are dims {self.channel_dims} of a time-first input, but "
+                f"the input has shape {tuple(x.shape)}"
+            )
+        return channels_together(x, self.channel_dims, layout)
 
     def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
         count = x.numel() // self.channels
@@ -226,6 +247,8 @@ class MulFreePSN(nn.Module):
             f"surrogate={type(self.surrogate).__name__}({self.surrogate.alpha:g}), gradient={self.gradient!r}, "
             f"layout={self.layout!r}, eps={self.eps:g}, momentum={self.momentum:g}"
         )
+        if self.channel_dims != DEFAULT_DIMS:
+            text += f", channel_dims={self.channel_dims}"
         if (self.min_exponent, self.max_exponent) != (MIN_EXPONENT, MAX_EXPONENT):
             text += f", min_exponent={self.min_exponent}, max_exponent={self.max_exponent}"
         if self.kernel or self.eval_kernel:

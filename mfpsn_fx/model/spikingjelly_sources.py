@@ -9,16 +9,18 @@ from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
 from .source import Geometric, NotAFilterError, SourceNeuron, Taps, register_source
 
+__all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
+
 _NEURONS = "spikingjelly.activation_based.neuron"
 _SURROGATES = {"ATan": ATan, "Sigmoid": Sigmoid}
 
 
-def _names(cls: str, module: str) -> tuple[str, ...]:
+def class_names(cls: str, module: str) -> tuple[str, ...]:
     """Where version 2 keeps the class, and where older ones, whose neurons are one file, do."""
     return f"{_NEURONS}.{module}.{cls}", f"{_NEURONS}.{cls}"
 
 
-def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
+def surrogate_of(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
     function = m.surrogate_function
     kind = type(function).__name__
     if getattr(function, "spiking", True) is False:
@@ -28,7 +30,7 @@ def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
     return ATan(), (f"surrogate {kind} replaced by ATan(2)",)
 
 
-def _finite(m: nn.Module, **values: object) -> list[Tensor]:
+def finite(m: nn.Module, **values: object) -> list[Tensor]:
     """Copies of the values in float64; NotAFilterError naming those that are NaN or infinite."""
     tensors = {name: torch.as_tensor(value).detach().double().clone() for name, value in values.items()}
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -36,7 +38,7 @@ def _finite(m: nn.Module, **values: object) -> list[Tensor]:
     return list(tensors.values())
 
 
-def _multi_step(m: nn.Module) -> None:
+def with_all_steps(m: nn.Module) -> None:
     if getattr(m, "step_mode", "m") == "s":
         raise NotAFilterError(
             "it is in step-by-step mode, but all of time is needed at once: call "
@@ -44,11 +46,11 @@ def _multi_step(m: nn.Module) -> None:
         )
 
 
-def _reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
+def reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
     """IF and the LIFs: V relaxes to v_reset, so in V − v_reset it is linear and the threshold moves along."""
-    _multi_step(m)
-    surrogate, notes = _surrogate(m)
-    threshold, rest = _finite(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
+    with_all_steps(m)
+    surrogate, notes = surrogate_of(m)
+    threshold, rest = finite(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
     notes = ("reset dropped", *notes)
     if float(rest) != 0:
         notes += (f"v_reset {float(rest):g} folded into the threshold",)
@@ -58,35 +60,35 @@ def _reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
     return SourceNeuron(type(m).__name__, Geometric(gain, ratio), threshold - rest, surrogate, reset=reset, notes=notes)
 
 
-@register_source(*_names("IFNode", "integrate_and_fire"))
+@register_source(*class_names("IFNode", "integrate_and_fire"))
 def integrate_and_fire(m: nn.Module) -> SourceNeuron:
     """H[t] = V[t−1] + X[t]: all ones."""
     one = torch.ones((), dtype=torch.float64)
-    return _reset_neuron(m, one, one.clone())
+    return reset_neuron(m, one, one.clone())
 
 
-@register_source(*_names("LIFNode", "lif"))
+@register_source(*class_names("LIFNode", "lif"))
 def leaky(m: nn.Module) -> SourceNeuron:
     """(1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
-    (tau,) = _finite(m, tau=m.tau)
+    (tau,) = finite(m, tau=m.tau)
     rate = 1 / tau
-    return _reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
-@register_source(*_names("ParametricLIFNode", "plif"))
+@register_source(*class_names("ParametricLIFNode", "plif"))
 def parametric_leaky(m: nn.Module) -> SourceNeuron:
     """LIF with 1/τ = sigmoid(w)."""
-    (w,) = _finite(m, w=m.w)
+    (w,) = finite(m, w=m.w)
     rate = torch.sigmoid(w)
-    return _reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
-@register_source(*_names("GatedLIFNode", "lif_variants"))
+@register_source(*class_names("GatedLIFNode", "lif_variants"))
 def gated_leaky(m: nn.Module) -> SourceNeuron:
     """V ← (1 − α(1−τ))·V + (1 − β(1−conduct))·X − (1−α)·leak, every parameter behind its sigmoid."""
-    _multi_step(m)
-    surrogate, notes = _surrogate(m)
-    raw = _finite(
+    with_all_steps(m)
+    surrogate, notes = surrogate_of(m)
+    raw = finite(
         m, alpha=m.alpha, beta=m.beta, tau=m.tau, v_threshold=m.v_threshold, linear_decay=m.linear_decay,
         conduct=m.conduct,
     )  # fmt: skip
@@ -112,47 +114,55 @@ def _along_diagonals(weight: Tensor) -> Taps:
     return Taps(torch.stack([weight.diagonal(-lag).mean() for lag in range(weight.shape[0])]))
 
 
-@register_source(*_names("PSN", "psn"))
+@register_source(*class_names("PSN", "psn"))
 def parallel(m: nn.Module) -> SourceNeuron:
     """H = W X + B: each step its own weights, averaged here over the steps for each lag."""
-    surrogate, notes = _surrogate(m)
-    weight, bias = _finite(m, weight=m.weight, bias=m.bias)
+    surrogate, notes = surrogate_of(m)
+    weight, bias = finite(m, weight=m.weight, bias=m.bias)
     notes = ("T x T weights averaged along diagonals", *notes)
     return SourceNeuron("PSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
 
 
-@register_source(*_names("MaskedPSN", "psn"))
+@register_source(*class_names("MaskedPSN", "psn"))
 def masked_parallel(m: nn.Module) -> SourceNeuron:
     """PSN behind its mask at the present λ."""
-    _multi_step(m)
-    surrogate, notes = _surrogate(m)
-    weight, bias = _finite(m, weight=m.masked_weight(), bias=m.bias)
+    with_all_steps(m)
+    surrogate, notes = surrogate_of(m)
+    weight, bias = finite(m, weight=m.masked_weight(), bias=m.bias)
     notes = ("T x T weights averaged along diagonals", *notes)
     return SourceNeuron("MaskedPSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
 
 
-@register_source(*_names("SlidingPSN", "psn"))
+@register_source(*class_names("SlidingPSN", "psn"))
 def sliding_parallel(m: nn.Module) -> SourceNeuron:
     """One filter of k taps for all channels, the newest last: exactly ours."""
-    _multi_step(m)
-    surrogate, notes = _surrogate(m)
-    weight, bias = _finite(m, weight=m.weight, bias=m.bias)
+    with_all_steps(m)
+    surrogate, notes = surrogate_of(m)
+    weight, bias = finite(m, weight=m.weight, bias=m.bias)
     return SourceNeuron("SlidingPSN", Taps(weight.flip(0)), -bias.reshape(()), surrogate, notes=notes)
 
 
 _REFUSED = {
-    "ilif.ILIFNode": "it fires integers, not zeros and ones",
-    "lif_variants.LIAFNode": "it puts out its activation, not spikes",
-    "online_learning.OTTTLIFNode": "it trains online, step by step",
-    "online_learning.SLTTLIFNode": "it trains online, step by step",
-    "nonlinear_if.QIFNode": "its membrane is quadratic, not a linear filter",
-    "nonlinear_if.EIFNode": "its membrane is exponential, not a linear filter",
-    "adapt.IzhikevichNode": "its membrane is quadratic and adapts, not a linear filter",
-    "ternary.TernaryIFNode": "it fires -1, 0 and 1",
-    "ternary.TernaryLIFNode": "it fires -1, 0 and 1",
-    "integrate_and_fire.NonSpikingIFNode": "it puts out its membrane, not spikes",
-    "lif.NonSpikingLIFNode": "it puts out its membrane, not spikes",
-}
+    "it fires integers, not zeros and ones": ("ilif.ILIFNode",),
+    "it puts out its activation, not spikes": ("lif_variants.LIAFNode",),
+    "it trains online, step by step": ("online_learning.OTTTLIFNode", "online_learning.SLTTLIFNode"),
+    "its membrane is quadratic, not a linear filter": ("nonlinear_if.QIFNode",),
+    "its membrane is exponential, not a linear filter": ("nonlinear_if.EIFNode",),
+    "its membrane is quadratic and adapts, not a linear filter": ("adapt.IzhikevichNode",),
+    "it fires -1, 0 and 1": ("ternary.TernaryIFNode", "ternary.TernaryLIFNode", "spikezip.STBIFNode"),
+    "it puts out its membrane, not spikes": (
+        "integrate_and_fire.NonSpikingIFNode", "lif.NonSpikingLIFNode", "noisy.NoisyNonSpikingIFNode",
+    ),
+    "it fires its threshold, not ones, and is trained through firing rates": ("dsr.DSRIFNode", "dsr.DSRLIFNode"),
+    "its spikes feed back into its own input": (
+        "inter_layer_connection.ILCIFNode", "inter_layer_connection.ILCLIFNode",
+        "inter_layer_connection.ILCCUBALIFNode", "noisy.NoisyILCCUBALIFNode",
+    ),
+    "noise is added to its membrane at each step": ("noisy.NoisyCUBALIFNode",),
+    "it codes one value in weighted spikes (few-spike coding); its steps are not the network's": (
+        "few_spike.FewSpikeNode", "few_spike.OutlierAwareThresholdNode", "few_spike.HGNode",
+    ),
+}  # fmt: skip
 
 
 def _refuse(reason: str):
@@ -162,6 +172,7 @@ def _refuse(reason: str):
     return adapter
 
 
-for _path, _reason in _REFUSED.items():
-    _module, _, _cls = _path.rpartition(".")
-    register_source(*_names(_cls, _module))(_refuse(_reason))
+for _reason, _paths in _REFUSED.items():
+    for _path in _paths:
+        _module, _, _cls = _path.rpartition(".")
+        register_source(*class_names(_cls, _module))(_refuse(_reason))

@@ -1,0 +1,78 @@
+"""Inputs whose channels are not dim 2: attention heads (T, N, heads, width, L), tokens (T, N, L, C).
+
+``dims`` always counts in time-first order, whatever the layout of the tensor: T is 0, N is 1. The dims named are
+brought together as dim C, in their order, and put back afterwards; views where strides allow it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mfpsn_fx.kernels.layout import Layout
+
+__all__ = ["DEFAULT_DIMS", "channels_back", "channels_together", "check_dims", "shape_together"]
+
+DEFAULT_DIMS = (2,)
+
+
+def check_dims(dims: object, rank: int | None = None) -> tuple[int, ...]:
+    """``dims`` as a tuple, counted from the front; one integer or several.
+
+    Args:
+        dims: what the user said; negative ones count from the back and need ``rank``.
+        rank: of the input in time-first order, if it is known.
+
+    Raises:
+        ValueError: they are no distinct dims from 2 on.
+    """
+    given = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
+    valid = isinstance(given, Sequence) and len(given) > 0 and all(type(d) is int for d in given)
+    if valid and rank is not None:
+        given = tuple(d + rank if d < 0 else d for d in given)
+        valid = all(d < rank for d in given)
+    if not valid or min(given) < 2 or len(set(given)) < len(given):
+        limit = "" if rank is None else f" and below {rank}"
+        raise ValueError(
+            f"channel dims must be one integer or distinct ones, from 2 (T is 0, N is 1){limit}; found {dims!r}"
+        )
+    return tuple(given)
+
+
+def _order(rank: int, dims: tuple[int, ...], layout: Layout) -> list[int]:
+    """The dims of a tensor in ``layout`` with those of the channels first, T and N where the layout has them."""
+    if max(dims) >= rank:
+        raise ValueError(f"channels were said to be dims {dims}, but the input has {rank} dims")
+    inner = [*dims, *(d for d in range(2, rank) if d not in dims)]
+    if layout is Layout.TIME_FIRST:
+        return [0, 1, *inner]
+    return [0, *(d - 1 for d in inner), rank - 1]
+
+
+def _first(layout: Layout) -> int:
+    return 2 if layout is Layout.TIME_FIRST else 1
+
+
+def channels_together(x: Tensor, dims: tuple[int, ...], layout: Layout | str) -> Tensor:
+    """(T, N, …) → (T, N, C, *), or (N, …, T) → (N, C, *, T), with C = the product of ``dims``."""
+    layout = Layout.parse(layout)
+    start = _first(layout)
+    return x.permute(_order(x.ndim, dims, layout)).flatten(start, start + len(dims) - 1)
+
+
+def channels_back(y: Tensor, dims: tuple[int, ...], layout: Layout | str, shape: Sequence[int]) -> Tensor:
+    """Undo :func:`channels_together` on a result ``y``; ``shape`` is that of the input before it."""
+    layout = Layout.parse(layout)
+    order = _order(len(shape), dims, layout)
+    y = y.reshape([shape[d] for d in order])
+    return y.permute([order.index(d) for d in range(len(order))])
+
+
+def shape_together(shape: Sequence[int], dims: tuple[int, ...], layout: Layout | str) -> tuple[int, ...]:
+    """The shape that :func:`channels_together` gives."""
+    layout = Layout.parse(layout)
+    sizes = [shape[d] for d in _order(len(shape), dims, layout)]
+    start = _first(layout)
+    return (*sizes[:start], math.prod(sizes[start : start + len(dims)]), *sizes[start + len(dims) :])

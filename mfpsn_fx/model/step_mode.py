@@ -1,0 +1,196 @@
+"""From SpikingJelly's step-by-step mode to its multi-step mode, where that changes nothing but the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .capture import copied, preserved_rng
+from .source import qualified_name, source_paths
+
+__all__ = ["Switched", "to_multi_step"]
+
+_LAYERS = "spikingjelly.activation_based.layer"
+_NET = "spikingjelly.activation_based.functional"
+# Containers whose children stay in step mode 's', and what that means for a neuron in them.
+_CONTAINERS = {
+    "MultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
+    "TLastMultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
+    "StepModeContainer": "which steps it through time; take it out and set its step_mode to 'm'",
+    "SeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
+    "TLastSeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
+    "ElementWiseRecurrentContainer": "which feeds its output back into its input: no filter",
+    "LinearRecurrentContainer": "which feeds its output back into its input: no filter",
+}
+# Layers of torch.nn that know no time axis, and that set_step_mode cannot tell of one.
+_BOUND = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample, nn.PixelShuffle,
+)  # fmt: skip
+NOTE = "step mode 's' switched to 'm'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Switched:
+    """Notes of the neurons that were switched, and why others could not be; both by path."""
+
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refusals: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
+    """Set ``model``, in place, to step mode 'm' if its neurons are in 's' and the two agree on the example.
+
+    The example is a whole sequence: each tensor in it has T first. It is run through a copy step by step, as the
+    model is, and at once, as it would be; both in evaluation mode, in float64 and from fresh states. Only if the
+    outputs are the same is the model switched.
+
+    Args:
+        model: with neurons of SpikingJelly; others are left alone.
+        args, kwargs: the example, or nothing: then a model in step mode 's' stays so, and its neurons' adapters say so.
+    """
+    stepping = {p: m for p, m in source_paths(model).items() if _mode(m) == "s"}
+    if not stepping:
+        return Switched()
+    refusals = {p: reason for p in stepping if (reason := _inside_container(model, p)) is not None}
+    rest = [p for p in stepping if p not in refusals]
+    set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
+    if not rest or set_mode is None or not (args or kwargs):
+        return Switched(refusals=refusals)
+    reason = _follows(model) or _disagreement(model, rest, args, dict(kwargs), set_mode)
+    if reason is not None:
+        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
+    set_mode(model, "m")
+    return Switched(dict.fromkeys(rest, NOTE), refusals)
+
+
+def _mode(m: nn.Module) -> str | None:
+    return getattr(m, "step_mode", None)
+
+
+def _container(m: nn.Module) -> str | None:
+    """The name of SpikingJelly's container that ``m`` is or derives from."""
+    for cls in type(m).__mro__:
+        if cls.__name__ in _CONTAINERS and qualified_name(cls).startswith(f"{_LAYERS}."):
+            return cls.__name__
+    return None
+
+
+def _inside_container(model: nn.Module, path: str) -> str | None:
+    parts = path.split(".")
+    for end in range(len(parts)):
+        kind = _container(model.get_submodule(".".join(parts[:end])))
+        if kind is not None:
+            return f"it is inside a {kind}, {_CONTAINERS[kind]}"
+    return None
+
+
+def _follows(model: nn.Module) -> str | None:
+    """Why the model's layers would not follow set_step_mode; None if they do."""
+    for path, m in model.named_modules():
+        bound = isinstance(m, _BOUND) or (type(m) is nn.Flatten and m.start_dim >= 0)
+        if bound and _mode(m) is None and path and _inside_container(model, path) is None:
+            return (
+                f"it is in step-by-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
+                f"spikingjelly.activation_based.layer.{type(m).__name__}, or feed the neurons (T, N, C, *) yourself"
+            )
+    return None
+
+
+def _disagreement(
+    model: nn.Module, paths: list[str], args: tuple, kwargs: dict, set_mode: Callable[[nn.Module, str], None]
+) -> str | None:
+    """Why stepping and running at once are not the same on the example; None if they are."""
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in flat]
+    tensors = [v for v in flat if isinstance(v, Tensor) and v.ndim]
+    steps = {len(v) for v in tensors}
+    with preserved_rng(), torch.no_grad():
+        calls = _calls(_fresh(model), paths, pytree.tree_unflatten(flat, spec))
+        if calls > 1:
+            return (
+                "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
+                f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
+                "and feed (T, N, C, *)"
+            )
+        if len(steps) != 1:
+            return (
+                "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
+                "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
+            )
+        try:
+            stepped = _stepped(_fresh(model), flat, spec, steps.pop())
+        except Exception as error:
+            return (
+                "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
+                f"each step ({type(error).__name__}: {_line(error)}); give one"
+            )
+        whole = _fresh(model)
+        try:
+            set_mode(whole, "m")
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            at_once = pytree.tree_leaves(whole(*args, **kwargs))
+        except Exception as error:
+            return (
+                f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
+                f"{_line(error)}): its forward is written for one step"
+            )
+    if len(at_once) != len(stepped) or not all(map(_equal, stepped, at_once)):
+        return (
+            "it is in step-by-step mode, and in step mode 'm' the model computes something else on the example: its "
+            "forward is written for one step (it may flatten or average over dims that move)"
+        )
+    return None
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    fresh = copied(model).eval().double()
+    for m in fresh.modules():
+        if callable(reset := getattr(m, "reset", None)):
+            reset()
+    return fresh
+
+
+def _calls(model: nn.Module, paths: list[str], example: tuple[tuple, dict]) -> int:
+    """How often one forward of the model as it is calls the neuron that it calls most."""
+    counts = dict.fromkeys(paths, 0)
+
+    def count(path: str):
+        def hook(_module, _args):
+            counts[path] += 1
+
+        return hook
+
+    for path in paths:
+        model.get_submodule(path).register_forward_pre_hook(count(path))
+    # It may take one step and was given all: what it called until then is what counts.
+    with contextlib.suppress(Exception):
+        model(*example[0], **example[1])
+    return max(counts.values())
+
+
+def _stepped(model: nn.Module, flat: list, spec, steps: int) -> list[object]:
+    results = []
+    for t in range(steps):
+        args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)
+        results.append(pytree.tree_leaves(model(*args, **kwargs)))
+    return [
+        torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*results, strict=True)
+    ]
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-6, atol=1e-9)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]

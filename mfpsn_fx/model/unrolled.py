@@ -1,0 +1,308 @@
+"""Capture of networks that step through time: the graph of their whole loop, one call of each neuron a step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .capture import (
+    _LeafTracer,
+    _Untraceable,
+    _differing_owner,
+    _first_line,
+    _has_hooks,
+    _submodule,
+    _with_constants,
+    copied,
+    preserved_rng,
+)
+from .source import qualified_name
+from .stepping import stepping_of
+from .time_axis import fold_time, unfold_time
+
+__all__ = ["NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
+
+_LIFT = "norse.torch.module.lift.Lift"
+_TRACED = ("norse.torch.module.sequential.SequentialState",)
+
+
+class NotSteppedError(ValueError):
+    """A network that steps through time, but whose steps cannot be told from its code."""
+
+
+def has_steps(model: nn.Module) -> bool:
+    """Whether some neuron of ``model`` is called step by step, or hands its state in and out."""
+    return any(stepping_of(m) is not None for m in model.modules())
+
+
+class _Shaped(fx.Proxy):
+    """A proxy that knows its shape from the example: loops over it, and zeros like it, need numbers."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, meta: object) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["_meta"] = meta
+
+    shape = property(lambda self: self._meta.shape)
+    ndim = property(lambda self: self._meta.ndim)
+    dtype = property(lambda self: self._meta.dtype)
+    device = property(lambda self: self.tracer.device_of(self.node))
+
+    def size(self, dim: int | None = None) -> object:
+        return self._meta.size() if dim is None else self._meta.size(dim)
+
+    def dim(self) -> int:
+        return self._meta.dim()
+
+    def numel(self) -> int:
+        return self._meta.numel()
+
+    def __len__(self) -> int:
+        return len(self._meta)
+
+    def __iter__(self) -> Iterator:
+        return iter([self[index] for index in range(len(self._meta))])
+
+
+class _StepTracer(_LeafTracer):
+    def __init__(self, leaves: dict[str, str] | None = None, example: Mapping | None = None) -> None:
+        super().__init__(leaves)
+        self.example = dict(example or {})
+        self.metas: dict[fx.Node, object] = {}
+        self.batch_layers: dict[str, None] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if stepping_of(m) is not None:
+            return True
+        if qualified_name(type(m)) in _TRACED and not _has_hooks(m):
+            return module_qualified_name in self.leaves
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m, forward, args, kwargs):
+        if qualified_name(type(m)) == _LIFT and not _has_hooks(m):
+            return self._lift(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def _lift(self, m: nn.Module, x):
+        """Norse's Lift: the module inside on all steps at once; a neuron inside runs over the sequence."""
+        if isinstance(x, tuple):
+            x, state = x
+            if state is not None:
+                raise ValueError("Lift was given a state: a sequence starts from the initial one")
+        inner = m.lifted_module
+        if stepping_of(inner) is not None:
+            node = self.create_proxy("call_module", self.path_of_module(inner), (x, None), {})
+            node.node.meta["mfpsn_lifted"] = True
+            return node
+        if any(stepping_of(child) is not None for child in inner.modules()):
+            raise ValueError("Lift around several stateful layers: lift each of them, in a SequentialState")
+        for child in inner.modules():
+            if has_batch_statistics(child):
+                self.batch_layers[self.path_of_module(child)] = None
+        folded = self.create_proxy("call_function", fold_time, (x,), {})
+        steps = self.create_proxy("call_method", "size", (x, 0), {})
+        return self.create_proxy("call_function", unfold_time, (inner(folded), steps), {})
+
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        if node.op == "placeholder" and node.target in self.example:
+            value = self.example[node.target]
+            if isinstance(value, Tensor):
+                self.metas[node] = torch.empty_like(value, device="meta")
+                node.meta["mfpsn_device"] = value.device
+        elif node.op == "get_attr":
+            value = _attribute(self.root, node.target)
+            if isinstance(value, Tensor):
+                node.meta["mfpsn_zero"] = not bool((value != 0).any())
+        elif node.op in ("call_function", "call_method"):
+            self._follow(node)
+        return node
+
+    def _follow(self, node: fx.Node) -> None:
+        """What the op makes of shapes that are known; nothing where one is not."""
+        if not node.all_input_nodes or any(
+            n not in self.metas and n.op != "get_attr" for n in node.all_input_nodes
+        ):  # the shapes behind layers are the graph's own business
+            return
+        if not any(n in self.metas for n in node.all_input_nodes):
+            return
+
+        def meta(n: fx.Node) -> object:
+            if n in self.metas:
+                return self.metas[n]
+            return torch.empty_like(_attribute(self.root, n.target), device="meta")
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), meta)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "meta"}
+        try:
+            if node.op == "call_method":
+                result = getattr(args[0], node.target)(*args[1:], **kwargs)
+            else:
+                result = node.target(*args, **kwargs)
+        except Exception:  # it will fail, or tell, when the graph runs
+            return
+        if isinstance(result, (Tensor, tuple, list)):
+            self.metas[node] = result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node in self.metas:
+            return _Shaped(node, self, self.metas[node])
+        return super().proxy(node)
+
+    def device_of(self, node: fx.Node) -> torch.device:
+        devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
+        return node.meta.get("mfpsn_device") or devices[0]
+
+
+def _attribute(root: nn.Module, path: str) -> object:
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def has_batch_statistics(m: nn.Module) -> bool:
+    """Whether the layer normalises with, or keeps, statistics over the batch."""
+    if isinstance(m, nn.modules.instancenorm._InstanceNorm):
+        return m.track_running_stats
+    return isinstance(m, nn.modules.batchnorm._NormBase)
+
+
+def bound_example(model: nn.Module, args: tuple, kwargs: Mapping) -> dict[str, object]:
+    """The example by the names of ``forward``'s parameters; ``TypeError`` if it does not fit."""
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"the example does not fit {type(model).__name__}.forward: {error}") from None
+    return dict(bound.arguments)
+
+
+def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = None) -> tuple[fx.GraphModule, bool]:
+    """The graph of ``model`` with its loops over time unrolled and its neurons, states and all, as leaves.
+
+    Args:
+        model: left as it is; the graph shares its submodules.
+        args, kwargs: one real batch. A forward that is one step is traced with the first step of each tensor.
+
+    Returns:
+        The graph module, and whether it is one step of time. In the first case its inputs are whole, and each neuron
+        is called once a step, or once for a sequence; in the second its inputs are (N, *), and each neuron is called
+        once.
+
+    Raises:
+        NotSteppedError: it cannot be traced, or its code differs between training and evaluation.
+        TypeError: the example does not fit the arguments.
+        ValueError: the model cannot be copied for tracing.
+    """
+    example = bound_example(model, args, dict(kwargs or {}))
+    try:
+        gm = _traced(model, example)
+    except NotSteppedError as whole:
+        try:
+            gm = _traced(model, first_step(example))
+        except (NotSteppedError, IndexError):
+            raise whole from None
+        if _is_one_step(gm):
+            return gm, True
+        raise
+    if not _is_one_step(gm):
+        return gm, False
+    return _traced(model, first_step(example)), True
+
+
+def first_step(example: Mapping) -> dict[str, object]:
+    return {
+        name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()
+    }
+
+
+def _is_one_step(gm: fx.GraphModule) -> bool:
+    calls: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or node.meta.get("mfpsn_lifted"):
+            continue
+        stepping = stepping_of(gm.get_submodule(node.target))
+        if stepping is not None and not stepping.sequence:
+            calls[node.target] = calls.get(node.target, 0) + 1
+    return bool(calls) and max(calls.values()) == 1
+
+
+def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
+    name = type(model).__name__
+    if _has_hooks(model):
+        raise NotSteppedError(f"{name} bears hooks, which a graph of all steps at once would call once: remove them")
+    leaves: dict[str, str] = {}
+    concrete = _concrete(model, example)
+    with preserved_rng():
+        while True:
+            graphs, tracers, scratches = [], [], []
+            owner = None
+            try:
+                for training in (True, False):
+                    scratch = copied(model).train(training)
+                    for m in scratch.modules():  # states of earlier batches are none of this one's
+                        if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
+                            stepping.reset(m)
+                    tracer = _StepTracer(leaves, example)
+                    try:
+                        graphs.append(tracer.trace(scratch, concrete))
+                    except _Untraceable:
+                        raise
+                    except Exception as error:
+                        reason = f"{type(error).__name__}: {_first_line(error)}"
+                        raise _Untraceable("", reason) from error
+                    tracers.append(tracer)
+                    scratches.append(scratch)
+                owner = _differing_owner(*graphs)
+                reason = "its code differs between training and evaluation; use layers (torch.nn.Dropout) for that"
+            except _Untraceable as error:
+                owner, reason = error.path, error.reason
+            if owner is None:
+                break
+            module = model.get_submodule(owner)
+            if owner == "" or owner in leaves or has_steps(module):
+                place = f"layer {owner!r} ({type(module).__name__})" if owner else f"{name}'s forward"
+                raise NotSteppedError(
+                    f"{place} steps through time, but its steps cannot be read from its code: {reason}. Write it "
+                    "without branches on values, with a loop over a range or over the input"
+                )
+            leaves[owner] = reason
+    graph = graphs[0]
+    _drop_specialisations(graph, concrete)
+    for node in graph.nodes:
+        node.meta.pop("mfpsn_owner", None)
+    gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
+    gm.meta["mfpsn_batch_layers"] = tuple(tracers[0].batch_layers)
+    gm.training = model.training
+    for path, child in gm.named_modules():
+        source = _submodule(model, path)
+        if source is not None and source is not child:
+            child.training = source.training
+    return gm
+
+
+def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
+    """Arguments that are no tensors, and defaults of those not given: Python looks at them while tracing."""
+    concrete = {}
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.name in example:
+            value = example[parameter.name]
+            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+                concrete[parameter.name] = value
+        elif parameter.default is not parameter.empty:
+            concrete[parameter.name] = parameter.default
+    return concrete
+
+
+def _drop_specialisations(graph: fx.Graph, concrete: Mapping) -> None:
+    """FX asserts that what was traced as a constant stays one; such arguments are gone from the new network."""
+    for node in reversed(list(graph.nodes)):
+        if node.users:
+            continue
+        asserts = node.op == "call_function" and node.target in (torch._assert, fx._symbolic_trace._assert_is_none)
+        compared = node.op == "call_function" and getattr(node.target, "__name__", "") == "eq"
+        given = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
+        if asserts or compared or given:
+            graph.erase_node(node)

@@ -1,0 +1,36 @@
+"""Networks that step through time, turned into ones that take all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import fx, nn
+
+from mfpsn_fx.model.unrolled import NotSteppedError, bound_example, capture_steps, has_steps
+from mfpsn_fx.passes import ConversionError, RollUp
+
+__all__ = ["has_steps", "rolled_up"]
+
+
+def rolled_up(
+    model: nn.Module, args: tuple, kwargs: Mapping, accept: Collection[str] = ()
+) -> tuple[fx.GraphModule, tuple, dict]:
+    """A graph of ``model`` that takes (T, N, *), with its own neurons run over time, and the example that fits it.
+
+    Raises:
+        ValueError: there is no example.
+        ConversionError: the steps of the network cannot be read, are not alike, or cannot run at once.
+    """
+    if not (args or kwargs):
+        raise ValueError(
+            f"{type(model).__name__} has neurons that see one step a call: give convert an example, the whole sequence "
+            "(T, N, *), so that its steps can be told"
+        )
+    example = bound_example(model, args, kwargs)
+    try:
+        unrolled, one_step = capture_steps(model, (), example)
+    except NotSteppedError as error:
+        raise ConversionError(str(error)) from error
+    rolled = RollUp((), example, one_step=one_step, accept=accept)(unrolled).graph_module
+    kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
+    return rolled, (), {name: value for name, value in example.items() if name in kept}

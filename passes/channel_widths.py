@@ -1,0 +1,92 @@
+"""How many channels the layers around a neuron have, and whether its input has them in dim 2."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from mfpsn_fx.model.neuron import MulFreePSN
+
+__all__ = ["channels_before", "heads_note"]
+
+
+def output_width(module: nn.Module) -> int | None:
+    """Channels that ``module`` puts out, if it is a layer that knows."""
+    if isinstance(module, nn.Sequential) or type(module).__name__.endswith("Container"):
+        widths = [w for child in module.children() if (w := output_width(child)) is not None]
+        return widths[-1] if widths else None
+    for attribute in ("out_channels", "out_features", "num_features"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    return None
+
+
+def channels_before(gm: fx.GraphModule, path: str) -> int | None:
+    node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
+    if node is None:  # inside a leaf: the last such layer that is registered before the neuron
+        last = None
+        for name, module in gm.named_modules():
+            if name == path:
+                return last
+            last = output_width(module) if output_width(module) is not None and not list(module.children()) else last
+        return None
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if node.op != "call_module":
+            if node.op == "call_method" or "flatten" in str(node.target):
+                return None
+            continue
+        module = gm.get_submodule(node.target)
+        if (width := output_width(module)) is not None:
+            return width
+        if isinstance(module, MulFreePSN):
+            return module.channels
+        if "Flatten" in type(module).__name__:
+            return None
+    return None
+
+
+def _input_width(module: nn.Module) -> int | None:
+    """Channels that ``module`` takes, if it is a layer that knows."""
+    for attribute in ("in_channels", "in_features", "num_features"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    return None
+
+
+def _channels_after(gm: fx.GraphModule, path: str) -> int | None:
+    node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
+    if node is None:  # inside a leaf: the first such layer that is registered after the neuron
+        passed = False
+        for name, module in gm.named_modules():
+            passed = passed or name == path
+            if passed and (width := _input_width(module)) is not None:
+                return width
+        return None
+    while node.users:
+        node = next(iter(node.users))
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            if "Flatten" in type(module).__name__ or (width := _input_width(module)) is not None:
+                return None if "Flatten" in type(module).__name__ else width
+        elif node.op == "call_method" or "flatten" in str(node.target):
+            return None
+    return None
+
+
+def heads_note(gm: fx.GraphModule, path: str, shape: tuple[int, ...]) -> str | None:
+    """A note if dim 2 of a neuron's input ``shape`` is not what the layers around it call channels.
+
+    So it is behind attention, (T, N, heads, width, L): the neuron then has one filter a head. Which dims would give
+    one a channel is told where one, or two together, have as many entries as a layer around has channels.
+    """
+    widths = [w for w in (_channels_after(gm, path), channels_before(gm, path)) if w is not None]
+    if not widths or shape[2] in widths or len(shape) < 4:
+        return None
+    inner = [d for d in range(3, len(shape)) if shape[d] > 1]
+    found = f"dim 2 of its input {shape} has {shape[2]} entries, one filter each, where "
+    for width in widths:
+        candidates = [(2, d) for d in inner if shape[2] * shape[d] == width] or [d for d in inner if shape[d] == width]
+        if candidates:
+            name = path.removeprefix("model.")
+            return f"{found}{width} channels are around it: channel_dims={{{name!r}: {candidates[0]}}} gives one each"
+    return f"{found}the layers around it have {' and '.join(map(str, dict.fromkeys(widths)))} channels: heads?"

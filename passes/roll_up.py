@@ -1,0 +1,562 @@
+"""One graph over all of time in the place of a loop over steps."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from mfpsn_fx.model.capture import copied, preserved_rng
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.over_time import OverTime
+from mfpsn_fx.model.source import NotAFilterError, is_source, looks_like_a_neuron
+from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
+from mfpsn_fx.model.unrolled import has_batch_statistics
+
+from .base import Pass, Result
+from .time_slices import Expr, Ref, RollUpError, Slices, is_random, read_slices, references
+
+__all__ = ["ACCEPTABLE", "RollUp"]
+
+_log = logging.getLogger("mfpsn_fx")
+
+ACCEPTABLE = ("batch_statistics",)
+
+
+class RollUp(Pass):
+    """Fold an unrolled loop over time into one graph that takes the whole sequence (T, N, *) at once.
+
+    Before, at T = 2::
+
+        %getitem : call_function[target=operator.getitem](args = (%x, 0))
+        %fc : call_module[target=fc](args = (%getitem,))
+        %lif : call_module[target=lif](args = (%fc, %lif_mem))
+        %getitem_1 : call_function[target=operator.getitem](args = (%lif, 0))
+        %getitem_2 : call_function[target=operator.getitem](args = (%lif, 1))
+        %getitem_3 : call_function[target=operator.getitem](args = (%x, 1))
+        %fc_1 : call_module[target=fc](args = (%getitem_3,))
+        %lif_1 : call_module[target=lif](args = (%fc_1, %getitem_2))
+        %getitem_4 : call_function[target=operator.getitem](args = (%lif_1, 0))
+        %stack : call_function[target=torch.stack](args = ([%getitem_1, %getitem_4],))
+
+    After::
+
+        %x_1 : call_function[target=expect_steps](args = (%x, 0, 2))
+        %fold_time : call_function[target=fold_time](args = (%x_1,))
+        %fc : call_module[target=fc](args = (%fold_time,))
+        %unfold_time : call_function[target=unfold_time](args = (%fc, 2))
+        %lif : call_module[target=lif](args = (%unfold_time,))
+
+    Layers run on the fused T·N axis; each neuron (:class:`OverTime` until it is replaced) once over all of T; what
+    is stacked, added up or averaged over steps is the same operation over the T axis. A membrane that is read out
+    becomes a :class:`LeakyIntegrator`. Each layer is run on the example both ways, and must agree.
+
+    Args:
+        args, kwargs: the example, whole.
+        one_step: the graph is one step, not a loop; ``args`` are then sequences (T, N, *) of its inputs.
+        accept: of :data:`ACCEPTABLE`: ``"batch_statistics"`` lets batch norms see T·N instead of N samples.
+
+    Raises:
+        RollUpError: steps differ, a state or membrane feeds something else than its own neuron or a readout, batch
+            statistics would change, or a layer mixes the samples of a batch.
+    """
+
+    name = "roll_up"
+
+    def __init__(
+        self, args: tuple = (), kwargs: Mapping | None = None, *, one_step: bool = False, accept: Collection[str] = ()
+    ) -> None:
+        if unknown := sorted(set(accept) - set(ACCEPTABLE)):
+            raise ValueError(f"unknown {', '.join(map(repr, unknown))} in accept: choose of {', '.join(ACCEPTABLE)}")
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        self.one_step, self.accept = one_step, tuple(accept)
+
+    def call(self, gm: fx.GraphModule) -> Result:
+        slices = read_slices(gm, self.one_step)
+        recorded = _record(gm, slices, self.args, self.kwargs, self.one_step)
+        rolled = _Emitter(gm, slices, recorded, self.accept, self.one_step).emit()
+        changes = [f"{c.path}: {len(c.calls)} calls -> 1" for c in slices.chains]
+        changes += [f"{name}: state argument dropped" for name in slices.dropped]
+        return Result(rolled, changes)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the unrolled graph and keeps what every node made; states that were not given start afresh."""
+
+    def __init__(self, gm: fx.GraphModule, slices: Slices) -> None:
+        super().__init__(gm)
+        self.first = {chain.calls[0].name: chain for chain in slices.chains}
+        self.made: dict[str, object] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        if n.name in self.first:
+            x = n.args[0] if n.args else next(iter(n.kwargs.values()))
+            chain = self.first[n.name]
+            module = self.fetch_attr(n.target)
+            value = self.map_nodes_to_values(x, n)
+            if chain.sequence and not chain.stepping.sequence:
+                result = torch.stack([chain.stepping.first(module, step) for step in value])
+            else:
+                result = chain.stepping.first(module, value)
+        else:
+            result = super().run_node(n)
+        self.made[n.name] = result
+        return result
+
+
+def _record(
+    gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool
+) -> list[dict[str, object]]:
+    """What each node makes of the example: one run of the loop; of a single step, one run for each of three steps."""
+    runs = []
+    graph = gm.graph
+    given = [n for n in graph.nodes if n.op == "placeholder"]
+    values: dict[str, object] = dict(zip((n.target for n in given), args, strict=False)) | kwargs
+    lengths = {
+        v.shape[0] for k, v in values.items() if isinstance(v, Tensor) and v.ndim and k not in slices.dropped
+    }  # fmt: skip
+    if one_step and (len(lengths) != 1 or min(lengths) < 1):
+        raise RollUpError(
+            "the network sees one step a call, so the example is the sequences of its inputs, (T, N, *), of one "
+            f"length T; found lengths {sorted(lengths)}"
+        )
+    for step in range(min(3, min(lengths))) if one_step else (None,):
+        copy = copied(gm).eval()
+        inputs = []
+        for node in given:
+            value = values.get(node.target, node.args[0] if node.args else None)
+            if node.target in slices.dropped:
+                value = None
+            elif isinstance(value, Tensor):
+                value = (value[step] if step is not None and value.ndim else value).clone()
+            inputs.append(value)
+        recorder = _Recorder(copy, slices)
+        with torch.no_grad(), preserved_rng():
+            try:
+                recorder.run(*inputs)
+            except Exception as error:
+                shapes = [tuple(v.shape) for v in values.values() if isinstance(v, Tensor)]
+                what = (
+                    f"one step of an example of shape {shapes}; it sees one step a call, and convert takes the whole "
+                    "sequence, (T, N, *)"
+                    if one_step
+                    else f"an example of shape {shapes}"
+                )
+                raise RollUpError(f"the network does not run on {what}: {error}") from error
+        runs.append(recorder.made)
+    return runs
+
+
+class _Emitter:
+    def __init__(self, gm, slices: Slices, recorded: list[dict], accept: tuple[str, ...], one_step: bool) -> None:
+        self.gm, self.slices, self.recorded = gm, slices, recorded
+        self.accept, self.one_step = accept, one_step
+        self.graph = fx.Graph()
+        self.modules: dict[str, object] = {}
+        self.whole: dict[int, object] = {}  # a value that is the same for all steps, or a timed one as (T, N, *)
+        self.folded: dict[int, object] = {}  # a timed one as (T·N, *)
+        self.late: dict[tuple[int, int], fx.Node] = {}
+        self.steps_node: object = slices.steps
+
+    def emit(self) -> fx.GraphModule:
+        needed = self._needed()
+        self._check(needed)
+        for index, expr in enumerate(self.slices.exprs):  # placeholders come first, needed or not
+            if expr.op == "placeholder" and expr.target not in self.slices.dropped:
+                self.whole[index] = self.graph.create_node(
+                    "placeholder", expr.target, expr.args, {}, name=expr.name
+                )  # fmt: skip
+        for index in sorted(needed):
+            expr = self.slices.exprs[index]
+            if expr.op != "placeholder":
+                self._emit(index, expr)
+        self.graph.output(self._output(self.slices.output))
+        rolled = fx.GraphModule(self._root(), self.graph, type(self.gm).__name__)
+        rolled.training = self.gm.training
+        for path, child in rolled.named_modules():
+            source = _submodule(self.gm, path)
+            if source is not None and source is not child and not isinstance(child, (OverTime, LeakyIntegrator)):
+                child.training = source.training
+        rolled.graph.lint()
+        return rolled
+
+    def _needed(self) -> set[int]:
+        stack = [leaf.index for leaf in _refs(self.slices.output)]
+        needed: set[int] = set()
+        while stack:
+            index = stack.pop()
+            if index in needed:
+                continue
+            expr = self.slices.exprs[index]
+            if expr.op == "select" and not self.slices.full(expr.args[0].index):
+                # a slice that only one step has (what comes after the loop): what it reads is read at that step
+                stack.extend(self._read_late(expr.args[0].index))
+                needed.add(index)
+                continue
+            needed.add(index)
+            stack.extend(references(expr))
+        return needed
+
+    def _read_late(self, index: int) -> list[int]:
+        """The full expressions behind a value that is computed at one step alone."""
+        found = []
+        for ref in references(self.slices.exprs[index]):
+            if self.slices.exprs[ref].timed and not self.slices.full(ref):
+                found += self._read_late(ref)
+            else:
+                found.append(ref)
+        return found
+
+    # -- what must not be
+
+    def _check(self, needed: set[int]) -> None:
+        exprs = self.slices.exprs
+        for index in sorted(needed):
+            expr = exprs[index]
+            if expr.op == "neuron":
+                self._check_membrane(index)
+                self._check_channels(expr)
+            elif expr.op == "call_module":
+                self._check_memory(expr)
+        if "batch_statistics" not in self.accept:
+            found = list(self.gm.meta.get("mfpsn_batch_layers", ()))
+            for index in sorted(needed):
+                expr = exprs[index]
+                if expr.op == "call_module" and self._seen_often(expr):
+                    module = self.gm.get_submodule(expr.target)
+                    found += [
+                        ".".join(filter(None, (expr.target, path)))
+                        for path, m in module.named_modules()
+                        if has_batch_statistics(m)
+                    ]
+            if found:
+                raise RollUpError(
+                    f"{', '.join(dict.fromkeys(found))}: normalised with the statistics of one step's batch of N, and "
+                    "would be with those of all T·N samples; pass accept=('batch_statistics',) to convert if that is "
+                    "meant"
+                )
+        for index in sorted(needed):
+            known = exprs[index].op in ("neuron", "of_sequence", "repeat")
+            if exprs[index].timed and not known and self.slices.full(index):
+                self._check_alike(exprs[index])
+
+    def _check_memory(self, expr: Expr) -> None:
+        """No layer on the fused axis may remember: its steps would be other samples."""
+        if not expr.timed:
+            return
+        for path, module in self.gm.get_submodule(expr.target).named_modules():
+            layer = ".".join(filter(None, (expr.target, path)))
+            if isinstance(module, (nn.RNNBase, MulFreePSN)):
+                raise RollUpError(f"{layer}: a {type(module).__name__} in a loop over steps already runs over time")
+            if is_source(module) or looks_like_a_neuron(module):
+                raise RollUpError(
+                    f"{layer}: how a {type(module).__name__} is stepped is not known: tell with "
+                    "mfpsn_fx.model.register_stepping"
+                )
+
+    def _seen_often(self, expr: Expr) -> bool:
+        if expr.timed:
+            return True
+        return sum(n.op == "call_module" and n.target == expr.target for n in self.gm.graph.nodes) > 1
+
+    def _check_membrane(self, index: int) -> None:
+        """A membrane is a readout: nothing that it reaches feeds a neuron, unless it never resets."""
+        expr = self.slices.exprs[index]
+        if expr.args[1] != "spikes":
+            return
+        for ancestor in self._before(expr.args[0].index):
+            other = self.slices.exprs[ancestor]
+            chain = self.slices.chains[other.args[2]] if other.op == "neuron" else None
+            if chain is not None and other.args[1] == "membrane" and not chain.stepping.reads_out:
+                raise RollUpError(
+                    f"{chain.path}: its membrane feeds {expr.target!r}, but with its reset gone that membrane is "
+                    "another one; a membrane may be read out, or come from a neuron without reset"
+                )
+
+    def _before(self, index: int) -> set[int]:
+        seen: set[int] = set()
+        stack = [index]
+        while stack:
+            at = stack.pop()
+            if at not in seen:
+                seen.add(at)
+                stack.extend(references(self.slices.exprs[at]))
+        return seen
+
+    def _check_channels(self, expr: Expr) -> None:
+        chain = self.slices.chains[expr.args[2]]
+        if chain.sequence:
+            return
+        call = chain.calls[0]
+        x = self.recorded[0][(call.args[0] if call.args else next(iter(call.kwargs.values()))).name]
+        if x.ndim < 2:
+            raise RollUpError(
+                f"{chain.path}: at one step its input has shape {tuple(x.shape)}, but batch and channels are needed: "
+                "convert takes the whole sequence, (T, N, *)"
+            )
+        module = self.gm.get_submodule(chain.path)
+        for name in ("alpha", "beta", "threshold"):
+            value = getattr(module, name, None)
+            if isinstance(value, Tensor) and value.numel() > 1 and value.ndim == 1 and x.ndim > 2:
+                raise RollUpError(
+                    f"{chain.path}: its {name} of shape {tuple(value.shape)} belongs to the last dim of its input "
+                    f"{tuple(x.shape)}, but channels are dim 1: give it as {(len(value), *[1] * (x.ndim - 2))}"
+                )
+
+    def _check_alike(self, expr: Expr) -> None:
+        """Run one layer on the fused T·N axis, and compare with what it made at each step."""
+        runs = [(run, expr.at[0]) for run in self.recorded] if self.one_step else [
+            (self.recorded[0], expr.at[step]) for step in range(self.slices.steps)
+        ]  # fmt: skip
+        node = runs[0][1]
+        if is_random(self.gm, node):
+            return
+        made = [run[n.name] for run, n in runs]
+        if not all(isinstance(value, Tensor) for value in made):
+            return
+        steps = len(runs)
+
+        def fused(argument: object, ref: object) -> object:
+            """The argument at all steps, as the rolled-up graph will have it."""
+            parts = [run[a.name] for (run, _), a in zip(runs, argument, strict=True)]
+            timed = self.slices.exprs[ref.index].timed
+            if not isinstance(parts[0], Tensor):
+                return parts[0] * steps if timed and isinstance(parts[0], int) else parts[0]
+            if timed or self._carries_batch(ref.index):
+                return torch.stack(parts).flatten(0, 1) if parts[0].ndim else parts[0]
+            return parts[0]
+
+        nodes = [n for _, n in runs]
+        try:
+            with torch.no_grad(), preserved_rng():
+                args = _zipped([n.args for n in nodes], expr.args, fused)
+                kwargs = _zipped([n.kwargs for n in nodes], expr.kwargs, fused)
+                args, kwargs = self._without_batch(expr, args, kwargs, node)
+                result = _apply(self.gm, node, args, kwargs)
+                expected = torch.cat([m if m.ndim else m.unsqueeze(0) for m in made])
+                alike = result.shape == expected.shape and torch.allclose(
+                    result.to(expected.dtype), expected, rtol=1e-3, atol=1e-4, equal_nan=True
+                )
+        except Exception as error:
+            alike, why = False, f": {error}"
+        else:
+            why = ""
+        if not alike:
+            layer = f"layer {expr.target!r}" if expr.op == "call_module" else f"{node.name} ({_word(expr.target)})"
+            raise RollUpError(
+                f"{layer} does not give on T·N samples at once what it gives step by step{why}; it mixes the samples "
+                "of a batch, or looks at their number. Make it work on each sample by itself"
+            )
+
+    def _carries_batch(self, index: int) -> bool:
+        """Whether a value that all steps share comes from the input, batch and all."""
+        if not any(self.slices.exprs[i].op == "placeholder" for i in self._before(index)):
+            return False
+        node = self.slices.exprs[index].node
+        if node is None:  # made of steps (a sum over time): a batch it has
+            return True
+        value = self.recorded[0].get(node.name)
+        return isinstance(value, Tensor) and value.ndim > 0
+
+    def _without_batch(self, expr: Expr, args: tuple, kwargs: dict, node: fx.Node) -> tuple[tuple, dict]:
+        """view(N, …) with the example's N, which is the number of samples of one step, as -1 or flatten."""
+        if expr.target not in ("view", "reshape", torch.reshape) or kwargs:
+            return args, kwargs
+        source = self.recorded[0].get(node.args[0].name)
+        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+        if not sizes or not isinstance(source, Tensor) or not isinstance(sizes[0], int) or sizes[0] != len(source):
+            return args, kwargs
+        rest = tuple(sizes[1:])
+        if not all(isinstance(size, int) for size in rest):
+            return args, kwargs
+        if -1 in rest:
+            known = 1
+            for size in rest:
+                known *= size if size != -1 else 1
+            if known:
+                rest = tuple(source[0].numel() // known if size == -1 else size for size in rest)
+        return (args[0], (-1, *rest)), {}
+
+    # -- nodes
+
+    def _emit(self, index: int, expr: Expr) -> None:
+        if expr.op == "neuron":
+            self._neuron(index, expr)
+        elif expr.op == "of_sequence":
+            self._of_sequence(index, expr)
+        elif expr.op == "repeat":
+            source = self.whole[expr.args[0].index]
+            self.whole[index] = self._function(repeat_in_time, (source, self._steps()))
+        elif expr.op == "sequence":
+            self.whole[index] = self._as_whole(expr.args[0].index)
+        elif expr.op == "select":
+            self.whole[index] = self._select(expr.args[0].index, expr.args[1])
+        elif expr.timed:
+            if self.slices.full(index):
+                args, kwargs = _replaced(expr, self._as_folded)
+                args, kwargs = self._without_batch(expr, args, kwargs, next(iter(expr.at.values())))
+                self.folded[index] = self._node(expr, args, kwargs)
+        else:
+            args, kwargs = _replaced(expr, lambda i: self.whole[i])
+            self.whole[index] = self._node(expr, args, kwargs)
+
+    def _node(self, expr: Expr, args: tuple, kwargs: dict) -> fx.Node:
+        if expr.op == "call_module":
+            self.modules[expr.target] = self.gm.get_submodule(expr.target)
+        elif expr.op == "get_attr":
+            owner, _, name = expr.target.rpartition(".")
+            self.modules[expr.target] = getattr(self.gm.get_submodule(owner), name)
+        return self.graph.create_node(expr.op, expr.target, args, kwargs, name=expr.name or None)
+
+    def _function(self, target, args: tuple) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def _steps(self) -> object:
+        """T: a number where a loop was rolled up; read from the input where the network was one step."""
+        if self.steps_node is None:
+            source = next(self.whole[i] for i, e in enumerate(self.slices.exprs) if e.op == "of_sequence")
+            self.steps_node = self.graph.call_method("size", (source, 0))
+        return self.steps_node
+
+    def _of_sequence(self, index: int, expr: Expr) -> None:
+        source, dim = self.whole[expr.args[0].index], expr.args[1]
+        if self.slices.steps is not None:
+            source = self._function(expect_steps, (source, dim, self.slices.steps))
+        if dim:
+            source = self._function(torch.movedim, (source, dim, 0))
+        self.whole[index] = source
+
+    def _as_whole(self, index: int) -> fx.Node:
+        """A timed value as (T, N, *)."""
+        if index not in self.whole:
+            self.whole[index] = self._function(unfold_time, (self.folded[index], self._steps()))
+        return self.whole[index]
+
+    def _as_folded(self, index: int) -> object:
+        """An argument of a layer on the fused axis."""
+        if not self.slices.exprs[index].timed:
+            if not self._carries_batch(index):
+                return self.whole[index]
+            if index not in self.folded:
+                repeated = self._function(repeat_in_time, (self.whole[index], self._steps()))
+                self.folded[index] = self._function(fold_time, (repeated,))
+            return self.folded[index]
+        if index not in self.folded:
+            self.folded[index] = self._function(fold_time, (self.whole[index],))
+        return self.folded[index]
+
+    def _select(self, index: int, step: int) -> object:
+        if (index, step) not in self.late:
+            expr = self.slices.exprs[index]
+            if not expr.timed:
+                return self.whole[index]
+            if self.slices.full(index):
+                node = self._function(operator.getitem, (self._as_whole(index), step))
+            else:
+                args, kwargs = _replaced(expr, lambda i: self._select(i, step))
+                node = self._node(expr, args, kwargs)
+            self.late[index, step] = node
+        return self.late[index, step]
+
+    def _neuron(self, index: int, expr: Expr) -> None:
+        source, output, number = expr.args
+        chain = self.slices.chains[number]
+        x = self.whole[source.index] if chain.sequence else self._as_whole(source.index)
+        module = self.gm.get_submodule(chain.path)
+        uses = [i for i, c in enumerate(self.slices.chains) if c.path == chain.path]
+        suffix = "" if uses.index(number) == 0 else f"_{uses.index(number) + 1}"  # each use is its own neuron
+        if output == "spikes":
+            path = chain.path + suffix
+            self.modules[path] = OverTime(module)
+        else:
+            path = chain.path + suffix
+            if any(e.op == "neuron" and e.args[1:] == ("spikes", number) for e in self._emitted()):
+                path += "_membrane"
+            try:
+                integrator = chain.stepping.leaky_integrator(module)
+            except NotAFilterError as error:
+                raise RollUpError(f"{chain.path}: its membrane is read out, but cannot be run at once: {error}") from None
+            place = next((t for t in [*module.parameters(), *module.buffers(), *self.gm.parameters()]), None)
+            self.modules[path] = integrator.to(place.device if place is not None else None).train(module.training)
+            if not chain.stepping.reads_out:
+                _log.warning("%s: its membrane is read out without its reset", chain.path)
+        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=path.replace(".", "_"))
+
+    def _emitted(self) -> list[Expr]:
+        return [self.slices.exprs[i] for i in self._needed()]
+
+    def _output(self, structure: object) -> object:
+        if isinstance(structure, Ref):
+            return self.whole[structure.index]
+        if isinstance(structure, dict):
+            return {key: self._output(value) for key, value in structure.items()}
+        if isinstance(structure, (tuple, list)):
+            return type(structure)(self._output(value) for value in structure)
+        return structure
+
+    def _root(self) -> nn.Module:
+        """Layers, neurons and constants at the paths that the source has them."""
+        root = nn.Module()
+        for path, value in self.modules.items():
+            owner = root
+            *outer, name = path.split(".")
+            for part in outer:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]
+            if isinstance(value, nn.Module):
+                owner.add_module(name, value)
+            elif isinstance(value, nn.Parameter):
+                owner.register_parameter(name, value)
+            elif isinstance(value, Tensor):
+                owner.register_buffer(name, value)
+            else:
+                setattr(owner, name, value)
+        return root
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _refs(structure: object) -> list[Ref]:
+    found: list[Ref] = []
+    map_aggregate(structure, lambda leaf: found.append(leaf) if isinstance(leaf, Ref) else None)
+    return found
+
+
+def _replaced(expr: Expr, function) -> tuple[tuple, dict]:
+    replace = lambda a: function(a.index) if isinstance(a, Ref) else a  # noqa: E731
+    return map_aggregate(expr.args, replace), map_aggregate(expr.kwargs, replace)
+
+
+def _zipped(given: list, refs: object, function) -> object:
+    """Arguments of one op at all steps, side by side, with nodes mapped through ``function``."""
+    if isinstance(refs, Ref):
+        return function(given, refs)
+    if isinstance(refs, dict):
+        return {key: _zipped([g[key] for g in given], value, function) for key, value in refs.items()}
+    if isinstance(refs, (tuple, list)):
+        parts = [_zipped([g[i] for g in given], value, function) for i, value in enumerate(refs)]
+        return tuple(parts) if isinstance(refs, tuple) else parts
+    return refs
+
+
+def _apply(gm: fx.GraphModule, node: fx.Node, args: tuple, kwargs: dict) -> object:
+    if node.op == "call_module":
+        return copied(gm.get_submodule(node.target)).eval()(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _word(target: object) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
