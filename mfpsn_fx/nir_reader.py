@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.nir_neurons import NIRIntegrator, NIRNeuron
+from mfpsn_fx.model.nir_neurons import NIRNeuron, nir_integrator
+from mfpsn_fx.model.source import NotAFilterError
 from mfpsn_fx.model.time_axis import fold_time, unfold_time
 
 __all__ = ["from_nir"]
@@ -79,7 +80,7 @@ def from_nir(
             network.alias(name, into[name])
             continue
         module, stateless = _module(name, nodes[name], dt, surrogate, dtype)
-        if not stateless:
+        if isinstance(module, NIRNeuron):
             module.path = names[name]
         holder.add_module(names[name], module)
         x = network.total(into[name], folded=stateless)
@@ -386,7 +387,10 @@ def _module(
     if read.kind in _NEURONS:
         return NIRNeuron(read.kind, dtype, surrogate, **_alike(read, _NEURONS[read.kind](read))), False
     if read.kind in _INTEGRATORS:
-        return NIRIntegrator(read.kind, dtype, **_alike(read, _INTEGRATORS[read.kind](read))), False
+        try:
+            return nir_integrator(read.kind, dtype, **_alike(read, _INTEGRATORS[read.kind](read))), False
+        except NotAFilterError as error:
+            raise ValueError(f"{read}: {error}") from None
     taken = ", ".join([*_STATELESS, *_NEURONS, *_INTEGRATORS])
     raise ValueError(f"node {name!r} is a {type(node).__name__}, which is not taken; taken are {taken}")
 

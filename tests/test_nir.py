@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import pathlib
+import re
 
 import nir
 import numpy as np
@@ -14,7 +16,10 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN
-from mfpsn_fx.model.nir_neurons import NIRIntegrator, NIRNeuron
+from mfpsn_fx.model import LeakyIntegrator
+from mfpsn_fx.model.nir_neurons import NIRNeuron
+from mfpsn_fx.model.simulate import simulate
+from mfpsn_fx.model.source import describe
 
 DT = 1e-4
 STEPS, BATCH = 12, 3
@@ -67,11 +72,11 @@ def stepped(node, x, dt=DT):
 
 
 def neurons(shape):
-    """One node of each kind, its constants all different."""
+    """One node of each kind, its constants different in each channel."""
 
     def draw(low, high):
-        values = np.linspace(low, high, int(np.prod(shape)))
-        return np.random.default_rng(1).permutation(values).reshape(shape)
+        values = np.random.default_rng(1).permutation(np.linspace(low, high, shape[0]))
+        return np.ones(shape) * values.reshape(-1, *[1] * (len(shape) - 1))
 
     times = {"tau": draw(1.5e-4, 1e-3), "r": draw(1.0, 3.0), "v_leak": draw(-0.1, 0.1)}
     firing = {"v_threshold": draw(0.3, 0.6), "v_reset": draw(-0.2, 0.05)}
@@ -87,7 +92,7 @@ def neurons(shape):
     ]
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 2)])
+@pytest.mark.parametrize("shape", [(5,), (3, 3, 2)])
 @pytest.mark.parametrize("kind", range(6))
 def test_neurons_are_their_equations(rng, tmp_path, shape, kind):
     node = neurons(shape)[kind]
@@ -294,7 +299,7 @@ def test_conversion(rng):
     rows = mfpsn_fx.selection(model).rows
     assert [(row.layer, row.source) for row in rows] == [("lif", "NIR LIF"), ("cubalif", "NIR CubaLIF")]
     assert "v_leak folded into the threshold" in str(rows[1].notes)
-    assert isinstance(model.li, NIRIntegrator)
+    assert isinstance(model.li, LeakyIntegrator)
     model(x).sum().backward()
     assert float(model.conv2d.weight.grad.abs().sum()) > 0
     compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
@@ -399,10 +404,37 @@ def test_inputs_of_another_shape(rng):
 def test_constants_that_vary_within_a_channel(rng):
     graph = network(rng)
     graph.nodes["lif"].v_threshold[1, 2, 3] = 0.75
-    net = mfpsn_fx.from_nir(graph)  # for reference it runs
+    net = mfpsn_fx.from_nir(graph)
+    x = rng.standard_normal((STEPS, BATCH, 3, 5, 4))
+    assert np.array_equal(net.lif(torch.tensor(x)).numpy(), stepped(graph.nodes["lif"], x)[0])  # for reference it runs
     x = torch.randn(STEPS, BATCH, 2, 5, 4)
-    net(x)
-    with pytest.raises(
-        ConversionError, match=r"lif: threshold of this NIR LIF of shape \(3, 5, 4\) varies within chan"
-    ):
+    with pytest.raises(ConversionError, match=r"lif: threshold of this NIR LIF of shape \(3, 5, 4\) varies within ch"):
         mfpsn_fx.convert(net, x, repeats=1, progress=False)
+    uneven = nir.LI(np.linspace(1e-3, 2e-3, 6).reshape(2, 3), np.ones((2, 3)), np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"node 'li' \(LI\): decay of this NIR LI of shape \(2, 3\) varies within"):
+        mfpsn_fx.from_nir(nir.NIRGraph.from_list(uneven))
+
+
+# ---- calibration and the manual
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_descriptions_simulate_the_neuron(rng, kind):
+    """What calibration aims at is the neuron itself, reset included, where v_reset is v_leak."""
+    node = neurons((6,))[kind]
+    node.v_reset = node.v_reset if kind == 2 else node.v_leak
+    net = mfpsn_fx.from_nir(nir.NIRGraph.from_list(node), dtype=torch.float64)
+    x = torch.tensor(rng.standard_normal((STEPS, BATCH, 6)))
+    (neuron_module,) = net.children()
+    assert torch.equal(simulate(describe(neuron_module), x)[1], net(x))
+
+
+def test_the_manual(rng, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool = nir.SumPool2d(np.array([17, 17]), np.array([17, 17]), np.array([0, 0]))
+    nir.write("network.nir", nir.NIRGraph.from_list(nir.Input(np.array([2, 34, 34])), pool, lif(2, 2, 2)))
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "nir.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/nir.md", "exec"), names)
+    assert names["model"](names["x"]).shape == (32, 8, 2, 2, 2)

@@ -17,55 +17,46 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, spike
 
+from .leaky_integrator import LeakyIntegrator
 from .source import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
 
-__all__ = ["NIRIntegrator", "NIRNeuron"]
+__all__ = ["NIRNeuron", "nir_integrator"]
 
-_COEFFICIENTS = ("decay", "gain", "rest", "threshold", "reset", "current_decay", "current_gain")
-
-
-class _Membrane(nn.Module):
-    """The coefficients above as buffers, each of the neurons' shape, or () or (1,) where all are alike."""
-
-    def __init__(self, primitive: str, dtype: torch.dtype, **coefficients: Tensor | None) -> None:
-        super().__init__()
-        self.primitive, self.path = primitive, primitive
-        for name in _COEFFICIENTS:
-            value = coefficients.get(name)
-            self.register_buffer(name, None if value is None else value.to(dtype))
-
-    def _check(self, x: Tensor) -> None:
-        """Nothing may be broadcast that was not meant to be."""
-        shape = tuple(self.gain.shape)
-        if x.ndim < 3 or (shape not in ((), (1,)) and tuple(x.shape[2:]) != shape):
-            wanted = ", ".join(map(str, shape)) if shape not in ((), (1,)) else "*"
-            raise ValueError(
-                f"{self.path}: NIR's {self.primitive} takes (T, N, {wanted}), time first, found {tuple(x.shape)}"
-            )
-
-    def extra_repr(self) -> str:
-        return f"{self.primitive}, shape={tuple(self.gain.shape)}"
+_COEFFICIENTS = ("gain", "decay", "rest", "threshold", "reset", "current_gain", "current_decay")
 
 
-class NIRNeuron(_Membrane):
+class NIRNeuron(nn.Module):
     """A spiking primitive of NIR (LIF, CubaLIF, IF, Threshold), stepped one by one with its reset.
 
     (T, N, *) → spikes (T, N, *), differentiable through ``surrogate``. This is the reference that ``convert`` starts
     from and is compared with; ``convert`` puts a :class:`MulFreePSN` in its place.
 
+    Args:
+        primitive: NIR's name of it.
+        dtype: of the buffers.
+        surrogate: None for ``ATan(2.0)``.
+        coefficients: those above as tensors, each of the neurons' shape, or () or (1,) where all are alike: ``gain``
+            g, ``decay`` c, ``rest``, ``threshold``, ``reset``, and for a CubaLIF ``current_gain`` b, ``current_decay``
+            a.
+
     Raises:
-        ValueError: the input is not of the neurons' shape.
+        ValueError: the input is not of the neurons' shape: nothing is broadcast that was not meant to be.
     """
 
     def __init__(
-        self, primitive: str, dtype: torch.dtype, surrogate: Surrogate | None = None, **coefficients: Tensor | None
+        self, primitive: str, dtype: torch.dtype, surrogate: Surrogate | None = None, **coefficients: Tensor
     ) -> None:
-        super().__init__(primitive, dtype, **coefficients)
+        super().__init__()
+        self.primitive, self.path = primitive, primitive
         self.surrogate = ATan() if surrogate is None else surrogate
+        for name in _COEFFICIENTS:
+            value = coefficients.get(name)
+            self.register_buffer(name, None if value is None else value.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        current, above_rest, fired = torch.zeros_like(x[:1]).squeeze(0), torch.zeros_like(x[:1]).squeeze(0), []
+        current = above_rest = torch.zeros_like(x[0]) if len(x) else None
+        fired = []
         for step in x:
             current = step if self.current_decay is None else self.current_decay * current + self.current_gain * step
             above_rest = self.decay * above_rest + self.gain * current
@@ -75,59 +66,65 @@ class NIRNeuron(_Membrane):
             fired.append(spikes)
         return torch.stack(fired) if fired else torch.zeros_like(x)
 
+    def _check(self, x: Tensor) -> None:
+        shape = tuple(self.gain.shape)
+        alike = shape in ((), (1,))
+        if x.ndim < 3 or (not alike and tuple(x.shape[2:]) != shape):
+            wanted = "*" if alike else ", ".join(map(str, shape))
+            raise ValueError(
+                f"{self.path}: NIR's {self.primitive} takes (T, N, {wanted}), time first, found {tuple(x.shape)}"
+            )
 
-class NIRIntegrator(_Membrane):
-    """A primitive of NIR that puts out its membrane (LI, CubaLI, I): (T, N, *) → v (T, N, *).
+    def extra_repr(self) -> str:
+        return f"{self.primitive}, shape={tuple(self.gain.shape)}"
 
-    Nothing resets it, so it is one product with the T x T triangle of its response, for all steps at once.
+
+def nir_integrator(primitive: str, dtype: torch.dtype, **coefficients: Tensor) -> LeakyIntegrator:
+    """A primitive that puts out its membrane (LI, CubaLI, I), for all steps at once: nothing resets it.
 
     Raises:
-        ValueError: the input is not of the neurons' shape.
+        NotAFilterError: a coefficient varies within a channel.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
-        steps = torch.arange(x.shape[0], device=x.device)
-        lags = steps[:, None] - steps
-        response = _response(self.gain, self.decay, self.current_gain, self.current_decay)(steps).to(x.dtype)
-        triangle = torch.where(lags >= 0, response[..., lags.clamp(min=0)], 0.0)
-        if self.gain.numel() == 1:
-            return self.rest + torch.tensordot(triangle.reshape(lags.shape), x, 1)
-        filtered = torch.einsum("ptu,unp->tnp", triangle.flatten(0, -3), x.flatten(2))
-        return self.rest + filtered.reshape(x.shape)
+    values = {name: _by_channel(primitive, name, value) for name, value in coefficients.items()}
+    return LeakyIntegrator(_response(**values), rest=values["rest"], dtype=dtype)
 
 
 def _response(
-    gain: Tensor, decay: Tensor, current_gain: Tensor | None, current_decay: Tensor | None
+    *,
+    gain: Tensor,
+    decay: Tensor,
+    current_gain: Tensor | None = None,
+    current_decay: Tensor | None = None,
+    **others: Tensor,
 ) -> Geometric | TwoPole:
     if current_decay is None:
         return Geometric(gain, decay)
     return TwoPole(gain * current_gain, current_decay, decay)
 
 
+def _by_channel(primitive: str, name: str, value: Tensor) -> Tensor:
+    """Of the neurons' shape → () or (C,), in float64."""
+    value = value.detach().double()
+    if not bool(torch.isfinite(value).all()):
+        raise NotAFilterError(f"{name} of this NIR {primitive} is NaN or infinite")
+    if value.shape in ((), (1,)):
+        return value.reshape(()).clone()
+    rows = value.reshape(len(value), -1)
+    if bool((rows != rows[:, :1]).any()):
+        raise NotAFilterError(
+            f"{name} of this NIR {primitive} of shape {tuple(value.shape)} varies within channels, but there is one "
+            "filter and one threshold a channel (dim 0 of the shape)"
+        )
+    return rows[:, 0].clone()
+
+
 @register_source(NIRNeuron)
 def nir_neuron(m: NIRNeuron) -> SourceNeuron:
     """The recursion without its reset, one filter a channel."""
-    shape = tuple(m.gain.shape)
-
-    def by_channel(name: str) -> Tensor | None:
-        value = getattr(m, name)
-        if value is None:
-            return None
-        value = value.detach().double()
-        if not bool(torch.isfinite(value).all()):
-            raise NotAFilterError(f"{name} of this NIR {m.primitive} is NaN or infinite")
-        if shape in ((), (1,)):
-            return value.reshape(())
-        rows = value.flatten(1) if value.ndim > 1 else value[:, None]
-        if bool((rows != rows[:, :1]).any()):
-            raise NotAFilterError(
-                f"{name} of this NIR {m.primitive} of shape {shape} varies within channels, but a multiplication-free "
-                "PSN has one filter and one threshold a channel (dim 0 of the shape)"
-            )
-        return rows[:, 0].clone()
-
-    rest, threshold, reset = by_channel("rest"), by_channel("threshold"), by_channel("reset")
+    values = {
+        name: _by_channel(m.primitive, name, value) for name in _COEFFICIENTS if (value := getattr(m, name)) is not None
+    }
+    rest, threshold, reset = values["rest"], values["threshold"], values["reset"]
     notes = ()
     if m.primitive != "Threshold":
         notes += ("reset dropped",)
@@ -137,11 +134,11 @@ def nir_neuron(m: NIRNeuron) -> SourceNeuron:
             notes += ("v_reset is not v_leak: calibration resets to v_leak",)
     return SourceNeuron(
         f"NIR {m.primitive}",
-        _response(*map(by_channel, ("gain", "decay", "current_gain", "current_decay"))),
+        _response(**values),
         threshold - rest,
         m.surrogate,
         strict=True,
         reset="none" if m.primitive == "Threshold" else "zero",
-        channels=None if shape in ((), (1,)) else shape[0],
+        channels=len(threshold) if threshold.ndim else None,
         notes=notes,
     )
