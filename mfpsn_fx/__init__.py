@@ -20,6 +20,7 @@ from mfpsn_fx.model import (
     unregister_source,
 )
 from mfpsn_fx.model.batches import Batch
+from mfpsn_fx.model.masked_norm import MaskedBatchNorm, mask_batch_norms
 from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
@@ -42,6 +43,7 @@ __all__ = [
     "ConversionError",
     "Geometric",
     "Layout",
+    "MaskedBatchNorm",
     "Monitor",
     "MulFreePSN",
     "NotAFilterError",
@@ -65,6 +67,7 @@ __all__ = [
     "from_nir",
     "lengths_to_mask",
     "load_source_checkpoint",
+    "mask_batch_norms",
     "masked_mean",
     "monitor",
     "param_groups",

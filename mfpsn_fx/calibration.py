@@ -26,10 +26,8 @@ class Calibration:
 
     def table(self, style: str = "simple") -> str:
         """The table as text; ``style`` is any of tabulate's formats."""
-        headers = [
-            "layer", "source's rate", "rate before", "rate after", "agree before", "agree after", "common spikes before",
-            "common spikes after", "R2",
-        ]  # fmt: skip
+        headers = ["layer", "source's rate", "rate before", "rate after", "agree before", "agree after"]
+        headers += ["common spikes before", "common spikes after", "R2"]
         body = [
             [
                 path,

@@ -152,8 +152,8 @@ def monitor(model: nn.Module, *, silent: float = 0.0, saturated: float = 1.0) ->
     """
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            "a compiled network leaves hooks out that come after its compilation: monitor the network that was given to "
-            "torch.compile, and run that one"
+            "a compiled network leaves hooks out that come after its compilation: monitor the network that was given "
+            "to torch.compile, and run that one"
         )
     watched = Monitor(model, silent, saturated)
     if not watched._names:

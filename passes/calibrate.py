@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from mfpsn_fx.kernels.fold import deviation
-from mfpsn_fx.kernels.layout import Layout, to_layout
+from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 from mfpsn_fx.model.batches import Batch, check_repeatable, reset_states
 from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Calibrated
 from mfpsn_fx.model.simulate import SimulatedNeuron, simulate
+from mfpsn_fx.model.source import SourceNeuron
 from mfpsn_fx.model.steps import current_mask
 
 from .base import Pass, Result
@@ -32,9 +33,9 @@ class Calibrate(Pass):
     """Fit W, γ, β of each neuron to its source's membrane, reset included, on batches of data.
 
     Before: ``W`` the source's response without reset, threshold V_th. After: W, powers of two already, whose filter
-    follows the source neuron's membrane best (least squares; k + k² sums per channel are all that is kept of the
-    data), a threshold at which the neuron fires as often as its source, and γ, β, running statistics that fold to
-    just these. The graph itself is unchanged. No labels, no gradients.
+    follows the source neuron's membrane best (least squares; H is limited to −V_th … 2·V_th where there is a reset), a
+    threshold at which the neuron fires as often as its source, and γ, β and running statistics that fold to just these.
+    The graph itself is unchanged. k + k² sums per channel are all that is kept of the data. No labels, no gradients.
 
     The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are taken in the
     order in which data meets them; each is fitted on inputs that its calibrated predecessors make.
@@ -225,7 +226,8 @@ def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
         targets: list[tuple[Tensor, Tensor]] = []
 
         def aim(call: _Call, targets=targets) -> None:
-            targets.append(simulate(neuron.source, call.x))
+            membrane, spikes = simulate(neuron.source, call.x)
+            targets.append((_near_threshold(neuron.source, membrane), spikes))
 
         def add(call: _Call, targets=targets) -> None:
             if drive == "own":
@@ -252,6 +254,19 @@ def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
     theta = tail.threshold(fit.rate, torch.where(told, wish, threshold.expand_as(wish)))
     _write(neuron, fit, theta)
     return fit
+
+
+def _near_threshold(source: SourceNeuron, membrane: Tensor) -> Tensor:
+    """H in the range that decides about spikes, −V_th … 2·V_th.
+
+    How far below rest a neuron is driven, or how far above the threshold, shows in no spike, but would rule the least
+    squares. Without a reset H is a filter's output, which is best followed as it is.
+    """
+    if source.reset == "none" or bool((source.threshold <= 0).any()):
+        return membrane
+    threshold = source.threshold.to(membrane)
+    threshold = threshold if threshold.ndim == 0 else per_channel(threshold, membrane.ndim, Layout.TIME_FIRST)
+    return membrane.maximum(-threshold).minimum(2 * threshold)
 
 
 def _write(neuron: MulFreePSN, fit: Fit, theta: Tensor) -> None:

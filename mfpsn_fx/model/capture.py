@@ -20,8 +20,8 @@ __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng"]
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
 
-# Their layers look at shapes (step modes) before they call torch: leaves, as torch.nn's own are.
-_LEAF_PACKAGES = ("torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
+# Their layers look at shapes (step modes) before they call torch, ours at the mask: leaves, as torch.nn's own are.
+_LEAF_PACKAGES = ("mfpsn_fx", "torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
 
 
 @contextlib.contextmanager

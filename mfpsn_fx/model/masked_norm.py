@@ -1,0 +1,117 @@
+"""Batch norms whose statistics leave padding out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .source import qualified_name
+from .steps import current_mask
+
+__all__ = ["MaskedBatchNorm", "mask_batch_norms"]
+
+_HOMES = ("torch.nn.modules.batchnorm.", "spikingjelly.activation_based.layer.")
+_NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+
+
+class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm that counts only the steps which :func:`valid_steps` says are valid.
+
+    Without a mask, and in evaluation, it is the batch norm that it was made from. Names in the ``state_dict`` are the
+    same.
+
+    Args:
+        norm: a BatchNorm1d, 2d or 3d; its parameters and buffers are shared.
+
+    Shapes: (T, N, C, *), or (T·N, C, *) with time folded into the batch; the latter if the norm is torch's own or in
+    SpikingJelly's step mode ``"s"``.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        nn.Module.__init__(self)  # what _BatchNorm would make is shared instead
+        self.num_features, self.eps, self.momentum = norm.num_features, norm.eps, norm.momentum
+        self.affine, self.track_running_stats = norm.affine, norm.track_running_stats
+        self.time_first = getattr(norm, "step_mode", "s") == "m"
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(norm, name))
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalised; ``ValueError`` if the mask does not fit."""
+        if self.time_first:
+            return self._normalised(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self._normalised(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        mask = current_mask()
+        batch_statistics = self.training or self.running_mean is None
+        if mask is None or not batch_statistics:
+            momentum = self._momentum() if self.training else 0.0
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
+            )
+        if mask.numel() != x.shape[0]:
+            raise ValueError(
+                f"MaskedBatchNorm: a mask of shape (T, N) = {tuple(mask.shape)} needs an input of {mask.numel()} rows, "
+                f"T and N as one, found shape {tuple(x.shape)}"
+            )
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        valid = mask.reshape(-1, *([1] * (x.ndim - 1)))
+        count = (mask.sum() * (x.numel() // max(x.shape[0] * x.shape[1], 1))).clamp(min=1)
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        # not a product: what stands in the padding must not be read
+        wide = wide.masked_fill(~valid, 0)
+        mean = wide.sum(dims) / count
+        view = (-1, *([1] * (x.ndim - 2)))
+        centred = (wide - mean.view(view)) * valid
+        var = centred.square().sum(dims) / count
+        if self.training and self.running_mean is not None:
+            momentum = self._momentum()
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        out = centred * torch.rsqrt(var + self.eps).view(view)
+        if self.weight is not None:
+            out = out * self.weight.view(view) + self.bias.view(view)
+        return out.to(x.dtype)
+
+    def _momentum(self) -> float | Tensor:
+        if self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, time_first={self.time_first}"
+
+
+def mask_batch_norms(model: nn.Module) -> int:
+    """Put a :class:`MaskedBatchNorm` in the place of each batch norm of ``model``, in place.
+
+    Needed only to *train* with :func:`valid_steps`: batch norms would count padding. Parameters stay the same objects,
+    so optimizers keep holding them.
+
+    Returns:
+        How many were replaced.
+
+    Raises:
+        TypeError: a batch norm is of a class that is not known (SyncBatchNorm, subclasses); nothing is replaced then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, MaskedBatchNorm):
+            continue
+        name = qualified_name(type(module))
+        if not name.startswith(_HOMES) or name.rpartition(".")[2] not in _NAMES or not path:
+            raise TypeError(f"{path or 'the model'}: {name} is no batch norm that could be masked; replace it yourself")
+        found.append((path, module))
+    made = {id(module): MaskedBatchNorm(module) for _, module in found}
+    for path, module in found:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[id(module)])
+    return len(made)
