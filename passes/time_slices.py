@@ -197,6 +197,11 @@ class _Reader:
                 f"neurons run for different numbers of steps ({listed}): give each place its own neuron, and each "
                 "neuron one call a step"
             )
+        if 1 in lengths and not self.one_step:
+            raise RollUpError(
+                f"{lengths[1].path}: every call starts from the initial state, so nothing runs through time: hand each "
+                "step's state to the next, and use an example of at least two steps"
+            )
         if lengths:
             self.slices.steps = None if self.one_step else next(iter(lengths))
 

@@ -1,0 +1,572 @@
+"""Networks that step through time: what their neurons are, and that the rolled-up network is the looped one."""
+
+from __future__ import annotations
+
+import warnings
+
+import norse.torch as norse
+import pytest
+import snntorch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from norse.torch.functional.izhikevich import tonic_spiking
+from snntorch import surrogate
+from torch import nn
+
+import mfpsn_fx
+from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
+from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
+from mfpsn_fx.model.source import describe
+from mfpsn_fx.model.stepping import stepping_of
+from mfpsn_fx.model.unrolled import capture_steps
+from mfpsn_fx.passes import RollUp, RollUpError
+
+STEPS = 8
+QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rolled(model, *args, accept=()):
+    unrolled, one_step = capture_steps(model, args)
+    return RollUp(args, one_step=one_step, accept=accept)(unrolled).graph_module
+
+
+def converted(model, *args, **options):
+    return mfpsn_fx.convert(model, *args, **{**QUICK, **options})
+
+
+def stepped(m, x):
+    """(spikes, membrane) of a neuron of one step, over all of x."""
+    how = stepping_of(m)
+    spikes, membranes = [], []
+    for t, step in enumerate(x):
+        result = how.first(m, step) if t == 0 else m(step, *how.next_states(result))
+        spikes.append(how.output(result, "spikes") if "spikes" in how.outputs else torch.zeros_like(step))
+        membranes.append(how.output(result, "membrane"))
+    return torch.stack(spikes), torch.stack(membranes)
+
+
+def convolved(response, x):
+    taps = response(torch.arange(len(x)))
+    taps = taps.expand(x.shape[2], -1) if taps.ndim == 1 else taps
+    return torch.stack([sum(taps[:, j] * x[t - j] for j in range(t + 1)) for t in range(len(x))])
+
+
+def lif_parameters(**changes):
+    return norse.LIFParameters(**{name: torch.as_tensor(value) for name, value in changes.items()})
+
+
+class TestSources:
+    """What the adapters tell, against the libraries' own neurons."""
+
+    @pytest.mark.parametrize(
+        ("make", "reset"),
+        [
+            (lambda: snntorch.Leaky(beta=0.8, threshold=1e9), "late-subtract"),
+            (lambda: snntorch.Leaky(beta=torch.tensor([0.5, 0.9, 1.7]), threshold=1e9, reset_mechanism="zero"), "zero"),
+            (lambda: snntorch.Leaky(beta=0.8, threshold=1e9, reset_delay=False), "subtract"),
+            (lambda: snntorch.Leaky(beta=0.8, learn_beta=True, threshold=1e9, reset_mechanism="none"), "none"),
+            (lambda: snntorch.Lapicque(beta=0.6, threshold=1e9), "late-subtract"),
+            (lambda: snntorch.Lapicque(R=2, C=3, time_step=0.5, threshold=1e9, reset_mechanism="zero"), "late-zero"),
+            (lambda: snntorch.Synaptic(alpha=0.7, beta=0.9, threshold=1e9), "late-subtract"),
+            (lambda: snntorch.Synaptic(alpha=0.8, beta=0.8, threshold=1e9, reset_mechanism="zero"), "late-zero"),
+            (lambda: norse.LIFCell(lif_parameters(v_th=1e9)), "zero"),
+            (lambda: norse.LIFCell(lif_parameters(v_th=1e9, v_leak=0.3, tau_mem_inv=300.0)), "zero"),
+            (lambda: norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.tensor(1e9))), "zero"),
+            (lambda: norse.IAFCell(norse.IAFParameters(v_th=torch.tensor(1e9), v_reset=torch.tensor(0.2))), "zero"),
+        ],
+    )
+    def test_membrane_without_reset(self, make, reset):
+        m = make()
+        x = torch.randn(STEPS, 2, 3)
+        source = describe(m)
+        assert source.strict
+        assert source.reset == reset
+        _, membrane = stepped(m, x)
+        rest = 1e9 - source.threshold
+        torch.testing.assert_close(convolved(source.response, x.double()) + rest, membrane.double(), rtol=1e-4, atol=1e-4)
+
+    def test_state_leaky(self):
+        x = torch.randn(STEPS, 2, 3)
+        for beta, cut in ((0.9, None), (torch.tensor([0.5, 0.8, 0.9]), 3)):
+            m = snntorch.StateLeaky(beta=beta, channels=3, kernel_truncation_steps=cut)
+            spikes, membrane = m(x)
+            source = describe(m)
+            h = convolved(source.response, x.double())
+            torch.testing.assert_close(h, membrane.double(), rtol=1e-5, atol=1e-5)
+            assert torch.equal((h > source.threshold).float(), spikes)
+            assert source.channels == (3 if cut else None)
+
+    def test_norse_over_a_sequence_is_its_cell(self):
+        x = torch.randn(STEPS, 2, 3)
+        cell, layer = describe(norse.LIFCell()), describe(norse.LIF())
+        lags = torch.arange(STEPS)
+        assert torch.equal(cell.response(lags), layer.response(lags))
+        torch.testing.assert_close(stepped(norse.LIFCell(), x)[0], norse.LIF()(x)[0])
+
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: snntorch.Leaky(beta=0.5), lambda: norse.IAFCell(), lambda: snntorch.Synaptic(alpha=0.0, beta=0.0)],
+    )
+    def test_none_fires_at_its_threshold(self, make):
+        """Of inputs 1 and just above, the source fires at the second only; so does the converted neuron."""
+        m = make()
+        x = torch.tensor([1.0, 1.0 + 2**-10])[None, :, None].expand(2, 2, 3) * torch.tensor([1.0, 0.0])[:, None, None]
+        spikes, _ = stepped(m, x)
+        assert spikes[0].tolist() == [[0.0] * 3, [1.0] * 3]
+        model = nn.Sequential(make())
+        if isinstance(m, norse.IAFCell):
+            model = norse.SequentialState(make())
+        else:
+            model[0].init_hidden = True
+        out = converted(model, x)(x)
+        assert torch.equal((out[0] if isinstance(out, tuple) else out)[0], spikes[0])
+
+    def test_surrogates(self):
+        def of(function):
+            return describe(snntorch.Leaky(beta=0.5, spike_grad=function))
+
+        assert of(None).surrogate == mfpsn_fx.ATan(2.0)
+        assert of(surrogate.atan(alpha=5.0)).surrogate == mfpsn_fx.ATan(5.0)
+        assert of(surrogate.sigmoid(slope=7)).surrogate == mfpsn_fx.Sigmoid(7.0)
+        assert "surrogate fast_sigmoid replaced by ATan(2)" in of(surrogate.fast_sigmoid()).notes
+        assert any("no surrogate" in n for n in describe(snntorch.Leaky(beta=0.5, surrogate_disable=True)).notes)
+        assert "surrogate 'super' replaced by ATan(2)" in describe(norse.LIFCell()).notes
+        x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+        for theirs, ours in ((surrogate.atan(3.0), mfpsn_fx.ATan(3.0)), (surrogate.sigmoid(4), mfpsn_fx.Sigmoid(4.0))):
+            (want,) = torch.autograd.grad(theirs(x).sum(), x)
+            torch.testing.assert_close(ours.derivative(x.detach()), want)
+
+    @pytest.mark.parametrize(
+        ("make", "reason"),
+        [
+            (lambda: snntorch.Leaky(beta=0.5, inhibition=True), "suppress each other"),
+            (lambda: snntorch.Leaky(beta=0.5, state_quant=lambda v: v), "rounded at every step"),
+            (lambda: snntorch.Leaky(beta=0.5, graded_spikes_factor=2.0), "graded spikes"),
+            (lambda: snntorch.Leaky(beta=torch.rand(3, 4, 5)), r"shape \(3, 4, 5\)"),
+            (lambda: snntorch.Leaky(beta=torch.rand(3), threshold=torch.rand(4)), r"different numbers of channels: \[3, 4"),
+            (lambda: snntorch.Leaky(beta=0.5, threshold=float("nan")), "threshold of its Leaky is NaN or infinite"),
+            (lambda: snntorch.RLeaky(beta=0.5, linear_features=3), "its spikes feed back"),
+            (lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=3), "its spikes feed back"),
+            (lambda: snntorch.Alpha(alpha=0.9, beta=0.5), "use Synaptic"),
+            (lambda: snntorch.LinearLeaky(beta=0.5, in_features=3, out_features=3), "use torch.nn.Linear and StateLeaky"),
+            (lambda: snntorch.SLSTM(3, 3), "LSTM"),
+            (lambda: snntorch.StateLeaky(beta=0.5, channels=3, output=False), "puts out its membrane"),
+            (lambda: norse.LIFRecurrentCell(3, 3), "its spikes feed back"),
+            (lambda: norse.LSNNCell(), "adapts to its own spikes"),
+            (lambda: norse.IzhikevichCell(tonic_spiking), "quadratic"),
+            (lambda: norse.LIFAdExCell(), "exponential"),
+            (lambda: norse.LICell(), "puts out its membrane"),
+            (lambda: norse.LILinearCell(3, 3), "use torch.nn.Linear and LICell"),
+            (lambda: norse.LIFCell(lif_parameters(tau_mem_inv=2000.0)), "it oscillates"),
+        ],
+    )
+    def test_refusals(self, make, reason):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            m = make()
+        with pytest.raises(NotAFilterError, match=reason):
+            describe(m)
+
+
+class TestLeakyIntegrator:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: snntorch.Leaky(beta=0.8, reset_mechanism="none"),
+            lambda: snntorch.Leaky(beta=torch.tensor([0.5, 0.8, 0.9]), reset_mechanism="none"),
+            lambda: snntorch.Leaky(beta=0.8, threshold=float("inf"), reset_mechanism="zero"),
+            lambda: snntorch.Synaptic(alpha=0.8, beta=0.9, reset_mechanism="none"),
+            lambda: snntorch.Lapicque(R=2, C=3, reset_mechanism="none"),
+            lambda: norse.LICell(),
+            lambda: norse.LICell(norse.LIParameters(v_leak=torch.tensor(0.4))),
+            lambda: norse.LIBoxCell(),
+        ],
+    )
+    def test_is_the_membrane(self, make):
+        x = torch.randn(STEPS, 2, 3)
+        m = make()
+        torch.testing.assert_close(stepping_of(m).leaky_integrator(m)(x), stepped(m, x)[1], rtol=1e-4, atol=1e-5)
+
+    def test_trains_its_decay(self):
+        m = snntorch.Leaky(beta=torch.tensor([0.5, 0.9]), learn_beta=True, reset_mechanism="none")
+        ours = stepping_of(m).leaky_integrator(m)
+        assert [name for name, _ in ours.named_parameters()] == ["ratio"]
+        x = torch.randn(STEPS, 3, 2)
+        stepped(m, x)[1].square().sum().backward()
+        ours(x).square().sum().backward()
+        torch.testing.assert_close(ours.ratio.grad, m.beta.grad, rtol=1e-4, atol=1e-4)
+
+    def test_bad_use(self):
+        response = mfpsn_fx.Geometric(torch.ones(2), torch.full((2,), 0.5))
+        with pytest.raises(ValueError, match=r"decay cannot be trained: Geometric has gain, ratio"):
+            LeakyIntegrator(response, trainable=("decay",))
+        with pytest.raises(ValueError, match=r"each of 2 channels .* found shape \(4, 1, 3\)"):
+            LeakyIntegrator(response)(torch.zeros(4, 1, 3))
+        assert LeakyIntegrator(response)(torch.zeros(4, 1, 2, 5)).shape == (4, 1, 2, 5)
+
+
+class Stateless(nn.Module):
+    """Stands in for a spiking neuron: its steps are independent, so that its parallel form is itself."""
+
+    def forward(self, x, mem=None):
+        return (x > 1).to(x.dtype), 3 * x
+
+
+@pytest.fixture
+def _stateless():
+    register_stepping(Stateless)(
+        lambda m: Stepping(
+            ("mem",),
+            ("spikes", "membrane"),
+            integrator=lambda m: LeakyIntegrator(mfpsn_fx.Taps(torch.tensor([3.0])), dtype=torch.float64),
+            reads_out=True,
+        )
+    )
+    yield
+    unregister_stepping(Stateless)
+
+
+class Looped(nn.Module):
+    """A loop over time as people write them: ways to read the input, and ways to gather the output."""
+
+    INPUTS = ("x[t]", "for x_t in x", "x[:, t]", "static", "unbind")
+    READOUTS = (
+        "stack spikes", "stack membrane", "stack dim 1", "sum from 0", "sum from zeros", "builtin sum", "mean", "last",
+        "last membrane", "cat", "decaying sum", "through a layer", "dict of both", "only odd steps",
+    )  # fmt: skip
+
+    def __init__(self, widths, steps, how, readout, skip):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.neurons = nn.ModuleList(Stateless() for _ in self.layers)
+        self.head = nn.Linear(widths[-1], 2)
+        self.steps, self.how, self.readout, self.skip = steps, how, readout, skip
+
+    def inputs(self, x):
+        if self.how == "for x_t in x":
+            yield from x
+        elif self.how == "unbind":
+            yield from torch.unbind(x, 0)
+        else:
+            for t in range(self.steps):
+                yield {"x[t]": lambda t: x[t], "x[:, t]": lambda t: x[:, t], "static": lambda t: x}[self.how](t)
+
+    def forward(self, x):
+        memories = [None] * len(self.layers)
+        spikes, membranes = [], []
+        count = torch.zeros(2, dtype=torch.float64) if self.readout == "sum from zeros" else 0
+        for step in self.inputs(x):
+            for i, (layer, neuron) in enumerate(zip(self.layers, self.neurons, strict=True)):
+                current = layer(step)
+                before = step
+                step, memories[i] = neuron(current, memories[i])
+                if self.skip and layer.in_features == layer.out_features:
+                    step = step + before
+            spikes.append(step)
+            membranes.append(memories[-1])
+            if self.readout == "decaying sum":
+                count = count * 2 + step
+            elif self.readout == "sum from zeros":
+                count = count + self.head(step)
+            else:
+                count = count + step
+        return self.gathered(spikes, membranes, count)
+
+    def gathered(self, spikes, membranes, count):
+        match self.readout:
+            case "stack spikes":
+                return torch.stack(spikes)
+            case "stack membrane":
+                return torch.stack(membranes, dim=0)
+            case "stack dim 1":
+                return torch.stack(spikes, 1).sum(1)
+            case "builtin sum":
+                return sum(spikes) / len(spikes)
+            case "mean":
+                return torch.stack(spikes).mean(0)
+            case "last":
+                return spikes[-1]
+            case "last membrane":
+                return membranes[-1]
+            case "cat":
+                return torch.cat(spikes, 0)
+            case "through a layer":
+                return self.head(spikes[-1]) + self.head(membranes[0])
+            case "dict of both":
+                return {"spikes": torch.stack(spikes), "count": count}
+            case "only odd steps":
+                return torch.stack(spikes[1::2])
+            case _:
+                return count
+
+
+@pytest.mark.usefixtures("_stateless")
+class TestRollingUp:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+        steps=st.integers(2, 5),
+        batch=st.integers(1, 3),
+        how=st.sampled_from(Looped.INPUTS),
+        readout=st.sampled_from(Looped.READOUTS),
+        skip=st.booleans(),
+        whole_numbers=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
+    def test_is_the_loop(self, widths, steps, batch, how, readout, skip, whole_numbers, seed):
+        torch.manual_seed(seed)
+        net = Looped(widths, steps, how, readout, skip).double()
+        shape = {"static": (batch, widths[0]), "x[:, t]": (batch, steps, widths[0])}.get(how, (steps, batch, widths[0]))
+        draw = (lambda *s: torch.randint(-3, 4, s).double()) if whole_numbers else (lambda *s: torch.randn(*s).double())
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(draw(*p.shape))
+        x = draw(*shape)
+        ours, theirs = rolled(net, x)(x), net(x)
+        if not isinstance(theirs, dict):
+            ours, theirs = {"": ours}, {"": theirs}
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if whole_numbers:
+                assert torch.equal(ours[key], value)
+            else:
+                torch.testing.assert_close(ours[key], value)
+
+    def test_each_layer_and_neuron_is_called_once(self):
+        net = Looped([3, 4, 2], 5, "x[t]", "mean", False)
+        graph = rolled(net, torch.randn(5, 2, 3)).graph
+        calls = [n.target for n in graph.nodes if n.op == "call_module"]
+        assert calls == ["layers.0", "neurons.0", "layers.1", "neurons.1"]
+        functions = [n.target.__name__ for n in graph.nodes if n.op == "call_function"]
+        assert functions.count("fold_time") == functions.count("unfold_time") == 2
+
+    def test_names_play_no_part(self):
+        """Two layers that take turns have the same shape, type and position in their step; they are two layers."""
+
+        class Alternating(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.lif = nn.Linear(3, 3), nn.Linear(3, 3), Stateless()
+
+            def forward(self, x):
+                mem, spikes = None, []
+                for t in range(4):
+                    spk, mem = self.lif((self.a, self.b)[t % 2](x[t]), mem)
+                    spikes.append(spk)
+                return torch.stack(spikes)
+
+        with pytest.raises(RollUpError, match=r"lif: step 1 is not like step 0: layer 'b' stands where layer 'a' was"):
+            rolled(Alternating(), torch.randn(4, 2, 3))
+
+
+class Net(nn.Module):
+    """A loop over two Leaky layers; ``step`` is what its subclasses change."""
+
+    def __init__(self, channels=3, **settings):
+        super().__init__()
+        self.fc1, self.lif1 = nn.Linear(3, channels), snntorch.Leaky(beta=0.9, **settings)
+        self.fc2, self.lif2 = nn.Linear(channels, 2), snntorch.Leaky(beta=0.8, **settings)
+
+    def step(self, t, x_t, mem1, mem2, spk1):
+        spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+        spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+        return spk2, mem1, mem2, spk1
+
+    def forward(self, x):
+        mem1, mem2 = self.lif1.init_leaky(), self.lif2.init_leaky()
+        spk1 = torch.zeros(x.shape[1], 3)
+        spikes = []
+        for t in range(x.shape[0]):
+            spk2, mem1, mem2, spk1 = self.step(t, x[t], mem1, mem2, spk1)
+            spikes.append(spk2)
+        return torch.stack(spikes)
+
+
+def changed(step, **layers):
+    """A :class:`Net` of another step."""
+
+    class Changed(Net):
+        pass
+
+    Changed.step = step
+    net = Changed()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    return net
+
+
+def constant_at_step_2(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t) * (3.0 if t == 2 else 2.0), mem1)
+    spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def tensor_constant_at_step_2(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t + torch.tensor([1.0, 2.0, 3.0 + (t == 2)]), mem1, mem2, spk1)
+
+
+def op_at_step_1(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, torch.relu(x_t) if t != 1 else torch.tanh(x_t), mem1, mem2, spk1)
+
+
+def backwards(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(self.x[3 - t]), mem1)
+    return Net.step(self, t, spk1, mem1, mem2, spk1)
+
+
+def recurrent(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t) + spk1, mem1)
+    spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def delayed(self, t, x_t, mem1, mem2, spk1):
+    before = spk1
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk2, mem2 = self.lif2(self.fc2(before), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def membrane_onwards(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk2, mem2 = self.lif2(self.fc2(mem1), mem2)
+    return spk2, mem1, mem2, spk1
+
+
+def membrane_halved(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t, mem1 if t == 0 else mem1 * 0.5, mem2, spk1)
+
+
+def membranes_swapped(self, t, x_t, mem1, mem2, spk1):
+    spk2, mem1, mem2, spk1 = Net.step(self, t, x_t, mem1, mem2, spk1)
+    return spk2, mem2, mem1, spk1
+
+
+def normed(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.norm(x_t), mem1, mem2, spk1)
+
+
+def norm_of_each_step(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.norms[t](x_t), mem1, mem2, spk1)
+
+
+def across_the_batch(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, x_t - x_t.mean(0), mem1, mem2, spk1)
+
+
+def branching(self, t, x_t, mem1, mem2, spk1):
+    return Net.step(self, t, self.fc1(x_t) if spk1.sum() > 0 and t else x_t, mem1, mem2, spk1)
+
+
+def twice(self, t, x_t, mem1, mem2, spk1):
+    spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+    spk1, mem1 = self.lif1(spk1, mem1)
+    return Net.step(self, t, spk1, mem1, mem2, spk1)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("step", "layers", "message"),
+        [
+            (constant_at_step_2, {}, r"lif1: step 2 is not like step 0: mul\(...\) has 3.0 where it had 2.0"),
+            (tensor_constant_at_step_2, {}, r"lif1: step 2 is not like step 0: '_tensor_constant\w*' stands where"),
+            (op_at_step_1, {}, r"lif1: step 1 is not like step 0: tanh\(...\) stands where relu\(...\) was"),
+            (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step: a connection back"),
+            (delayed, {}, r"lif2: .*(step 0|another step)"),
+            (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but with its reset gone"),
+            (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
+            (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
+            (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalised with .* pass accept=\('batch_statistics',\)"),
+            (norm_of_each_step, {"norms": nn.ModuleList(nn.BatchNorm1d(3) for _ in range(4))}, r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
+            (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
+            (branching, {}, r"steps cannot be read from its code: .*control flow"),
+            (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
+        ],
+    )  # fmt: skip
+    def test_steps(self, step, layers, message):
+        net = changed(step, **layers)
+        with pytest.raises(ConversionError, match=message):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_batch_statistics_are_accepted_if_asked_for(self):
+        net = changed(normed, norm=nn.BatchNorm1d(3))
+        x = torch.randn(4, 2, 3)
+        ours = converted(net, x, accept=("batch_statistics",))
+        ours(x)
+        assert int(ours.norm.num_batches_tracked) == 1
+        assert int(net.norm.num_batches_tracked) == 0
+        with pytest.raises(ValueError, match=r"unknown 'all' in accept: choose of batch_statistics"):
+            converted(net, x, accept=("all",))
+
+    def test_a_layer_that_remembers(self):
+        net = changed(normed, norm=nn.GRU(3, 3))
+        net.norm.forward = None  # never run: it is refused before
+        net = changed(lambda self, t, x, a, b, c: Net.step(self, t, self.norm(x)[0], a, b, c), norm=nn.GRU(3, 3))
+        with pytest.raises(RollUpError, match="norm: a GRU in a loop over steps already runs over time"):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_hooks(self):
+        net = Net()
+        net.register_forward_hook(lambda *a: None)
+        with pytest.raises(ConversionError, match="Net bears hooks"):
+            converted(net, torch.randn(4, 2, 3))
+
+    def test_training_that_differs(self):
+        def step(self, t, x_t, *rest):
+            return Net.step(self, t, nn.functional.dropout(x_t, 0.5, self.training), *rest)
+
+        with pytest.raises(ConversionError, match=r"differs between training and evaluation; use layers \(torch.nn.Dropout"):
+            converted(changed(step), torch.randn(4, 2, 3))
+
+    def test_examples(self):
+        net = Net()
+        with pytest.raises(ValueError, match=r"give convert an example, the whole sequence \(T, N, \*\)"):
+            mfpsn_fx.convert(net)
+        with pytest.raises(ConversionError, match="use an example of at least two steps"):
+            converted(net, torch.randn(1, 2, 3))
+        with pytest.raises(TypeError, match="the example does not fit Net.forward"):
+            converted(net, torch.randn(4, 2, 3), torch.randn(4, 2, 3))
+        with pytest.raises(ConversionError, match=r"does not run on an example of shape \[\(4, 2, 5\)\]"):
+            converted(net, torch.randn(4, 2, 5))
+        one_step = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(beta=0.5, init_hidden=True))
+        with pytest.raises(ConversionError, match=r"input has shape \(3,\), but .* the whole sequence, \(T, N, \*\)"):
+            converted(one_step, torch.randn(2, 3))
+        with pytest.raises(ValueError, match="inplace=True cannot be: Net steps through time"):
+            converted(net, torch.randn(4, 2, 3), inplace=True)
+        longer = torch.randn(5, 2, 3)
+        with pytest.raises(ValueError, match=r"loop over 4 steps, but dim 0 of its input has 5: convert it again"):
+            converted(net, torch.randn(4, 2, 3))(longer)
+
+    def test_neurons_that_are_no_filters_are_named(self):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lif = snntorch.RLeaky(beta=0.5, linear_features=3)
+
+            def forward(self, x):
+                spk, mem = self.lif.init_rleaky()
+                out = []
+                for t in range(4):
+                    spk, mem = self.lif(x[t], spk, mem)
+                    out.append(spk)
+                return torch.stack(out)
+
+        with pytest.raises(ConversionError, match="lif: its spikes feed back into it"):
+            converted(Recurrent(), torch.randn(4, 2, 3))
+
+    def test_decay_of_the_last_dim(self):
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), snntorch.Leaky(beta=torch.tensor([0.5, 0.6]), init_hidden=True))
+        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) belongs to the last dim .* as \(2, 1, 1\)"):
+            converted(net, torch.randn(4, 2, 1, 4, 4))
+        net[1] = snntorch.Leaky(beta=torch.tensor([0.5, 0.6]).reshape(2, 1, 1), init_hidden=True)
+        ours = converted(net, torch.randn(4, 2, 1, 4, 4))
+        torch.testing.assert_close(ours.get_submodule("1").weight[:, 0], torch.tensor([0.5, 0.6]))
