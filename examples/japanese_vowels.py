@@ -34,7 +34,7 @@ import mfpsn_fx
 
 STEPS, COEFFICIENTS, SPEAKERS = 29, 12, 9
 HIDDEN = 128
-ORDER, OURS_LR = 4, 5e-3  # of our neurons; chosen as the sources' are
+ORDER, OURS_LR = 4, 1e-2  # of our neurons; chosen as the sources' are
 
 
 # ---- data

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional
 
 import mfpsn_fx
 
@@ -180,20 +179,17 @@ def test_sources_differ_in_their_neurons_only(example, utterances):
         assert example.scores(net, utterances).shape == (5, 9)
 
 
-@pytest.mark.parametrize("name", ["snnTorch Leaky", "LIF", "SlidingPSN", "ours"])
+@pytest.mark.parametrize("name", ["snnTorch Leaky", "LIF", "SlidingPSN", "ours from LIF", "ours from snnTorch Leaky"])
 def test_padding_is_not_heard(example, utterances, name):
-    if name == "ours":
-        model = example.converted(example.SOURCES["LIF"].build(0), utterances, calibrated=True, batch=5)
-    else:
-        model = example.SOURCES[name].build(0)
+    source = example.SOURCES[name.removeprefix("ours from ")].build(0)
+    model = example.converted(source, utterances, calibrated=True, batch=5) if name.startswith("ours") else source
     noisy = torch.where(utterances.mask[..., None], utterances.x, torch.randn_like(utterances.x) * 10)
     for mode in (True, False):
         found = []
         for x in (utterances.x, noisy):
             model.train(mode)
             found.append(example.scores(model, example.Utterances(x, utterances.mask, utterances.y)))
-            if name in ("LIF", "SlidingPSN"):
-                functional.reset_net(model)
+            example.forget(model)
         torch.testing.assert_close(found[0], found[1])
 
 
