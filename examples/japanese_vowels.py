@@ -452,6 +452,7 @@ def draw(results: list[Result], path: pathlib.Path) -> None:
         axis.plot(0, statistics.mean(run.plain for run in runs), "x", color="C0", label="ours, not calibrated")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("epochs after conversion")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("test accuracy %")
     axes[0][-1].legend(frameon=False, fontsize=8)

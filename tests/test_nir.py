@@ -204,6 +204,31 @@ def test_snntorchs_export_runs_as_snntorch():
         assert torch.equal(mfpsn_fx.from_nir(graph)(x), want)
 
 
+@pytest.mark.parametrize("kind", range(3))
+def test_norse_reads_the_same(kind):
+    """Its own cells, at its own step of a millisecond; it takes v_reset for zero and IF's r for 1."""
+    pytest.importorskip("norse")
+    from norse.torch.utils.import_nir import _import_norse_module as imported
+
+    ones = np.ones(5)
+    node = (
+        nir.LIF(tau=3e-3 * ones, r=ones, v_leak=0.1 * ones, v_threshold=0.3 * ones),
+        nir.CubaLIF(
+            tau_mem=3e-3 * ones, tau_syn=2e-3 * ones, r=3 * ones, v_leak=0 * ones, v_threshold=0.4 * ones,
+            w_in=2 * ones,
+        ),
+        nir.IF(r=1e3 * ones, v_threshold=0.9 * ones),
+    )[kind]  # fmt: skip
+    cell, state, want = imported(node, ignore_warnings=True, dt=1e-3), None, []
+    x = torch.randn(STEPS, BATCH, 5)
+    for step in x:
+        spikes, state = cell(step, state)
+        want.append(spikes)
+    want = torch.stack(want)
+    assert 0.02 < float(want.mean()) < 0.6
+    assert torch.equal(mfpsn_fx.from_nir(nir.NIRGraph.from_list(node), dt=1e-3)(x), want)
+
+
 def branching(rng):
     """input -> a -> lif -> b, and input -> c beside it; both meet in the output."""
     draw = rng.standard_normal
