@@ -384,6 +384,7 @@ def kept(results: list[Result]) -> str:
 
 
 def markdown(results: list[Result], options: argparse.Namespace, command: str) -> str:
+    seeds = len({run.seed for run in results})
     chosen = "\n".join(
         f"| {source.name} | {source.chosen() or '-'} | {source.lr:g} |"
         for source in SOURCES.values()
@@ -396,7 +397,7 @@ def markdown(results: list[Result], options: argparse.Namespace, command: str) -
     picture = f"![Accuracy after conversion]({options.png.name})\n\n" if options.png else ""
     return f"""# Real speech: nine speakers say /ae/
 
-Made by `{command}` (torch {torch.__version__}, CPU, threads: {torch.get_num_threads()}; seeds: {options.seeds}).
+Made by `{command}` (torch {torch.__version__}, CPU, threads: {torch.get_num_threads()}; seeds: {seeds}).
 
 The Japanese Vowels data: 12 cepstral coefficients, 7 to 29 steps, 270 utterances to train on and 370 to test.
 Every network is {COEFFICIENTS} -> {HIDDEN} -> {HIDDEN} -> {SPEAKERS} with two layers of neurons; the scores are
@@ -458,11 +459,12 @@ def draw(results: list[Result], path: pathlib.Path) -> None:
     axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=27)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SOURCES, "ours"], default=[*SOURCES],
@@ -482,15 +484,23 @@ def main(argv: list[str] | None = None) -> None:
     if options.tune:
         tune(options.only, options.epochs, options.seeds, options.batch)
         return
-    data, test = load()
     names = [name for name in options.only if name in SOURCES]
-    results = []
+    if not names:
+        parser.error("ours can be tuned by itself, but not converted from nothing: name a source")
+    data, test = load()
+    command = shlex.join(["python", "examples/japanese_vowels.py", *(sys.argv[1:] if argv is None else argv)])
+    results: list[Result] = []
     for seed, name in tqdm(list(itertools.product(range(options.seeds), names)), desc="training", unit="network"):
         results.append(run(SOURCES[name], seed, data, test, options.epochs, options.batch))
+        if name == names[-1]:  # after each seed: a run that is broken off leaves what it has
+            write(results, options, command)
     for headers, rows in (accuracy_table(results, options.epochs), time_table(results)):
         print("\n" + tabulate(rows, headers, disable_numparse=True))
     print("\n" + kept(results))
-    command = shlex.join(["python", "examples/japanese_vowels.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+def write(results: list[Result], options: argparse.Namespace, command: str) -> None:
+    """The files that were asked for."""
     if options.json:
         options.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
     if options.png:

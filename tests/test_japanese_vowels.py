@@ -222,7 +222,9 @@ def test_tuning_uses_the_training_set_only(example, monkeypatch, capsys):
 
 
 def test_wrong_options(example, capsys):
-    for wrong in (["--epochs", "0"], ["--batch", "500"], ["--only", "nothing"]):
+    for wrong in (["--epochs", "0"], ["--batch", "500"], ["--only", "nothing"], ["--only", "ours"]):
         with pytest.raises(SystemExit):
             example.main(wrong)
-    assert "invalid choice" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "invalid choice" in shown
+    assert "name a source" in shown
