@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +24,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.passes import neurons
@@ -38,6 +41,23 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples" / "compatibility"
 HEADERS = ("library", "network", "neurons", "converted", "captured", "forward", "backward", "compiled",
            "graph breaks", "kernels", "refused, or what failed")  # fmt: skip
 
+_INTRODUCTION = """\
+# Compatibility
+
+Made by `python -m mfpsn_fx compatibility --markdown docs/compatibility.md`; `--only "norse/*"` redoes one library,
+`--backend inductor` compiles with another backend. The networks are listed in
+[examples/compatibility](../examples/compatibility); a list of your own is a file beside them.
+
+* **neurons**, **converted**: source neurons found, and those that became multiplication-free ones.
+* **captured**: traced; or with leaves, modules that run their own code with the neurons inside them converted; *one
+  leaf* is a model whose own `forward` looks at its input. Neurons inside leaves are measured and bound like the
+  others, in time-first.
+* **forward**, **backward**: finite outputs in training and in evaluation; a finite gradient for every converted neuron.
+* **compiled**, **graph breaks**: outputs and gradients in evaluation are those of the network as it is, and how often
+  Dynamo broke the graph.
+* **kernels**: those that were the fastest for some layer on the machine that made the table.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -49,6 +69,7 @@ class Network:
         example: makes the arguments of one batch for ``convert`` and for the converted network.
         options: further keyword arguments of :func:`mfpsn_fx.convert`.
         refusal: for a network that must be refused, a part of the message; empty for one that must convert.
+        unused: neurons that its forward never calls stay as they are (with ``options={"strict": False}``).
     """
 
     library: str
@@ -57,6 +78,7 @@ class Network:
     example: Callable[[], tuple]
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     refusal: str = ""
+    unused: bool = False
 
 
 @dataclasses.dataclass
@@ -120,31 +142,50 @@ def examine(network: Network, backend: str = "aot_eager", repeats: int = 1) -> O
         options = {"repeats": repeats, "progress": False, **network.options}
         gm = convert(model, *example, **options)
     except (ValueError, TypeError) as error:
-        outcome.reason = " ".join(str(error).split())
+        outcome.reason = _grouped(str(error))
         outcome.expected = bool(network.refusal) and network.refusal in outcome.reason
         return outcome
-    outcome.converted = len({id(m) for m in gm.modules() if isinstance(m, MulFreePSN)})
+    outcome.converted = _converted(gm)
     outcome.captured = _captured(gm)
     chosen = selection(gm)
     outcome.kernels = tuple(sorted({row.kernel for row in chosen.rows}))
-    outcome.reason = "; ".join(f"{path}: {why}" for path, why in chosen.unconverted)
+    outcome.reason = _grouped("\n".join(f"  {path}: {why}" for path, why in chosen.unconverted))
     try:
+        outcome.backward, _ = _gradients(gm.train(), gm(*example), every=True)
         # Evaluation: what may differ between two runs of the same network (dropout) is off.
-        gm.eval()
-        expected = _first_tensor(gm(*example))
-        outcome.forward = bool(torch.isfinite(expected).all())
-        outcome.backward, theirs = _gradients(gm, expected)
+        expected = gm.eval()(*example)
+        outcome.forward = all(bool(torch.isfinite(t).all()) for t in _tensors(expected))
         outcome.graph_breaks, compiled = _compile(gm, example, backend)
-        same, ours = _gradients(gm, compiled)
-        outcome.compiled = same and _close(compiled, expected) and all(map(_close, ours, theirs))
-        gm.train()
-        outcome.forward &= bool(torch.isfinite(_first_tensor(gm(*example))).all())
+        _, theirs = _gradients(gm, expected)
+        _, ours = _gradients(gm, compiled)
+        outcome.compiled = _close(_tensors(compiled), _tensors(expected)) and _close(ours, theirs)
     except Exception as error:  # whatever it is, it is what the row is for
         outcome.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return outcome
     done = outcome.forward and outcome.backward and outcome.compiled and outcome.graph_breaks == 0
-    outcome.expected = done and not network.refusal and outcome.converted == outcome.found
+    outcome.expected = done and not network.refusal and (network.unused or outcome.converted == outcome.found)
     return outcome
+
+
+def _converted(gm: fx.GraphModule) -> int:
+    """Neurons that became ours; one whose spikes and membrane are both used became two modules, and counts once."""
+    paths = {path for path, m in gm.named_modules() if isinstance(m, MulFreePSN)}
+    readouts = {path for path, m in gm.named_modules() if isinstance(m, LeakyIntegrator)}
+    return len(paths) + sum(path.removesuffix("_membrane") not in paths for path in readouts)
+
+
+def _grouped(text: str) -> str:
+    """A refusal's lines ``path: reason`` with the paths of each reason counted."""
+    paths: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("  "):
+            path, _, reason = line.strip().partition(": ")
+            paths.setdefault(reason, []).append(path)
+    if not paths:
+        return " ".join(text.split())
+    return "; ".join(
+        f"{found[0]}{f' and {len(found) - 1} more' * (len(found) > 1)}: {reason}" for reason, found in paths.items()
+    )
 
 
 def _captured(gm: fx.GraphModule) -> str:
@@ -158,32 +199,34 @@ def _captured(gm: fx.GraphModule) -> str:
     return "one leaf" if len(calls) == 1 else f"traced, {count} {'leaf' if count == 1 else 'leaves'}"
 
 
-def _first_tensor(value: object) -> Tensor:
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, Mapping) else value))
-    return value
+def _tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _gradients(model: nn.Module, output: Tensor) -> tuple[bool, list[Tensor]]:
-    """Whether every converted neuron has a finite gradient, and the gradients."""
+def _gradients(model: nn.Module, output: object, every: bool = False) -> tuple[bool, list[Tensor]]:
+    """Whether the converted neurons' gradients are finite, of ``every`` one of them; and the gradients."""
     weights = [m.weight for m in model.modules() if isinstance(m, MulFreePSN)]
-    found = torch.autograd.grad(output.float().square().sum(), weights, allow_unused=True)
+    loss = sum(t.float().square().sum() for t in _tensors(output))
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
     ours = [g for g in found if g is not None]
-    return len(ours) == len(weights) and all(bool(torch.isfinite(g).all()) for g in ours), ours
+    complete = len(ours) == len(weights) or not every
+    return complete and all(bool(torch.isfinite(g).all()) for g in ours), ours
 
 
-def _compile(gm: fx.GraphModule, example: tuple, backend: str) -> tuple[int, Tensor]:
+def _compile(gm: fx.GraphModule, example: tuple, backend: str) -> tuple[int, object]:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    output = _first_tensor(torch.compile(gm, backend=backend)(*example))
+    output = torch.compile(gm, backend=backend)(*example)
     return sum(counters["graph_break"].values()), output
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.detach(), b.detach()
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max().clamp(min=1)))
+def _close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    def close(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max().clamp(min=1)))
+
+    return len(ours) == len(theirs) and all(close(a.detach(), b.detach()) for a, b in zip(ours, theirs, strict=True))
 
 
 def table(outcomes: Iterable[Outcome], style: str = "simple") -> str:
@@ -196,6 +239,27 @@ def table(outcomes: Iterable[Outcome], style: str = "simple") -> str:
         for o in outcomes
     ]  # fmt: skip
     return tabulate(rows, HEADERS, tablefmt=style, disable_numparse=True)
+
+
+def document(outcomes: Iterable[Outcome], backend: str, before: str = "") -> str:
+    """A markdown page with a section for each library; sections of other libraries in ``before`` are kept."""
+    sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    for library in dict.fromkeys(o.library for o in outcomes):
+        rows = [o for o in outcomes if o.library == library]
+        done = sum(o.converted > 0 and o.expected for o in rows)
+        sections[library] = (
+            f"\n{library}{_version(library)}, torch {torch.__version__}, `torch.compile(backend={backend!r})`: "
+            f"{done} of {len(rows)} networks convert whole.\n\n{table(rows, 'github')}\n"
+        )
+    body = "\n".join(f"## {library}\n{text.rstrip()}\n" for library, text in sorted(sections.items()))
+    return f"{_INTRODUCTION}\n{body}"
+
+
+def _version(library: str) -> str:
+    try:
+        return f" {importlib.metadata.version(library.lower())}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _word(value: bool | None) -> str:
@@ -215,12 +279,14 @@ def main(only: str = "*", markdown: str | None = None, backend: str = "aot_eager
     if not networks:
         print(f"no network fits {only!r}", file=sys.stderr)
         return 1
-    outcomes = [
-        examine(network, backend) for network in tqdm(networks, disable=not sys.stderr.isatty(), desc="compatibility")
-    ]
+    target = Path(markdown) if markdown else None
+    before = target.read_text(encoding="utf-8") if target is not None and target.exists() else ""
+    outcomes: list[Outcome] = []
+    for network in tqdm(networks, disable=not sys.stderr.isatty(), desc="compatibility"):
+        outcomes.append(examine(network, backend))
+        if target is not None:  # each time: all of them take a while, and may be stopped
+            target.write_text(document(outcomes, backend, before), encoding="utf-8")
     print(table(outcomes))
-    if markdown:
-        Path(markdown).write_text(table(outcomes, "github") + "\n", encoding="utf-8")
     unexpected = [o.name for o in outcomes if not o.expected]
     if unexpected:
         print(f"not as expected: {', '.join(unexpected)}", file=sys.stderr)

@@ -14,7 +14,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import ROOT_LEAF, capture, copied
+from mfpsn_fx.model.capture import capture, copied, said_of
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.model.step_mode import to_multi_step
@@ -24,6 +24,7 @@ from mfpsn_fx.passes import (
     BindKernels,
     Calibrate,
     CancelConversions,
+    CheckSources,
     ConversionError,
     InitialiseNeurons,
     InsertConversions,
@@ -31,10 +32,12 @@ from mfpsn_fx.passes import (
     Pipeline,
     PropagateShapes,
     ReplaceNeurons,
+    SeparateUses,
 )
 from mfpsn_fx.passes.replace_neurons import REFUSED
+from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of
+from .selection import graph_of, unwrapped
 from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
@@ -60,7 +63,9 @@ def conversion_pipeline(
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
     passes = [
+        CheckSources(strict),
         ObserveInputs(args, kwargs),
+        SeparateUses(),
         ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims),
         AssignDilations(dilation),
         InitialiseNeurons(init, args, kwargs),
@@ -120,7 +125,8 @@ def convert(
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
     Args:
-        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside.
+        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
+            compiled or DataParallel model, the network inside is converted: wrap the result again.
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the default kernels run, and :func:`plan` can do the rest later.
@@ -166,8 +172,9 @@ def convert(
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
         repeats=repeats, progress=progress,
     )  # fmt: skip
+    check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     _check_model(model)
     _check_example(example_args, kwargs)
     stepped = has_steps(model)
@@ -185,7 +192,8 @@ def convert(
             switched = to_multi_step(subject, example_args, kwargs)
             gm, _ = capture(subject)
             gm.meta[REFUSED] = switched.refusals
-            gm = pipeline(example_args, kwargs)(gm)
+            with _said_why(switched.refusals):
+                gm = pipeline(example_args, kwargs)(gm)
             _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
@@ -265,17 +273,30 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
     for path, module in gm.named_modules(remove_duplicate=False):
-        if not isinstance(module, MulFreePSN):
+        if not isinstance(module, MulFreePSN) or "@" in path:  # a further use: the source's own forward has but one
             continue
         parent, _, child = path.rpartition(".")
         with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
             setattr(model.get_submodule(parent), child, module)
 
 
+@contextlib.contextmanager
+def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
+    """Give the reason of neurons in step mode 's' if the model does not run on the example with them."""
+    try:
+        yield
+    except (ConversionError, TypeError):
+        raise
+    except Exception as error:
+        if not refusals:
+            raise
+        raise ConversionError("\n".join(f"{path}: {reason}" for path, reason in refusals.items())) from error
+
+
 def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
     """Notes on neurons by their paths in the user's model."""
     for path, module in gm.named_modules():
-        note = notes.get(path.removeprefix(f"{ROOT_LEAF}."))
+        note = said_of(gm, notes, path)
         if note is not None and isinstance(module, MulFreePSN):
             module.source = dataclasses.replace(module.source, notes=(*module.source.notes, note))
 

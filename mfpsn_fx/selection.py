@@ -12,7 +12,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
-from mfpsn_fx.model.source import NotAFilterError, describe, qualified_name, source_paths
+from mfpsn_fx.model.source import qualified_name, source_paths
 from mfpsn_fx.passes import conversion_nodes, neurons
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
@@ -162,9 +162,20 @@ def print_selection(model: nn.Module, style: str = "simple") -> None:
     print(selection(model).table(style))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def graph_of(model: nn.Module) -> fx.GraphModule:
-    """The converted graph in ``model``, behind torch.compile's wrapper too."""
-    model = getattr(model, "_orig_mod", model)
+    """The converted graph in ``model``, behind wrappers too."""
+    model = unwrapped(model)
     if not isinstance(model, fx.GraphModule) or not any(isinstance(m, MulFreePSN) for m in model.modules()):
         raise TypeError(f"{type(model).__name__} is no network that mfpsn_fx.convert returned")
     return model
@@ -217,9 +228,5 @@ def _notes(neuron, measured: Measured | None):
 
 def _unconverted(gm: fx.GraphModule):
     for path, module in source_paths(gm).items():
-        why = "it was left as it was"
-        try:
-            describe(module)
-        except NotAFilterError as error:
-            why = str(error)
+        why = getattr(module, "mfpsn_unconverted", "it was left as it was")
         yield path, f"{qualified_name(type(module))}: {why}"

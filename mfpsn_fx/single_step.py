@@ -6,16 +6,25 @@ from collections.abc import Collection, Mapping
 
 from torch import fx, nn
 
-from mfpsn_fx.model.unrolled import NotSteppedError, bound_example, capture_steps, has_steps
+from mfpsn_fx.model import unrolled
+from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
+from mfpsn_fx.model.source import NotAFilterError
 from mfpsn_fx.passes import ConversionError, RollUp
 
 __all__ = ["has_steps", "rolled_up"]
+
+
+def has_steps(model: nn.Module) -> bool:
+    """Whether ``model`` has neurons that are called step by step, or hand their state in and out."""
+    return unrolled.has_steps(model) or has_fused_layers(model)
 
 
 def rolled_up(
     model: nn.Module, args: tuple, kwargs: Mapping, accept: Collection[str] = ()
 ) -> tuple[fx.GraphModule, tuple, dict]:
     """A graph of ``model`` that takes (T, N, *), with its own neurons run over time, and the example that fits it.
+
+    ``model`` is a copy to work on: layers with a neuron inside are taken apart in it.
 
     Raises:
         ValueError: there is no example.
@@ -26,11 +35,12 @@ def rolled_up(
             f"{type(model).__name__} has neurons that see one step a call: give convert an example, the whole sequence "
             "(T, N, *), so that its steps can be told"
         )
-    example = bound_example(model, args, kwargs)
+    example = unrolled.bound_example(model, args, kwargs)
     try:
-        unrolled, one_step = capture_steps(model, (), example)
-    except NotSteppedError as error:
+        split_fused_layers(model)
+        steps, one_step = unrolled.capture_steps(model, (), example)
+    except (unrolled.NotSteppedError, NotAFilterError) as error:
         raise ConversionError(str(error)) from error
-    rolled = RollUp((), example, one_step=one_step, accept=accept)(unrolled).graph_module
+    rolled = RollUp((), example, one_step=one_step, accept=accept)(steps).graph_module
     kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
     return rolled, (), {name: value for name, value in example.items() if name in kept}

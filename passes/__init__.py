@@ -14,12 +14,14 @@ from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
 from .bind_kernels import BindKernels
 from .calibrate import Calibrate
+from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
 from .roll_up import RollUp
+from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
 
@@ -29,6 +31,7 @@ __all__ = [
     "BindKernels",
     "Calibrate",
     "CancelConversions",
+    "CheckSources",
     "ConversionError",
     "InitialiseNeurons",
     "InsertConversions",
@@ -42,6 +45,7 @@ __all__ = [
     "Result",
     "RollUp",
     "RollUpError",
+    "SeparateUses",
     "SnapWeights",
     "conversion_nodes",
     "neurons",

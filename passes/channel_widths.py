@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from mfpsn_fx.model.capture import user_path
 from mfpsn_fx.model.neuron import MulFreePSN
 
 __all__ = ["channels_before", "heads_note"]
@@ -53,21 +54,29 @@ def _input_width(module: nn.Module) -> int | None:
     return None
 
 
-def _channels_after(gm: fx.GraphModule, path: str) -> int | None:
+def _widths_around(gm: fx.GraphModule, path: str) -> list[int]:
+    """Channels that the layers around the neuron at ``path`` take and put out, the nearest first if known."""
     node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
-    if node is None:  # inside a leaf: the first such layer that is registered after the neuron
-        passed = False
-        for name, module in gm.named_modules():
-            passed = passed or name == path
-            if passed and (width := _input_width(module)) is not None:
-                return width
-        return None
+    if node is not None:
+        found = [_channels_after(gm, node), channels_before(gm, path)]
+    else:  # inside a leaf, where nothing tells the order: all that its innermost module with layers of a width has
+        found, parent = [], path
+        while not found and parent:
+            parent = parent.rpartition(".")[0]
+            layers = [m for m in gm.get_submodule(parent).modules() if not list(m.children())]
+            found = [width for m in layers for width in (_input_width(m), output_width(m)) if width is not None]
+    return list(dict.fromkeys(width for width in found if width is not None))
+
+
+def _channels_after(gm: fx.GraphModule, node: fx.Node) -> int | None:
     while node.users:
         node = next(iter(node.users))
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
-            if "Flatten" in type(module).__name__ or (width := _input_width(module)) is not None:
-                return None if "Flatten" in type(module).__name__ else width
+            if "Flatten" in type(module).__name__:
+                return None
+            if (width := _input_width(module)) is not None:
+                return width
         elif node.op == "call_method" or "flatten" in str(node.target):
             return None
     return None
@@ -79,14 +88,17 @@ def heads_note(gm: fx.GraphModule, path: str, shape: tuple[int, ...]) -> str | N
     So it is behind attention, (T, N, heads, width, L): the neuron then has one filter a head. Which dims would give
     one a channel is told where one, or two together, have as many entries as a layer around has channels.
     """
-    widths = [w for w in (_channels_after(gm, path), channels_before(gm, path)) if w is not None]
+    widths = _widths_around(gm, path)
     if not widths or shape[2] in widths or len(shape) < 4:
         return None
     inner = [d for d in range(3, len(shape)) if shape[d] > 1]
-    found = f"dim 2 of its input {shape} has {shape[2]} entries, one filter each, where "
-    for width in widths:
-        candidates = [(2, d) for d in inner if shape[2] * shape[d] == width] or [d for d in inner if shape[d] == width]
-        if candidates:
-            name = path.removeprefix("model.")
-            return f"{found}{width} channels are around it: channel_dims={{{name!r}: {candidates[0]}}} gives one each"
-    return f"{found}the layers around it have {' and '.join(map(str, dict.fromkeys(widths)))} channels: heads?"
+    found = f"dim 2 of its input {shape} is not the channels of the layers around it ({', '.join(map(str, widths))})"
+    together = [(2, d) for d in inner if shape[2] * shape[d] in widths]
+    fitting = together or [d for d in inner if shape[d] in widths]
+    if not fitting:
+        return f"{found}: one filter for each of its {shape[2]} entries (heads?)"
+    dims = f"dims {fitting[0]} together" if together else f"dim {fitting[0]}"
+    return (
+        f"{found}: one filter for each of its {shape[2]} entries; if channels are {dims}, say "
+        f"channel_dims={{{user_path(gm, path)!r}: {fitting[0]}}}"
+    )

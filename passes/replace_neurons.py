@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.quantiser import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import ROOT_LEAF, preserved_rng
+from mfpsn_fx.model.capture import preserved_rng, said_of, user_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
@@ -19,14 +19,23 @@ from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
 from .base import Pass, Result
 from .channel_widths import channels_before, heads_note
 from .neurons import INPUTS
+from .separate_uses import has_state
 
-__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons"]
+__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons", "refusal_message"]
 
 REFUSED = "mfpsn_refused"  # gm.meta: path -> reason, of neurons that were found unfit before the graph was captured
 
 
 class ConversionError(ValueError):
     """Neurons that could not be converted; the message names each with the reason."""
+
+
+def refusal_message(failed: Mapping[str, str], total: int) -> str:
+    lines = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
+    return (
+        f"{len(failed)} of {total} neurons cannot be converted:\n{lines}\n"
+        "With strict=False they stay as they are and are listed in the selection."
+    )
 
 
 class ReplaceNeurons(Pass):
@@ -69,30 +78,31 @@ class ReplaceNeurons(Pass):
         self.channel_dims = dict(channel_dims or {})
 
     def call(self, gm: fx.GraphModule) -> Result:
-        made: dict[int, MulFreePSN] = {}
+        made: dict[tuple[int, str] | int, MulFreePSN] = {}
         swaps: list[tuple[str, MulFreePSN]] = []
         failed: dict[str, str] = {}
         refused, paths = gm.meta.get(REFUSED, {}), source_paths(gm)
-        if unknown := sorted(set(self.channel_dims) - {_named(path) for path in paths} - set(paths)):
-            known = sorted(map(_named, paths))
+        known = sorted(user_path(gm, path) for path in paths)
+        if unknown := sorted(set(self.channel_dims) - set(known) - set(paths)):
             raise ValueError(f"channel_dims names layers that are no neurons: {unknown}; the neurons are {known}")
         for path, old in paths.items():
-            if _named(path) in refused:
-                failed[path] = refused[_named(path)]
+            if (reason := said_of(gm, refused, path)) is not None:
+                failed[path] = reason
                 continue
-            if id(old) not in made:
+            parent, _, child = path.rpartition(".")
+            # A membrane belongs to its place; a PSN that stands in several shares its weights between them.
+            place = (id(gm.get_submodule(parent)), child) if has_state(old) else id(old)
+            if place not in made:
                 try:
-                    made[id(old)] = self._make(gm, path, old)
+                    made[place] = self._make(gm, path, old)
                 except NotAFilterError as error:
                     failed[path] = str(error)
                     continue
-            swaps.append((path, made[id(old)]))
+            swaps.append((path, made[place]))
         if failed and self.strict:
-            lines = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
-            raise ConversionError(
-                f"{len(failed)} of {len(failed) + len(swaps)} neurons cannot be converted:\n{lines}\n"
-                "With strict=False they stay as they are and are listed in the selection."
-            )
+            raise ConversionError(refusal_message(failed, len(failed) + len(swaps)))
+        for path, reason in failed.items():
+            gm.get_submodule(path).mfpsn_unconverted = reason  # for the selection, through copies and pickles
         for path, new in swaps:
             parent, _, child = path.rpartition(".")
             setattr(gm.get_submodule(parent), child, new)
@@ -100,7 +110,7 @@ class ReplaceNeurons(Pass):
 
     def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:
         source = describe(old)
-        said = self.channel_dims.get(path, self.channel_dims.get(_named(path)))
+        said = said_of(gm, self.channel_dims, path)
         shape = _observed_shape(gm, path)
         dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
         channels = source.channels or channels_before(gm, path)
@@ -134,16 +144,11 @@ class ReplaceNeurons(Pass):
         return new.train(old.training)
 
 
-def _named(path: str) -> str:
-    """The path in the user's model of a neuron at ``path`` in the graph."""
-    return path.removeprefix(f"{ROOT_LEAF}.")
-
-
 def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
     try:
         return check_dims(dims, rank)
     except ValueError as error:
-        raise ValueError(f"{_named(path)}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _observed_shape(gm: fx.GraphModule, path: str) -> tuple[int, ...] | None:
@@ -153,6 +158,14 @@ def _observed_shape(gm: fx.GraphModule, path: str) -> tuple[int, ...] | None:
             raise NotAFilterError("the example does not reach it; remove it, or give an example that does")
         return None
     shape, dtype, _ = seen[path]
+    again, use = dict(gm.named_modules(remove_duplicate=False)), 2
+    while (name := f"{path}@{use}") in seen:
+        if name not in again and seen[name][0][2:3] != shape[2:3]:
+            raise NotAFilterError(
+                f"it is used at several places, with inputs {shape} and {seen[name][0]}, that cannot be told apart: "
+                "give each place a neuron of its own"
+            )
+        use += 1
     if len(shape) < 3:
         raise NotAFilterError(
             f"its input has shape {shape}, but time, batch and channels are needed: (T, N, C, *), time first"

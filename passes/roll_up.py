@@ -19,13 +19,22 @@ from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, un
 from mfpsn_fx.model.unrolled import has_batch_statistics
 
 from .base import Pass, Result
-from .time_slices import Expr, Ref, RollUpError, Slices, is_random, read_slices, references
+from .fused_axis import FusedAxis, without_batch
+from .time_slices import Expr, Ref, RollUpError, Slices, read_slices, references
 
-__all__ = ["ACCEPTABLE", "RollUp"]
+__all__ = ["ACCEPTABLE", "RollUp", "check_accept"]
 
 _log = logging.getLogger("mfpsn_fx")
 
 ACCEPTABLE = ("batch_statistics",)
+
+
+def check_accept(accept: Collection[str]) -> None:
+    """``ValueError`` if something in ``accept`` is not of :data:`ACCEPTABLE`."""
+    given = {accept} if isinstance(accept, str) else set(accept)
+    if isinstance(accept, str) or given - set(ACCEPTABLE):
+        unknown = ", ".join(map(repr, sorted(given)))
+        raise ValueError(f"accept is a tuple of {', '.join(map(repr, ACCEPTABLE))}, found {unknown}")
 
 
 class RollUp(Pass):
@@ -54,7 +63,7 @@ class RollUp(Pass):
 
     Layers run on the fused T·N axis; each neuron (:class:`OverTime` until it is replaced) once over all of T; what
     is stacked, added up or averaged over steps is the same operation over the T axis. A membrane that is read out
-    becomes a :class:`LeakyIntegrator`. Each layer is run on the example both ways, and must agree.
+    becomes a :class:`LeakyIntegrator`. Each layer is run both ways (:class:`FusedAxis`), and must agree.
 
     Args:
         args, kwargs: the example, whole.
@@ -71,15 +80,14 @@ class RollUp(Pass):
     def __init__(
         self, args: tuple = (), kwargs: Mapping | None = None, *, one_step: bool = False, accept: Collection[str] = ()
     ) -> None:
-        if unknown := sorted(set(accept) - set(ACCEPTABLE)):
-            raise ValueError(f"unknown {', '.join(map(repr, unknown))} in accept: choose of {', '.join(ACCEPTABLE)}")
+        check_accept(accept)
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         self.one_step, self.accept = one_step, tuple(accept)
 
     def call(self, gm: fx.GraphModule) -> Result:
         slices = read_slices(gm, self.one_step)
         recorded = _record(gm, slices, self.args, self.kwargs, self.one_step)
-        rolled = _Emitter(gm, slices, recorded, self.accept, self.one_step).emit()
+        rolled = _Emitter(gm, slices, recorded, self.accept).emit()
         changes = [f"{c.path}: {len(c.calls)} calls -> 1" for c in slices.chains]
         changes += [f"{name}: state argument dropped" for name in slices.dropped]
         return Result(rolled, changes)
@@ -109,53 +117,40 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _record(
-    gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool
-) -> list[dict[str, object]]:
-    """What each node makes of the example: one run of the loop; of a single step, one run for each of three steps."""
-    runs = []
-    graph = gm.graph
-    given = [n for n in graph.nodes if n.op == "placeholder"]
+def _record(gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool) -> dict[str, object]:
+    """What each node makes of the example, by name; of its first step where the graph is one step."""
+    given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values: dict[str, object] = dict(zip((n.target for n in given), args, strict=False)) | kwargs
-    lengths = {
-        v.shape[0] for k, v in values.items() if isinstance(v, Tensor) and v.ndim and k not in slices.dropped
-    }  # fmt: skip
-    if one_step and (len(lengths) != 1 or min(lengths) < 1):
+    values = {name: value for name, value in values.items() if name not in slices.dropped}
+    shapes = [tuple(value.shape) for value in values.values() if isinstance(value, Tensor)]
+    lengths = {shape[:1] for shape in shapes}
+    if one_step and (len(lengths) != 1 or not shapes[0]):
         raise RollUpError(
             "the network sees one step a call, so the example is the sequences of its inputs, (T, N, *), of one "
-            f"length T; found lengths {sorted(lengths)}"
+            f"length T; found shapes {shapes}"
         )
-    for step in range(min(3, min(lengths))) if one_step else (None,):
-        copy = copied(gm).eval()
-        inputs = []
-        for node in given:
-            value = values.get(node.target, node.args[0] if node.args else None)
-            if node.target in slices.dropped:
-                value = None
-            elif isinstance(value, Tensor):
-                value = (value[step] if step is not None and value.ndim else value).clone()
-            inputs.append(value)
-        recorder = _Recorder(copy, slices)
-        with torch.no_grad(), preserved_rng():
-            try:
-                recorder.run(*inputs)
-            except Exception as error:
-                shapes = [tuple(v.shape) for v in values.values() if isinstance(v, Tensor)]
-                what = (
-                    f"one step of an example of shape {shapes}; it sees one step a call, and convert takes the whole "
-                    "sequence, (T, N, *)"
-                    if one_step
-                    else f"an example of shape {shapes}"
-                )
-                raise RollUpError(f"the network does not run on {what}: {error}") from error
-        runs.append(recorder.made)
-    return runs
+    inputs = []
+    for node in given:
+        value = values.get(node.target, node.args[0] if node.args else None)
+        if isinstance(value, Tensor):
+            value = (value[0] if one_step else value).clone()
+        inputs.append(value)
+    recorder = _Recorder(copied(gm).eval(), slices)
+    with torch.no_grad(), preserved_rng():
+        try:
+            recorder.run(*inputs)
+        except Exception as error:
+            what = f"an example of shape {', '.join(map(str, shapes))}"
+            if one_step:
+                what = f"one step of {what}; it sees one step a call, and convert takes the whole sequence, (T, N, *)"
+            raise RollUpError(f"the network does not run on {what}: {error}") from error
+    return recorder.made
 
 
 class _Emitter:
-    def __init__(self, gm, slices: Slices, recorded: list[dict], accept: tuple[str, ...], one_step: bool) -> None:
+    def __init__(self, gm, slices: Slices, recorded: dict, accept: tuple[str, ...]) -> None:
         self.gm, self.slices, self.recorded = gm, slices, recorded
-        self.accept, self.one_step = accept, one_step
+        self.accept = accept
         self.graph = fx.Graph()
         self.modules: dict[str, object] = {}
         self.whole: dict[int, object] = {}  # a value that is the same for all steps, or a timed one as (T, N, *)
@@ -164,7 +159,7 @@ class _Emitter:
         self.steps_node: object = slices.steps
 
     def emit(self) -> fx.GraphModule:
-        needed = self._needed()
+        self.needed = needed = self._needed()
         self._check(needed)
         for index, expr in enumerate(self.slices.exprs):  # placeholders come first, needed or not
             if expr.op == "placeholder" and expr.target not in self.slices.dropped:
@@ -176,6 +171,9 @@ class _Emitter:
             if expr.op != "placeholder":
                 self._emit(index, expr)
         self.graph.output(self._output(self.slices.output))
+        for node in self.graph.nodes:
+            if node.target in (expect_steps, fold_time, repeat_in_time, unfold_time):
+                node.meta["is_wrapped"] = True  # FX traces its own code again when it unpickles: leave them calls
         rolled = fx.GraphModule(self._root(), self.graph, type(self.gm).__name__)
         rolled.training = self.gm.training
         for path, child in rolled.named_modules():
@@ -240,10 +238,11 @@ class _Emitter:
                     "would be with those of all T·N samples; pass accept=('batch_statistics',) to convert if that is "
                     "meant"
                 )
+        fused = FusedAxis(self.gm, self.slices, self.recorded, self._carries_batch)
         for index in sorted(needed):
             known = exprs[index].op in ("neuron", "of_sequence", "repeat")
             if exprs[index].timed and not known and self.slices.full(index):
-                self._check_alike(exprs[index])
+                fused.check(exprs[index])
 
     def _check_memory(self, expr: Expr) -> None:
         """No layer on the fused axis may remember: its steps would be other samples."""
@@ -293,7 +292,7 @@ class _Emitter:
         if chain.sequence:
             return
         call = chain.calls[0]
-        x = self.recorded[0][(call.args[0] if call.args else next(iter(call.kwargs.values()))).name]
+        x = self.recorded[(call.args[0] if call.args else next(iter(call.kwargs.values()))).name]
         if x.ndim < 2:
             raise RollUpError(
                 f"{chain.path}: at one step its input has shape {tuple(x.shape)}, but batch and channels are needed: "
@@ -308,79 +307,19 @@ class _Emitter:
                     f"{tuple(x.shape)}, but channels are dim 1: give it as {(len(value), *[1] * (x.ndim - 2))}"
                 )
 
-    def _check_alike(self, expr: Expr) -> None:
-        """Run one layer on the fused T·N axis, and compare with what it made at each step."""
-        runs = [(run, expr.at[0]) for run in self.recorded] if self.one_step else [
-            (self.recorded[0], expr.at[step]) for step in range(self.slices.steps)
-        ]  # fmt: skip
-        node = runs[0][1]
-        if is_random(self.gm, node):
-            return
-        made = [run[n.name] for run, n in runs]
-        if not all(isinstance(value, Tensor) for value in made):
-            return
-        steps = len(runs)
-
-        def fused(argument: object, ref: object) -> object:
-            """The argument at all steps, as the rolled-up graph will have it."""
-            parts = [run[a.name] for (run, _), a in zip(runs, argument, strict=True)]
-            timed = self.slices.exprs[ref.index].timed
-            if not isinstance(parts[0], Tensor):
-                return parts[0] * steps if timed and isinstance(parts[0], int) else parts[0]
-            if timed or self._carries_batch(ref.index):
-                return torch.stack(parts).flatten(0, 1) if parts[0].ndim else parts[0]
-            return parts[0]
-
-        nodes = [n for _, n in runs]
-        try:
-            with torch.no_grad(), preserved_rng():
-                args = _zipped([n.args for n in nodes], expr.args, fused)
-                kwargs = _zipped([n.kwargs for n in nodes], expr.kwargs, fused)
-                args, kwargs = self._without_batch(expr, args, kwargs, node)
-                result = _apply(self.gm, node, args, kwargs)
-                expected = torch.cat([m if m.ndim else m.unsqueeze(0) for m in made])
-                alike = result.shape == expected.shape and torch.allclose(
-                    result.to(expected.dtype), expected, rtol=1e-3, atol=1e-4, equal_nan=True
-                )
-        except Exception as error:
-            alike, why = False, f": {error}"
-        else:
-            why = ""
-        if not alike:
-            layer = f"layer {expr.target!r}" if expr.op == "call_module" else f"{node.name} ({_word(expr.target)})"
-            raise RollUpError(
-                f"{layer} does not give on T·N samples at once what it gives step by step{why}; it mixes the samples "
-                "of a batch, or looks at their number. Make it work on each sample by itself"
-            )
-
     def _carries_batch(self, index: int) -> bool:
         """Whether a value that all steps share comes from the input, batch and all."""
         if not any(self.slices.exprs[i].op == "placeholder" for i in self._before(index)):
             return False
-        node = self.slices.exprs[index].node
-        if node is None:  # made of steps (a sum over time): a batch it has
+        if self.slices.exprs[index].node is None:  # made of steps (a sum over time): a batch it has
             return True
-        value = self.recorded[0].get(node.name)
+        value = self._shown(index)
         return isinstance(value, Tensor) and value.ndim > 0
 
-    def _without_batch(self, expr: Expr, args: tuple, kwargs: dict, node: fx.Node) -> tuple[tuple, dict]:
-        """view(N, …) with the example's N, which is the number of samples of one step, as -1 or flatten."""
-        if expr.target not in ("view", "reshape", torch.reshape) or kwargs:
-            return args, kwargs
-        source = self.recorded[0].get(node.args[0].name)
-        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-        if not sizes or not isinstance(source, Tensor) or not isinstance(sizes[0], int) or sizes[0] != len(source):
-            return args, kwargs
-        rest = tuple(sizes[1:])
-        if not all(isinstance(size, int) for size in rest):
-            return args, kwargs
-        if -1 in rest:
-            known = 1
-            for size in rest:
-                known *= size if size != -1 else 1
-            if known:
-                rest = tuple(source[0].numel() // known if size == -1 else size for size in rest)
-        return (args[0], (-1, *rest)), {}
+    def _shown(self, index: int) -> object:
+        """What a value that all steps share was on the example, if one node made it."""
+        node = self.slices.exprs[index].node
+        return None if node is None else self.recorded.get(node.name)
 
     # -- nodes
 
@@ -399,11 +338,31 @@ class _Emitter:
         elif expr.timed:
             if self.slices.full(index):
                 args, kwargs = _replaced(expr, self._as_folded)
-                args, kwargs = self._without_batch(expr, args, kwargs, next(iter(expr.at.values())))
+                source = next(iter(expr.at.values())).args
+                source = self.recorded.get(source[0].name) if source and isinstance(source[0], fx.Node) else None
+                args, kwargs = without_batch(expr, args, kwargs, source)
                 self.folded[index] = self._node(expr, args, kwargs)
+        elif self._adds_to_zeros(expr):
+            self.whole[index] = self.whole[expr.args[1].index]
         else:
             args, kwargs = _replaced(expr, lambda i: self.whole[i])
             self.whole[index] = self._node(expr, args, kwargs)
+
+    def _adds_to_zeros(self, expr: Expr) -> bool:
+        """A sum that was started from zeros of its own shape needs no zeros, which have the example's N."""
+        if expr.target is not operator.add or expr.node is not None or not isinstance(expr.args[0], Ref):
+            return False
+        start, total = (self.slices.exprs[ref.index] for ref in expr.args)
+        if start.op != "get_attr" or not start.node.meta.get("mfpsn_zero") or total.target != "sum":
+            return False
+        behind = self.slices.exprs[total.args[0].index]
+        while not behind.timed:  # all steps, or the first few of them
+            behind = self.slices.exprs[behind.args[0].index]
+        if not behind.at:
+            return False
+        summand = self.recorded.get(behind.at[0].name)
+        zeros = self.recorded[start.node.name]
+        return isinstance(summand, Tensor) and (summand.shape, summand.dtype) == (zeros.shape, zeros.dtype)
 
     def _node(self, expr: Expr, args: tuple, kwargs: dict) -> fx.Node:
         if expr.op == "call_module":
@@ -425,8 +384,13 @@ class _Emitter:
 
     def _of_sequence(self, index: int, expr: Expr) -> None:
         source, dim = self.whole[expr.args[0].index], expr.args[1]
-        if self.slices.steps is not None:
-            source = self._function(expect_steps, (source, dim, self.slices.steps))
+        steps = self.slices.steps
+        if steps is not None:
+            shown = self._shown(expr.args[0].index)
+            if isinstance(shown, Tensor) and shown.shape[dim] > steps:  # a loop over the first of them
+                source = self._function(torch.narrow, (source, dim, 0, steps))
+            else:
+                source = self._function(expect_steps, (source, dim, steps))
         if dim:
             source = self._function(torch.movedim, (source, dim, 0))
         self.whole[index] = source
@@ -469,26 +433,27 @@ class _Emitter:
         x = self.whole[source.index] if chain.sequence else self._as_whole(source.index)
         module = self.gm.get_submodule(chain.path)
         uses = [i for i, c in enumerate(self.slices.chains) if c.path == chain.path]
-        suffix = "" if uses.index(number) == 0 else f"_{uses.index(number) + 1}"  # each use is its own neuron
+        suffix = "" if uses.index(number) == 0 else f"@{uses.index(number) + 1}"  # each use is its own neuron
         if output == "spikes":
             path = chain.path + suffix
             self.modules[path] = OverTime(module)
         else:
             path = chain.path + suffix
-            if any(e.op == "neuron" and e.args[1:] == ("spikes", number) for e in self._emitted()):
+            needed = (self.slices.exprs[i] for i in self.needed)
+            if any(e.op == "neuron" and e.args[1:] == ("spikes", number) for e in needed):
                 path += "_membrane"
             try:
                 integrator = chain.stepping.leaky_integrator(module)
             except NotAFilterError as error:
-                raise RollUpError(f"{chain.path}: its membrane is read out, but cannot be run at once: {error}") from None
+                raise RollUpError(
+                    f"{chain.path}: its membrane is read out, but cannot be run at once: {error}"
+                ) from None
             place = next((t for t in [*module.parameters(), *module.buffers(), *self.gm.parameters()]), None)
             self.modules[path] = integrator.to(place.device if place is not None else None).train(module.training)
             if not chain.stepping.reads_out:
                 _log.warning("%s: its membrane is read out without its reset", chain.path)
-        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=path.replace(".", "_"))
-
-    def _emitted(self) -> list[Expr]:
-        return [self.slices.exprs[i] for i in self._needed()]
+        name = path.replace(".", "_").replace("@", "_")
+        self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=name)
 
     def _output(self, structure: object) -> object:
         if isinstance(structure, Ref):
@@ -536,27 +501,3 @@ def _refs(structure: object) -> list[Ref]:
 def _replaced(expr: Expr, function) -> tuple[tuple, dict]:
     replace = lambda a: function(a.index) if isinstance(a, Ref) else a  # noqa: E731
     return map_aggregate(expr.args, replace), map_aggregate(expr.kwargs, replace)
-
-
-def _zipped(given: list, refs: object, function) -> object:
-    """Arguments of one op at all steps, side by side, with nodes mapped through ``function``."""
-    if isinstance(refs, Ref):
-        return function(given, refs)
-    if isinstance(refs, dict):
-        return {key: _zipped([g[key] for g in given], value, function) for key, value in refs.items()}
-    if isinstance(refs, (tuple, list)):
-        parts = [_zipped([g[i] for g in given], value, function) for i, value in enumerate(refs)]
-        return tuple(parts) if isinstance(refs, tuple) else parts
-    return refs
-
-
-def _apply(gm: fx.GraphModule, node: fx.Node, args: tuple, kwargs: dict) -> object:
-    if node.op == "call_module":
-        return copied(gm.get_submodule(node.target)).eval()(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)
-
-
-def _word(target: object) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -41,10 +41,11 @@ def run_copy(
 
     Returns:
         The copy; for each node by name (shape, dtype, device) of its tensor; the same of the input of each neuron,
-        converted or not, by path, in the order of execution.
+        converted or not, by path (``path@2`` for the second call of one), in the order of execution.
     """
     copied = copy.deepcopy(gm)
     inside: dict[str, tuple] = {}
+    calls: dict[str, int] = {}
     watched = source_paths(copied)
     for path, module in copied.named_modules():
         if isinstance(module, MulFreePSN):
@@ -53,8 +54,13 @@ def run_copy(
 
         def record(_module, args, path=path):
             x = args[0]
-            inside.setdefault(path, (tuple(x.shape), x.dtype, x.device))
+            calls[path] = calls.get(path, 0) + 1
+            name = path if calls[path] == 1 else f"{path}@{calls[path]}"
+            inside[name] = (tuple(x.shape), x.dtype, x.device)
 
+        # A user's monitor shall not see this run.
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
         module.register_forward_pre_hook(record)
     if prepare is not None:
         prepare(copied)

@@ -161,6 +161,7 @@ class _Reader:
         self.fed_back: set[fx.Node] = set()  # placeholders that carry a state in
         self.drawn: dict[tuple, int] = {}
         self.static_draws: dict[tuple, int] = {}
+        self.filled: dict[str, list[_Slice]] = {}  # tensors made before the loop, written to step by step
 
     # -- neurons through time
 
@@ -326,6 +327,7 @@ class _Reader:
     def read(self) -> Slices:
         self._link()
         self._count_static_draws()
+        self._check_in_place()
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 self.slices.output = self._output(node.args[0])
@@ -343,9 +345,13 @@ class _Reader:
                 return self._seen(timed, 0, node)
             return self._first_seen(index, node)
         if node.op == "get_attr":
+            if node.target in self.filled and not all(_is_filling(user) for user in node.users):
+                return self._filled(node.target)
             return self._first_seen(self._intern("get_attr", node.target, timed=False, name=node.name), node)
         if node in self.called:
             return self._neuron(node)
+        if _is_filling(node):
+            return self._fill(node)
         if node.target is operator.getitem:
             taken = self._item(node)
             if taken is not None:
@@ -445,6 +451,50 @@ class _Reader:
         index = self._intern(node.op, node.target, args, kwargs, timed=True, name=node.name, extra="drawn")
         return self._seen(index, step, node)
 
+    def _fill(self, node: fx.Node) -> None:
+        """``out[t] = …`` into a tensor made before the loop: by the last step it is the steps, stacked."""
+        tensor, index, value = node.args
+        value = self.values.get(value) if isinstance(value, fx.Node) else None
+        steps = [i for i in index if i != slice(None)] if isinstance(index, tuple) else [index]
+        first = index[0] if isinstance(index, tuple) else index
+        done = self.filled.setdefault(tensor.target, [])
+        if (
+            tensor.op != "get_attr"
+            or not isinstance(value, _Slice)
+            or steps != [first]
+            or first != len(done)
+            or value.step != first
+            or any(other.index != value.index for other in done)
+        ):
+            raise RollUpError(
+                f"{node.format_node()} writes into a tensor in another way than out[t] = what belongs to step t; "
+                "append to a list and torch.stack it"
+            )
+        done.append(value)
+
+    def _filled(self, path: str) -> _Whole:
+        done = self.filled[path]
+        owner, _, name = path.rpartition(".")
+        length = len(getattr(self.gm.get_submodule(owner), name))
+        if len(done) != self.slices.steps or length != self.slices.steps:
+            raise RollUpError(
+                f"a tensor of length {length} is read when {len(done)} of {self.slices.steps} steps have been written "
+                "into it: append to a list and torch.stack it"
+            )
+        return _Whole(self._intern("sequence", None, (Ref(done[0].index),), timed=False))
+
+    def _check_in_place(self) -> None:
+        """A tensor from before the loop that is changed in place and met again would be met unchanged."""
+        for node in self.gm.graph.nodes:
+            name = node.target if node.op == "call_method" else ""
+            if not name.endswith("_") or name.endswith("__") or node.args[0].op != "get_attr":
+                continue
+            met = [n for n in self.gm.graph.nodes if n.op == "get_attr" and n.target == node.args[0].target]
+            if len(met) > 1:
+                raise RollUpError(
+                    f"{node.args[0].target} is changed in place ({name}) and used again: assign the result, x = x + …"
+                )
+
     def _slice_of(self, node: fx.Node, source: _Whole, dim: int, step: int) -> object | None:
         """``source`` at position ``step`` of ``dim``, if that dim can be time."""
         if self.one_step or self.slices.steps is None or not 0 <= step < self.slices.steps or dim < 0:
@@ -459,6 +509,8 @@ class _Reader:
         if isinstance(source, (_State, _Sum)):
             return None
         if isinstance(source, _Whole):
+            if all(self.slices.exprs[i].op != "placeholder" for i in self._ancestors(source.index)):
+                return None  # a row of a parameter, whatever the number of rows
             if isinstance(item, int):
                 unbound = self.slices.exprs[source.index]
                 if unbound.target in ("unbind", torch.unbind):
@@ -485,9 +537,7 @@ class _Reader:
         whole = call.step is None
         if chain.input is None:
             raise RollUpError(f"{chain.path}: it is used before it is called")
-        index = self._intern(
-            "neuron", chain.path, (Ref(chain.input), name, call.chain), timed=not whole, name=chain.path.replace(".", "_")
-        )  # fmt: skip
+        index = self._intern("neuron", chain.path, (Ref(chain.input), name, call.chain), timed=not whole)
         return _Whole(index) if whole else self._seen(index, call.step, node)
 
     def _state_attribute(self, node: fx.Node) -> object | None:
@@ -528,7 +578,7 @@ class _Reader:
             value = _Slice(same, step)
         if not isinstance(value, _Slice):
             raise RollUpError(
-                f"{chain.path}: at step {step} it is fed a sum over steps, which is not there when all steps run at once"
+                f"{chain.path}: at step {step} it is fed a sum over steps, which is not there when all run at once"
             )
         if value.step != step and not self.one_step:
             raise RollUpError(
@@ -679,6 +729,10 @@ class _Reader:
             return False
         chain = self.slices.chains[expr.args[2]]
         return chain.given_state and not (chain.stepping.reads_out or chain.stepping.outputs[0] == "membrane")
+
+
+def _is_filling(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "__setitem__"
 
 
 def references(expr: Expr) -> list[int]:

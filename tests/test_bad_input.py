@@ -35,7 +35,6 @@ class Recurrent(neuron.LIFNode):
         (lambda: Recurrent(step_mode="m"), "a subclass of a known neuron may behave otherwise"),
         (lambda: neuron.EIFNode(step_mode="m"), "its membrane is exponential"),
         (lambda: neuron.QIFNode(step_mode="m"), "its membrane is quadratic"),
-        (lambda: neuron.KLIFNode(step_mode="m"), "has no adapter"),
     ],
 )
 def test_neurons_that_are_no_filters(net, example, make, reason):

@@ -278,15 +278,15 @@ class TestPipeline:
         for one in pipeline:
             assert one.name in text
         names = [p.name for p in pipeline]
-        assert names[0] == "observe_inputs"
+        assert names[:2] == ["check_sources", "observe_inputs"]
         assert [p.name for p in pipeline.without("cancel_conversions")] == [
             n for n in names if n != "cancel_conversions"
         ]
         longer = pipeline.inserted(SnapWeights(), after="initialise_neurons")
-        assert longer[4].name == "snap_weights"
+        assert longer[6].name == "snap_weights"
         assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
-        assert pipeline.inserted(SnapWeights(), before="autoselect")[5].name == "snap_weights"
-        assert pipeline.replaced("assign_dilations", AssignDilations(7))[2].sequence == (7,)
+        assert pipeline.inserted(SnapWeights(), before="autoselect")[7].name == "snap_weights"
+        assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].sequence == (7,)
         assert len(pipeline) == len(names)
         with pytest.raises(ValueError, match="no pass called 'x'"):
             pipeline.without("x")
@@ -317,10 +317,10 @@ class TestPipeline:
         monkeypatch.setenv("MFPSN_FX_DEBUG", str(tmp_path / "debug"))
         mfpsn_fx.convert(net, example, repeats=1, progress=False)
         files = sorted(p.name for p in (tmp_path / "debug").iterdir())
-        assert "01_replace_neurons.before.txt" in files
-        assert "LIFNode" in (tmp_path / "debug" / "01_replace_neurons.before.txt").read_text()
-        assert "MulFreePSN" in (tmp_path / "debug" / "01_replace_neurons.after.txt").read_text()
-        text = (tmp_path / "debug" / "02_assign_dilations.changes.txt").read_text()
+        assert "03_replace_neurons.before.txt" in files
+        assert "LIFNode" in (tmp_path / "debug" / "03_replace_neurons.before.txt").read_text()
+        assert "MulFreePSN" in (tmp_path / "debug" / "03_replace_neurons.after.txt").read_text()
+        text = (tmp_path / "debug" / "04_assign_dilations.changes.txt").read_text()
         assert text.startswith("time: ")
         assert "features.4: dilation 1 -> 2" in text
         assert len(files) == 3 * len(conversion_pipeline((example,)))

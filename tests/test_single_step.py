@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
+import pathlib
+import pickle
 import warnings
 
 import norse.torch as norse
@@ -13,15 +18,20 @@ from hypothesis import strategies as st
 from norse.torch.functional.izhikevich import tonic_spiking
 from snntorch import surrogate
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
+from mfpsn_fx.compatibility import load_networks
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
+from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
 from mfpsn_fx.model.source import describe
 from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.model.unrolled import capture_steps
 from mfpsn_fx.passes import RollUp, RollUpError
 
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "compatibility"
+NETWORKS = [n for n in load_networks(FOLDER, "*") if n.library in ("snnTorch", "Norse")]
 STEPS = 8
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}
 
@@ -46,7 +56,7 @@ def converted(model, *args, **options):
 def stepped(m, x):
     """(spikes, membrane) of a neuron of one step, over all of x."""
     how = stepping_of(m)
-    spikes, membranes = [], []
+    spikes, membranes, result = [], [], None
     for t, step in enumerate(x):
         result = how.first(m, step) if t == 0 else m(step, *how.next_states(result))
         spikes.append(how.output(result, "spikes") if "spikes" in how.outputs else torch.zeros_like(step))
@@ -92,7 +102,9 @@ class TestSources:
         assert source.reset == reset
         _, membrane = stepped(m, x)
         rest = 1e9 - source.threshold
-        torch.testing.assert_close(convolved(source.response, x.double()) + rest, membrane.double(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            convolved(source.response, x.double()) + rest, membrane.double(), rtol=1e-4, atol=1e-4
+        )
 
     def test_state_leaky(self):
         x = torch.randn(STEPS, 2, 3)
@@ -152,12 +164,18 @@ class TestSources:
             (lambda: snntorch.Leaky(beta=0.5, state_quant=lambda v: v), "rounded at every step"),
             (lambda: snntorch.Leaky(beta=0.5, graded_spikes_factor=2.0), "graded spikes"),
             (lambda: snntorch.Leaky(beta=torch.rand(3, 4, 5)), r"shape \(3, 4, 5\)"),
-            (lambda: snntorch.Leaky(beta=torch.rand(3), threshold=torch.rand(4)), r"different numbers of channels: \[3, 4"),
+            (
+                lambda: snntorch.Leaky(beta=torch.rand(3), threshold=torch.rand(4)),
+                r"different numbers of channels: \[3, 4",
+            ),
             (lambda: snntorch.Leaky(beta=0.5, threshold=float("nan")), "threshold of its Leaky is NaN or infinite"),
             (lambda: snntorch.RLeaky(beta=0.5, linear_features=3), "its spikes feed back"),
             (lambda: snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=3), "its spikes feed back"),
             (lambda: snntorch.Alpha(alpha=0.9, beta=0.5), "use Synaptic"),
-            (lambda: snntorch.LinearLeaky(beta=0.5, in_features=3, out_features=3), "use torch.nn.Linear and StateLeaky"),
+            (
+                lambda: snntorch.LinearLeaky(beta=0.5, in_features=3, out_features=3),
+                "use torch.nn.Linear and StateLeaky",
+            ),
             (lambda: snntorch.SLSTM(3, 3), "LSTM"),
             (lambda: snntorch.StateLeaky(beta=0.5, channels=3, output=False), "puts out its membrane"),
             (lambda: norse.LIFRecurrentCell(3, 3), "its spikes feed back"),
@@ -195,6 +213,12 @@ class TestLeakyIntegrator:
         x = torch.randn(STEPS, 2, 3)
         m = make()
         torch.testing.assert_close(stepping_of(m).leaky_integrator(m)(x), stepped(m, x)[1], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("delay", [0, 1, 3])
+    def test_two_poles(self, delay):
+        response = mfpsn_fx.TwoPole(torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.9]), torch.tensor(0.5), delay)
+        x = torch.randn(STEPS, 3, 2, dtype=torch.float64)
+        torch.testing.assert_close(LeakyIntegrator(response)(x), convolved(response, x), rtol=1e-6, atol=1e-6)
 
     def test_trains_its_decay(self):
         m = snntorch.Leaky(beta=torch.tensor([0.5, 0.9]), learn_beta=True, reset_mechanism="none")
@@ -246,7 +270,7 @@ class Looped(nn.Module):
 
     def __init__(self, widths, steps, how, readout, skip):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.neurons = nn.ModuleList(Stateless() for _ in self.layers)
         self.head = nn.Linear(widths[-1], 2)
         self.steps, self.how, self.readout, self.skip = steps, how, readout, skip
@@ -463,6 +487,18 @@ def across_the_batch(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, x_t - x_t.mean(0), mem1, mem2, spk1)
 
 
+def split_and_joined(self, t, x_t, mem1, mem2, spk1):
+    """By channels, which is as good as any layer; the numbers of rows are asked for on the way."""
+    a, b = x_t.unsqueeze(1).expand(-1, 2, -1).chunk(2, dim=1)
+    x_t = torch.cat([a, b], 1).mean(1).reshape(self.fc1(x_t).size(0), x_t.shape[1])
+    return Net.step(self, t, x_t * self.scale[0], mem1, mem2, spk1)
+
+
+def rows_of_the_batch(self, t, x_t, mem1, mem2, spk1):
+    a, b = x_t.chunk(2, dim=0)
+    return Net.step(self, t, torch.cat([b, a], 0), mem1, mem2, spk1)
+
+
 def branching(self, t, x_t, mem1, mem2, spk1):
     return Net.step(self, t, self.fc1(x_t) if spk1.sum() > 0 and t else x_t, mem1, mem2, spk1)
 
@@ -480,14 +516,16 @@ class TestRefusals:
             (constant_at_step_2, {}, r"lif1: step 2 is not like step 0: mul\(...\) has 3.0 where it had 2.0"),
             (tensor_constant_at_step_2, {}, r"lif1: step 2 is not like step 0: '_tensor_constant\w*' stands where"),
             (op_at_step_1, {}, r"lif1: step 1 is not like step 0: tanh\(...\) stands where relu\(...\) was"),
-            (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step: a connection back"),
+            (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step"),
             (delayed, {}, r"lif2: .*(step 0|another step)"),
             (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but with its reset gone"),
             (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
             (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
             (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalised with .* pass accept=\('batch_statistics',\)"),
-            (norm_of_each_step, {"norms": nn.ModuleList(nn.BatchNorm1d(3) for _ in range(4))}, r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
+            (norm_of_each_step, {"norms": nn.ModuleList(map(nn.BatchNorm1d, [3] * 4))},
+             r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
             (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
+            (rows_of_the_batch, {}, r"chunk\w* \(chunk\) does not give on T·N samples at once"),
             (branching, {}, r"steps cannot be read from its code: .*control flow"),
             (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
         ],
@@ -497,6 +535,15 @@ class TestRefusals:
         with pytest.raises(ConversionError, match=message):
             converted(net, torch.randn(4, 2, 3))
 
+    def test_a_constant_example_hides_nothing(self):
+        with pytest.raises(RollUpError, match="mixes the samples of a batch"):
+            converted(changed(across_the_batch), torch.zeros(4, 2, 3))
+
+    def test_what_is_no_reason_to_refuse(self):
+        net, x = changed(split_and_joined), 3 * torch.randn(4, 2, 3)
+        net.scale = nn.Parameter(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+        torch.testing.assert_close(rolled(net, x)(x), net(x))
+
     def test_batch_statistics_are_accepted_if_asked_for(self):
         net = changed(normed, norm=nn.BatchNorm1d(3))
         x = torch.randn(4, 2, 3)
@@ -504,12 +551,11 @@ class TestRefusals:
         ours(x)
         assert int(ours.norm.num_batches_tracked) == 1
         assert int(net.norm.num_batches_tracked) == 0
-        with pytest.raises(ValueError, match=r"unknown 'all' in accept: choose of batch_statistics"):
-            converted(net, x, accept=("all",))
+        for wrong in (("all",), "batch_statistics"):
+            with pytest.raises(ValueError, match=r"accept is a tuple of 'batch_statistics', found '"):
+                converted(net, x, accept=wrong)
 
     def test_a_layer_that_remembers(self):
-        net = changed(normed, norm=nn.GRU(3, 3))
-        net.norm.forward = None  # never run: it is refused before
         net = changed(lambda self, t, x, a, b, c: Net.step(self, t, self.norm(x)[0], a, b, c), norm=nn.GRU(3, 3))
         with pytest.raises(RollUpError, match="norm: a GRU in a loop over steps already runs over time"):
             converted(net, torch.randn(4, 2, 3))
@@ -524,7 +570,9 @@ class TestRefusals:
         def step(self, t, x_t, *rest):
             return Net.step(self, t, nn.functional.dropout(x_t, 0.5, self.training), *rest)
 
-        with pytest.raises(ConversionError, match=r"differs between training and evaluation; use layers \(torch.nn.Dropout"):
+        with pytest.raises(
+            ConversionError, match=r"differs between training and evaluation; use layers \(torch.nn.Dropout"
+        ):
             converted(changed(step), torch.randn(4, 2, 3))
 
     def test_examples(self):
@@ -533,9 +581,9 @@ class TestRefusals:
             mfpsn_fx.convert(net)
         with pytest.raises(ConversionError, match="use an example of at least two steps"):
             converted(net, torch.randn(1, 2, 3))
-        with pytest.raises(TypeError, match="the example does not fit Net.forward"):
+        with pytest.raises(TypeError, match=r"the example does not fit Net\.forward"):
             converted(net, torch.randn(4, 2, 3), torch.randn(4, 2, 3))
-        with pytest.raises(ConversionError, match=r"does not run on an example of shape \[\(4, 2, 5\)\]"):
+        with pytest.raises(ConversionError, match=r"does not run on an example of shape \(4, 2, 5\)"):
             converted(net, torch.randn(4, 2, 5))
         one_step = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(beta=0.5, init_hidden=True))
         with pytest.raises(ConversionError, match=r"input has shape \(3,\), but .* the whole sequence, \(T, N, \*\)"):
@@ -570,3 +618,227 @@ class TestRefusals:
         net[1] = snntorch.Leaky(beta=torch.tensor([0.5, 0.6]).reshape(2, 1, 1), init_hidden=True)
         ours = converted(net, torch.randn(4, 2, 1, 4, 4))
         torch.testing.assert_close(ours.get_submodule("1").weight[:, 0], torch.tensor([0.5, 0.6]))
+
+
+class TestNetworks:
+    """The tutorials' networks: as the source says before neurons are replaced, and trainable after."""
+
+    @staticmethod
+    def listed(name):
+        return next(n for n in NETWORKS if n.name == name)
+
+    @pytest.mark.parametrize("name", [n.name for n in NETWORKS if not n.refusal])
+    def test_rolled_up_is_the_source(self, name):
+        """With the source's own neurons, resets and all, one after the other over time."""
+        network = self.listed(name)
+        model = network.build().eval()
+        if any(has_fused_layers(m) for m in [model]):
+            split_fused_layers(model)
+        args = network.example()
+        example = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+        unrolled, one_step = capture_steps(model, args)
+        ours = RollUp(args, one_step=one_step)(unrolled).graph_module(*args)
+        with torch.no_grad():
+            theirs = steps_by_hand(model, example) if one_step else model(*args)
+        compare(ours, theirs, model)
+
+    @pytest.mark.parametrize("name", [n.name for n in NETWORKS if not n.refusal])
+    def test_converts_and_trains(self, name):
+        network = self.listed(name)
+        model, args = network.build(), network.example()
+        model(*(args if "one step" not in name and "stepped" not in name else [a[0] for a in args]))  # leaves states
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        ours = converted(model, *args)
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        out = ours(*args)
+        sum(o.square().mean() for o in tensors(out)).backward()
+        for path, m in ours.named_modules():
+            if isinstance(m, MulFreePSN):
+                assert m.weight.grad is not None, path
+                assert bool(m.weight.grad.isfinite().all()), path
+        assert mfpsn_fx.selection(ours).unconverted == ()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "convolutional Leaky, loop over a sequence",
+            "Sequential with init_hidden, stepped by the caller",
+            "SequentialState with Lift",
+            "fully connected LIFCell, loop over a sequence",
+        ],
+    )
+    def test_compiles_without_breaks(self, name):
+        network = self.listed(name)
+        args = network.example()
+        ours = converted(network.build(), *args).eval()
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        for one, other in zip(tensors(compiled(*args)), tensors(ours(*args)), strict=True):
+            torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("name", [n.name for n in NETWORKS if n.refusal])
+    def test_refusals(self, name):
+        network = self.listed(name)
+        with pytest.raises(ConversionError, match=network.refusal):
+            converted(network.build(), *network.example())
+
+
+def tensors(structure):
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, torch.Tensor)]
+
+
+def steps_by_hand(model, example):
+    """What a training loop does: call the model step by step, states in and out."""
+    for m in model.modules():
+        if hasattr(m, "reset_mem"):
+            m.reset_mem()
+    (x,) = example.values()
+    outputs, states = [], ()
+    for step in x:
+        out = model(step, *states)
+        if isinstance(model, norse.SequentialState):
+            states = (out[1],)
+        elif len(inspect.signature(model.forward).parameters) > 1:
+            states = out[1:]
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+    return torch.stack(outputs)
+
+
+def compare(ours, theirs, model):
+    """Spikes to the bit; a membrane that is read out beside spikes has lost its reset, and is left out."""
+    (first, *rest), (expected, *_) = tensors(ours), tensors(theirs)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+    assert all(other.isfinite().all() for other in rest)
+
+
+class TestConverted:
+    def test_state_arguments_are_gone(self):
+        network = TestNetworks.listed("Leaky and Lapicque, one step a call")
+        (x,) = network.example()
+        ours = converted(network.build(), x)
+        spikes, *states = ours(x)
+        assert spikes.shape == (*x.shape[:2], 5)
+        assert states == [None, None]
+        assert [n.target for n in ours.graph.nodes if n.op == "placeholder"] == ["x"]
+        assert ours(torch.randn(7, 5, 16))[0].shape == (7, 5, 5)  # one step a call knows no number of steps
+        with pytest.raises(TypeError):
+            ours(x, torch.zeros(3, 12))
+        given = converted(network.build(), x, torch.zeros(3, 12), torch.zeros(3, 5))
+        assert [n.target for n in given.graph.nodes if n.op == "placeholder"] == ["x"]
+
+    def test_other_batch_sizes(self):
+        network = TestNetworks.listed("convolutional Leaky, loop over a sequence")
+        ours = converted(network.build(), *network.example()).eval()
+        (x,) = network.example()
+        wide = torch.cat([x, x, x], 1)
+        torch.testing.assert_close(ours(wide), torch.cat([ours(x)] * 3))
+
+    def test_a_shared_neuron_becomes_two(self):
+        """One module at two places of a step, a state for each: each use is a neuron of its own."""
+
+        def step(self, t, x_t, mem1, mem2, spk1):
+            spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+            spk2, mem2 = self.lif1(self.fc2(spk1), mem2)
+            return spk2, mem1, mem2, spk1
+
+        ours = converted(changed(step), torch.randn(4, 2, 3))
+        assert [row.layer for row in mfpsn_fx.selection(ours).rows] == ["lif1", "lif1@2"]
+
+    def test_rate_coding_draws_at_every_step(self):
+        class Coded(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lif = snntorch.Leaky(beta=0.5)
+
+            def forward(self, x):
+                mem, spikes = None, []
+                for _ in range(50):
+                    spk, mem = self.lif(2 * torch.bernoulli(x), mem)
+                    spikes.append(spk)
+                return torch.stack(spikes)
+
+        x = torch.full((2, 3), 0.5)
+        ours = rolled(Coded(), x)
+        assert [n.target.__name__ for n in ours.graph.nodes if n.op == "call_function"][:2] == [
+            "repeat_in_time",
+            "fold_time",
+        ]
+        rate = ours(x).flatten(1)
+        assert len({tuple(step.tolist()) for step in rate}) > 10  # the steps draw for themselves
+        assert 0.2 < float(rate.mean()) < 0.8
+
+    def test_written_step_by_step_into_a_tensor(self):
+        def forward(self, x):
+            out, mem1, mem2 = torch.empty(4, 2, 2), None, None
+            for t in range(4):
+                out[t], mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+            return out
+
+        class Written(Net):
+            pass
+
+        Written.forward = forward
+        net, x = Written(), 3 * torch.randn(4, 2, 3)
+        assert torch.equal(rolled(net, x)(x), net(x))
+
+        def backwards(self, x):
+            out, mem1, mem2 = torch.empty(4, 2, 2), None, None
+            for t in range(4):
+                out[3 - t], mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+            return out
+
+        Written.forward = backwards
+        with pytest.raises(RollUpError, match=r"writes into a tensor in another way than out\[t\]"):
+            rolled(Written(), x)
+
+    def test_membranes_beside_spikes_lose_their_reset_with_a_warning(self, caplog):
+        network = TestNetworks.listed("fully connected Leaky, loop over a constant input")
+        ours = converted(network.build(), *network.example())
+        assert "lif2: its membrane is read out without its reset" in caplog.text
+        assert isinstance(ours.get_submodule("lif2_membrane"), LeakyIntegrator)
+
+    def test_notes(self):
+        network = TestNetworks.listed("LeakyParallel")
+        ours = converted(network.build(), *network.example())
+        rows = mfpsn_fx.selection(ours).rows
+        assert [row.layer for row in rows] == ["0.1", "1.1"]
+        assert all("ReLU on its membrane dropped" in row.notes for row in rows)
+
+    def test_copies_and_checkpoints(self):
+        net, x = Net(), torch.randn(4, 2, 3)
+        ours = converted(net, x).eval()
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(x), ours(x))
+            assert [n.target for n in other.graph.nodes] == [n.target for n in ours.graph.nodes]
+        layers = {k: v for k, v in ours.state_dict().items() if k.startswith("fc")}
+        assert layers.keys() == {k for k in net.state_dict() if k.startswith("fc")}
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in layers.items())
+
+    def test_the_first_steps_of_a_longer_sequence(self):
+        def forward(self, x):
+            mem1, mem2, spk2 = None, None, None
+            for t in range(3):
+                spk2, mem1, mem2, _ = self.step(t, x[t], mem1, mem2, None)
+            return spk2
+
+        class First(Net):
+            pass
+
+        First.forward = forward
+        net, x = First(), 3 * torch.randn(5, 2, 3)
+        assert torch.equal(rolled(net, x)(x), net(x))
+
+    def test_unconverted_neurons_run_over_time(self):
+        """With strict=False what is no filter stays, and steps through the sequence inside its wrapper."""
+        net = nn.Sequential(
+            nn.Linear(3, 3),
+            snntorch.Leaky(beta=0.5, init_hidden=True, inhibition=True),
+            nn.Linear(3, 2),
+            snntorch.Leaky(beta=0.5, init_hidden=True),
+        )
+        x = torch.randn(4, 2, 3)
+        ours = converted(net, x, strict=False)
+        ((path, why),) = mfpsn_fx.selection(ours).unconverted
+        assert path == "1"
+        assert "suppress each other" in why
+        assert ours(x).shape == (4, 2, 2)

@@ -6,16 +6,18 @@ import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
+from .stepping import is_stepping
 from .time_axis import fold_time, unfold_time
 
-__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
@@ -183,8 +185,15 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, or ``ValueError`` saying what stands in its way."""
+    memo: dict[int, object] = {}
+    if any(is_stepping(m) for m in model.modules()):
+        # The states that stepping neurons keep after a batch hang on that batch's graph. They start afresh anyway.
+        for m in model.modules():
+            for value in (*m._buffers.values(), *vars(m).values()):
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied with copy.deepcopy, which is needed to leave it untouched: "
@@ -227,6 +236,17 @@ def _root_leaf(model: nn.Module) -> fx.GraphModule:
     gm = fx.GraphModule(holder, graph, type(model).__name__)
     gm.training = model.training
     return gm
+
+
+def user_path(gm: fx.GraphModule, path: str) -> str:
+    """The path in the captured model of a module at ``path`` in its graph: the same but behind a root leaf."""
+    calls = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    return path.removeprefix(f"{ROOT_LEAF}.") if calls == {ROOT_LEAF} else path
+
+
+def said_of(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
+    """What ``by_path`` says of the module at ``path`` in the graph, by that path or by its own in the model."""
+    return by_path.get(path, by_path.get(user_path(gm, path)))
 
 
 def _placeholders(model: nn.Module, graph: fx.Graph) -> tuple[tuple[fx.Node, ...], dict[str, fx.Node]]:

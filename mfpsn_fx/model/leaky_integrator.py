@@ -67,23 +67,38 @@ class LeakyIntegrator(nn.Module):
         return self.kind(**held, **self.constants)
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = x.shape[0]
-        lags = torch.arange(steps, device=x.device)
-        taps = self.response(lags).to(x.dtype)
-        distance = lags.unsqueeze(1) - lags
-        toeplitz = torch.where(distance >= 0, taps[..., distance.clamp(min=0)], 0.0)
-        rest = self.rest.to(x.dtype)
-        if max(taps.ndim - 1, rest.ndim) and (x.ndim < 3 or x.shape[2] != max(taps.shape[:-1] + rest.shape)):
+        taps, rest = self._taps(x.shape[0]).to(x.dtype), self.rest.to(x.dtype)
+        channels = max(taps.shape[:-1] + rest.shape, default=None)
+        if channels is not None and (x.ndim < 3 or x.shape[2] != channels):
             raise ValueError(
-                f"LeakyIntegrator: a decay for each of {max(taps.shape[:-1] + rest.shape)} channels needs an input "
-                f"(T, N, C, *) with as many, found shape {tuple(x.shape)}"
+                f"LeakyIntegrator: a decay for each of {channels} channels needs an input (T, N, C, *) with as many, "
+                f"found shape {tuple(x.shape)}"
             )
         if rest.ndim:
             rest = rest.reshape(-1, *[1] * (x.ndim - 3))
         if taps.ndim == 1:
-            return (toeplitz @ x.flatten(1)).reshape(x.shape) + rest
-        return torch.einsum("cts,snc...->tnc...", toeplitz, x) + rest
+            return (_toeplitz(taps) @ x.flatten(1)).reshape(x.shape) + rest
+        return torch.einsum("cts,snc...->tnc...", _toeplitz(taps), x) + rest
+
+    def _taps(self, steps: int) -> Tensor:
+        """The response at lags 0 … steps−1, (T,) or (C, T)."""
+        response = self.response
+        lags = torch.arange(steps, device=self.rest.device)
+        if not isinstance(response, TwoPole):
+            return response(lags)
+        # One exponential through the other: a product that compiles, where the response itself recurs.
+        one = torch.ones((), dtype=torch.float64, device=lags.device)
+        current, membrane = (Geometric(one, decay)(lags) for decay in (response.current, response.membrane))
+        taps = (_toeplitz(membrane) @ current.unsqueeze(-1)).squeeze(-1) * response.gain.double().unsqueeze(-1)
+        return nn.functional.pad(taps, (response.delay, 0))[..., :steps]
 
     def extra_repr(self) -> str:
         trained = [name for name in self.tensors if isinstance(getattr(self, name), nn.Parameter)]
         return self.kind.__name__ + (f", trainable={trained}" if trained else "")
+
+
+def _toeplitz(taps: Tensor) -> Tensor:
+    """(…, T) → the causal (…, T, T): row t has taps[t − s] in column s."""
+    lags = torch.arange(taps.shape[-1], device=taps.device)
+    distance = lags.unsqueeze(1) - lags
+    return torch.where(distance >= 0, taps[..., distance.clamp(min=0)], 0.0)

@@ -32,7 +32,8 @@ def _values(m: nn.Module, *names: str) -> list[Tensor]:
             raise NotAFilterError(f"{name} of its {type(m).__name__} is NaN or infinite")
         if tensor.numel() > 1 and tensor.ndim > 1:
             raise NotAFilterError(
-                f"{name} of its {type(m).__name__} has shape {tuple(tensor.shape)}: one value, or (C,), can be taken over"
+                f"{name} of its {type(m).__name__} has shape {tuple(tensor.shape)}: one value, or (C,), can be taken "
+                "over"
             )
         found.append(tensor.reshape(()) if tensor.numel() == 1 else tensor)
     return found

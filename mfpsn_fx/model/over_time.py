@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from .source import SourceNeuron, describe, register_source
-from .stepping import stepping_of
+from .stepping import Stepping, register_stepping, stepping_of
 
 __all__ = ["OverTime"]
 
@@ -18,9 +20,9 @@ class OverTime(nn.Module):
     once. The wrapped neuron's parameters are the source's own.
     """
 
-    def __init__(self, neuron: nn.Module) -> None:
+    def __init__(self, neuron: nn.Module, notes: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.neuron = neuron
+        self.neuron, self.notes = neuron, notes
         self.training = neuron.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,4 +39,10 @@ class OverTime(nn.Module):
 
 @register_source(OverTime)
 def over_time(m: OverTime) -> SourceNeuron:
-    return describe(m.neuron)
+    source = describe(m.neuron)
+    return dataclasses.replace(source, notes=(*source.notes, *m.notes))
+
+
+@register_stepping(OverTime)
+def once(m: OverTime) -> Stepping:
+    return Stepping((), ("spikes",), sequence=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
@@ -162,8 +163,8 @@ def unregister_source(*classes: type | str) -> None:
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of the module's exact class, or None."""
-    return _ADAPTERS.get(qualified_name(type(module)))
+    """The adapter of the module's exact class, seen through torch's parametrizations, or None."""
+    return _ADAPTERS.get(qualified_name(type_before_parametrizations(module)))
 
 
 def is_source(module: nn.Module) -> bool:
@@ -182,7 +183,13 @@ def describe(module: nn.Module) -> SourceNeuron:
             f"{qualified_name(type(module))} has no adapter, and a subclass of a known neuron may behave otherwise; "
             "add one with mfpsn_fx.register_source"
         )
-    return adapter(module)
+    source = adapter(module)
+    notes = list(source.notes)
+    if is_parametrized(module):
+        notes.append("parametrization dropped, its present value taken")
+    if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks):
+        notes.append(f"{hooks} hook{'s' * (hooks > 1)} not carried over: register on the new neuron")
+    return dataclasses.replace(source, notes=tuple(notes))
 
 
 # A class from here, or derived from one with an adapter, is a neuron even if nothing is known of it.

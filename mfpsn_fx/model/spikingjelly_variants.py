@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .source import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
-from .spikingjelly_sources import class_names, finite, reset_neuron, surrogate_of, with_all_steps
+from .spikingjelly_sources import class_names, finite, leaky, reset_neuron, surrogate_of, with_all_steps
 
 __all__ = ["Resonance"]
 
@@ -53,6 +53,13 @@ def simple_leaky(m: nn.Module) -> SourceNeuron:
         raise NotAFilterError("its v_reset is None, with which SimpleLIFNode cannot charge; LIFNode takes it")
     (tau,) = finite(m, tau=m.tau)
     return _simple(m, 1 / tau if m.decay_input else _one(), 1 - 1 / tau)
+
+
+@register_source("spikingjelly.activation_based.model.spike_dhs.save_v_LIFNode")
+def observed_leaky(m: nn.Module) -> SourceNeuron:
+    """LIF that keeps the mean of its membrane for the architecture search."""
+    source = leaky(m)
+    return dataclasses.replace(source, notes=(*source.notes, "v_before_spike is no longer kept"))
 
 
 @register_source(*class_names("KLIFNode", "lif_variants"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .source import qualified_name, source_paths
 __all__ = ["Switched", "to_multi_step"]
 
 _LAYERS = "spikingjelly.activation_based.layer"
+_MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 _NET = "spikingjelly.activation_based.functional"
 # Containers whose children stay in step mode 's', and what that means for a neuron in them.
 _CONTAINERS = {
@@ -32,7 +33,8 @@ _CONTAINERS = {
 _BOUND = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample, nn.PixelShuffle,
+    nn.modules.pooling._AdaptiveMaxPoolNd, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Upsample, nn.PixelShuffle,
 )  # fmt: skip
 NOTE = "step mode 's' switched to 'm'"
 
@@ -50,7 +52,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
 
     The example is a whole sequence: each tensor in it has T first. It is run through a copy step by step, as the
     model is, and at once, as it would be; both in evaluation mode, in float64 and from fresh states. Only if the
-    outputs are the same is the model switched.
+    outputs and what each neuron meets are the same is the model switched.
 
     Args:
         model: with neurons of SpikingJelly; others are left alone.
@@ -64,7 +66,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
     if not rest or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
-    reason = _follows(model) or _disagreement(model, rest, args, dict(kwargs), set_mode)
+    reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
     if reason is not None:
         return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
     set_mode(model, "m")
@@ -120,13 +122,15 @@ def _disagreement(
                 f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
                 "and feed (T, N, C, *)"
             )
+        if (reason := _follows(model)) is not None:
+            return reason
         if len(steps) != 1:
             return (
                 "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
                 "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
             )
         try:
-            stepped = _stepped(_fresh(model), flat, spec, steps.pop())
+            stepped = _stepped(_fresh(model), paths, flat, spec, steps.pop())
         except Exception as error:
             return (
                 "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
@@ -136,7 +140,9 @@ def _disagreement(
         try:
             set_mode(whole, "m")
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            at_once = pytree.tree_leaves(whole(*args, **kwargs))
+            with _inputs(whole, paths) as met:
+                at_once = pytree.tree_leaves(whole(*args, **kwargs))
+            at_once += [x for path in paths for x in met[path]]
         except Exception as error:
             return (
                 f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
@@ -151,10 +157,14 @@ def _disagreement(
 
 
 def _fresh(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
     fresh = copied(model).eval().double()
     for m in fresh.modules():
-        if callable(reset := getattr(m, "reset", None)):
-            reset()
+        if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
+            m.reset()
+    for m in source_paths(fresh).values():
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
     return fresh
 
 
@@ -176,11 +186,29 @@ def _calls(model: nn.Module, paths: list[str], example: tuple[tuple, dict]) -> i
     return max(counts.values())
 
 
-def _stepped(model: nn.Module, flat: list, spec, steps: int) -> list[object]:
+@contextlib.contextmanager
+def _inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What each neuron meets: spikes alone would agree between networks that hardly fire."""
+    met: dict[str, list[Tensor]] = {path: [] for path in paths}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: met[path].append(args[0]))
+        for path in paths
+    ]
+    try:
+        yield met
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stepped(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
+    """The outputs of all steps, then the inputs of each neuron."""
     results = []
     for t in range(steps):
         args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)
-        results.append(pytree.tree_leaves(model(*args, **kwargs)))
+        with _inputs(model, paths) as met:
+            outputs = pytree.tree_leaves(model(*args, **kwargs))
+        results.append(outputs + [x for path in paths for x in met[path]])
     return [
         torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*results, strict=True)
     ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .leaky_integrator import LeakyIntegrator
 from .source import Geometric, NotAFilterError, Taps, TwoPole, describe, qualified_name
 
-__all__ = ["Stepping", "register_stepping", "stepping_of", "unregister_stepping"]
+__all__ = ["Stepping", "is_stepping", "register_stepping", "stepping_of", "unregister_stepping"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,11 @@ def unregister_stepping(*classes: type | str) -> None:
     """Forget ``classes``; unknown ones are ignored."""
     for cls in classes:
         _STEPPING.pop(cls if isinstance(cls, str) else qualified_name(cls), None)
+
+
+def is_stepping(module: nn.Module) -> bool:
+    """Whether :func:`stepping_of` knows the module's class; it reads nothing of the module, so tracing may ask."""
+    return qualified_name(type(module)) in _STEPPING
 
 
 def stepping_of(module: nn.Module) -> Stepping | None:

@@ -10,18 +10,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .capture import (
-    _LeafTracer,
-    _Untraceable,
     _differing_owner,
     _first_line,
     _has_hooks,
+    _LeafTracer,
     _submodule,
+    _Untraceable,
     _with_constants,
     copied,
     preserved_rng,
 )
 from .source import qualified_name
-from .stepping import stepping_of
+from .stepping import is_stepping, stepping_of
 from .time_axis import fold_time, unfold_time
 
 __all__ = ["NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
@@ -36,7 +36,7 @@ class NotSteppedError(ValueError):
 
 def has_steps(model: nn.Module) -> bool:
     """Whether some neuron of ``model`` is called step by step, or hands its state in and out."""
-    return any(stepping_of(m) is not None for m in model.modules())
+    return any(is_stepping(m) for m in model.modules())
 
 
 class _Shaped(fx.Proxy):
@@ -75,7 +75,7 @@ class _StepTracer(_LeafTracer):
         self.batch_layers: dict[str, None] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if stepping_of(m) is not None:
+        if is_stepping(m):
             return True
         if qualified_name(type(m)) in _TRACED and not _has_hooks(m):
             return module_qualified_name in self.leaves
@@ -93,11 +93,11 @@ class _StepTracer(_LeafTracer):
             if state is not None:
                 raise ValueError("Lift was given a state: a sequence starts from the initial one")
         inner = m.lifted_module
-        if stepping_of(inner) is not None:
+        if is_stepping(inner):
             node = self.create_proxy("call_module", self.path_of_module(inner), (x, None), {})
             node.node.meta["mfpsn_lifted"] = True
             return node
-        if any(stepping_of(child) is not None for child in inner.modules()):
+        if any(is_stepping(child) for child in inner.modules()):
             raise ValueError("Lift around several stateful layers: lift each of them, in a SequentialState")
         for child in inner.modules():
             if has_batch_statistics(child):
@@ -159,8 +159,15 @@ class _StepTracer(_LeafTracer):
 
 
 def _attribute(root: nn.Module, path: str) -> object:
-    owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name)
+    """What a ``get_attr`` node means; past ``getattr``, which is a proxy's while tracing."""
+    owner = root
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = owner._modules[part]
+    for kept in (owner._parameters, owner._buffers, owner._modules, vars(owner)):
+        if name in kept:
+            return kept[name]
+    raise AttributeError(path)
 
 
 def has_batch_statistics(m: nn.Module) -> bool:
@@ -209,13 +216,17 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
         raise
     if not _is_one_step(gm):
         return gm, False
-    return _traced(model, first_step(example)), True
+    gm = _traced(model, first_step(example))
+    if not _is_one_step(gm):
+        raise NotSteppedError(
+            f"of {type(model).__name__} one step was seen, which cannot tell how it goes on: use an example of at "
+            "least two steps"
+        )
+    return gm, True
 
 
 def first_step(example: Mapping) -> dict[str, object]:
-    return {
-        name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()
-    }
+    return {name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()}
 
 
 def _is_one_step(gm: fx.GraphModule) -> bool:

@@ -1,0 +1,55 @@
+"""A source neuron that several nodes call becomes one for each."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+from mfpsn_fx.model.source import NotAFilterError, Taps, describe, is_source
+
+from .base import Pass, Result
+
+__all__ = ["SeparateUses", "has_state"]
+
+
+class SeparateUses(Pass):
+    """Give every use of a neuron with a state a neuron of its own.
+
+    Before: ``%lif : call_module[target=lif](%conv)``, ``%lif_1 : call_module[target=lif](%conv2)``. After: the second
+    calls ``lif@2``, a copy. What a source with a membrane does at one place is no business of another place, which may
+    have other channels and needs other thresholds; its parameters, if it has any, part here. A PSN has weights and no
+    state: one that is used at several places stays one, and its weights stay shared.
+
+    A neuron that is called several times inside a leaf cannot be told apart there and stays one.
+    """
+
+    name = "separate_uses"
+
+    def call(self, gm: fx.GraphModule) -> Result:
+        uses: dict[str, int] = {}
+        changes = []
+        for node in gm.graph.nodes:
+            if node.op != "call_module" or not is_source(old := gm.get_submodule(node.target)):
+                continue
+            uses[node.target] = uses.get(node.target, 0) + 1
+            if uses[node.target] == 1 or not has_state(old):
+                continue
+            path = f"{node.target}@{uses[node.target]}"
+            gm.add_submodule(path, copy.deepcopy(old))
+            changes.append(f"{path}: a neuron of its own, as {node.target}")
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_module(path, node.args, node.kwargs)
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+        if changes:
+            gm.recompile()
+        return Result(gm, changes)
+
+
+def has_state(old: nn.Module) -> bool:
+    """Whether a source neuron carries a membrane from step to step; a PSN filters the whole sequence."""
+    try:
+        return not isinstance(describe(old).response, Taps)
+    except NotAFilterError:  # it is refused later on, once
+        return False
