@@ -11,6 +11,7 @@ import pathlib
 import random
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import ModuleType
@@ -241,5 +242,6 @@ def load_example(name: str) -> ModuleType:
     """``examples/<name>.py`` as a module: examples are files, not a package."""
     spec = importlib.util.spec_from_file_location(f"mfpsn_example_{name}", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

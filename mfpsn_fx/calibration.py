@@ -48,7 +48,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable, *, drive: str = "source", progress: bool | None = None
+    model: nn.Module, batches: Iterable, *, drive: str = "source", rate: float = 1.0, progress: bool | None = None
 ) -> Calibration:
     """Fit the neurons of a converted network to what their sources do on data, in place.
 
@@ -57,20 +57,20 @@ def calibrate(
 
     Args:
         model: what ``convert`` returned.
-        batches, drive, progress: as in :class:`mfpsn_fx.passes.Calibrate`.
+        batches, drive, rate, progress: as in :class:`mfpsn_fx.passes.Calibrate`.
 
     Returns:
         Rates and agreement by layer; :func:`calibration` gives it again later.
 
     Raises:
         TypeError: ``model`` is no converted network, or ``batches`` can be run through once only or hold what is none.
-        ValueError: there is no batch, no neuron remembers its source, or ``drive`` is unknown.
+        ValueError: there is no batch, no neuron remembers its source, or an option is unknown.
     """
     gm = graph_of(model)
     if not any(isinstance(m, MulFreePSN) and m.source is not None for m in gm.modules()):
         raise ValueError(f"no neuron of {type(gm).__name__} remembers a source that it could be calibrated to")
     meta = dict(gm.meta)
-    Pipeline([Calibrate(batches, drive, progress)], given=("neurons", "dilations"))(gm)
+    Pipeline([Calibrate(batches, drive, rate, progress)], given=("neurons", "dilations"))(gm)
     gm.meta = meta
     return calibration(gm)
 

@@ -61,9 +61,10 @@ class Monitor:
         if name not in self._counts:
             self._counts[name] = _Count(module.channels, spikes.device)
         count = self._counts[name]
+        spikes = module.channels_together(spikes.detach(), layout)
         channel = layout.channel_dim
         # nothing here waits for the device
-        count.spikes += spikes.detach().sum([d for d in range(spikes.ndim) if d != channel], dtype=torch.float64)
+        count.spikes += spikes.sum([d for d in range(spikes.ndim) if d != channel], dtype=torch.float64)
         steps = spikes.shape[layout.time_dim] * spikes.shape[layout.batch_dim]
         units = spikes.numel() // max(steps * module.channels, 1)
         valid = steps if mask is None else mask.sum()

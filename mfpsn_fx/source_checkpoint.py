@@ -113,7 +113,7 @@ def _descriptions(
     for path, module in neurons.items():
         if module.source is None:
             continue
-        name = path.removeprefix(prefix)
+        name = path.removeprefix(prefix).partition("@")[0]  # a further use of the same neuron
         try:
             found[id(module)] = describe(twin.get_submodule(name))
         except AttributeError as error:

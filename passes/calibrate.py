@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -45,24 +46,29 @@ class Calibrate(Pass):
             what the model takes, or a ``Batch`` with a mask.
         drive: what the source neurons are driven by: ``"source"``, the source network's own layers, so that a layer
             makes up for what those before it missed; ``"own"``, the converted network's.
+        rate: how many times as often as its source a neuron shall fire.
         progress: show a progress bar; None: if the terminal is one.
 
     Layers other than neurons run in the mode that they are in.
 
     Raises:
         TypeError: ``batches`` can be run through once only, or holds something that is no batch.
-        ValueError: there is no batch, or ``drive`` is unknown.
+        ValueError: there is no batch, ``drive`` is unknown, or ``rate`` is not positive.
     """
 
     name = "calibrate"
     needs = ("neurons", "dilations")
     gives = ("initialised", "calibrated")
 
-    def __init__(self, batches: Iterable, drive: str = "source", progress: bool | None = None) -> None:
+    def __init__(
+        self, batches: Iterable, drive: str = "source", rate: float = 1.0, progress: bool | None = None
+    ) -> None:
         check_repeatable(batches, "calibration")
         if drive not in ("source", "own"):
             raise ValueError(f"unknown drive {drive!r}: choose 'source' or 'own'")
-        self.batches, self.drive, self.progress = batches, drive, progress
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise ValueError(f"rate must be a positive number, found {rate!r}")
+        self.batches, self.drive, self.rate, self.progress = batches, drive, float(rate), progress
 
     def call(self, gm: fx.GraphModule) -> Result:
         twins = _Twins(gm, self.batches)
@@ -70,7 +76,7 @@ class Calibrate(Pass):
         before = twins.compare()
         fits: dict[str, Fit] = {}
         for path in tqdm(before, desc="calibrate", unit="layer", disable=silent):
-            fits[path] = _calibrate(twins, path, self.drive)
+            fits[path] = _calibrate(twins, path, self.drive, self.rate)
         after = twins.compare() if fits else {}
         changes = []
         for path, fit in fits.items():
@@ -130,7 +136,7 @@ class _Reached(Exception):
 
 @dataclasses.dataclass
 class _Call:
-    """Input and output of one call of a neuron, (T, N, C, *), zero where the mask is false."""
+    """Input and output of one call of a neuron, (T, N, C, *); the input is zero where the mask is false."""
 
     x: Tensor
     spikes: Tensor
@@ -144,13 +150,15 @@ class _Twins:
         self.batches = batches
         self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
         self.uses: dict[str, int] = {}  # calls of each neuron in one run
-        for module in self.student.modules():
+        for module in [*self.student.modules(), *self.teacher.modules()]:
             if isinstance(module, MulFreePSN):
                 module.eval()
         made: dict[int, SimulatedNeuron] = {}
         for path, module in list(self.teacher.named_modules(remove_duplicate=False)):
             if isinstance(module, MulFreePSN) and module.source is not None:
-                stand_in = made.setdefault(id(module), SimulatedNeuron(module.source, module.layout))
+                stand_in = made.setdefault(
+                    id(module), SimulatedNeuron(module.source, module.layout, module.channel_dims)
+                )
                 parent, _, child = path.rpartition(".")
                 setattr(self.teacher.get_submodule(parent), child, stand_in)
 
@@ -173,11 +181,13 @@ class _Twins:
             layout = kwargs.get("layout") or module.layout
             given = args[1] if len(args) > 1 else kwargs.get("mask")
             mask = current_mask() if given is None else given
-            x = to_layout(args[0], layout, Layout.TIME_FIRST)
+            x, spikes = (
+                to_layout(module.channels_together(t, layout), layout, Layout.TIME_FIRST) for t in (args[0], spikes)
+            )
             if mask is not None:
                 x = x.masked_fill(~mask.reshape(*mask.shape, *([1] * (x.ndim - 2))), 0)
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            watched[path](_Call(x, to_layout(spikes, layout, Layout.TIME_FIRST).to(x.dtype), mask))
+            watched[path](_Call(x, spikes.to(x.dtype), mask))
             if path == last:
                 left -= 1
                 if left == 0:
@@ -217,7 +227,7 @@ class _Twins:
         return {path: counts[path] for path in self.uses}
 
 
-def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
+def _calibrate(twins: _Twins, path: str, drive: str, rate: float) -> Fit:
     """Fit one neuron of the student, its predecessors being calibrated already; write the result into it."""
     neuron = twins.student.get_submodule(path)
     place = neuron.weight.device
@@ -251,7 +261,7 @@ def _calibrate(twins: _Twins, path: str, drive: str) -> Fit:
     told = fit.slope > 0
     threshold = neuron.source.threshold.to(fit.mean)
     wish = (threshold - fit.offset) / torch.where(told, fit.slope, torch.ones_like(fit.slope))
-    theta = tail.threshold(fit.rate, torch.where(told, wish, threshold.expand_as(wish)))
+    theta = tail.threshold((fit.rate * rate).clamp(max=1), torch.where(told, wish, threshold.expand_as(wish)))
     _write(neuron, fit, theta)
     return fit
 

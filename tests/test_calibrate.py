@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
+import pathlib
 import pickle
+import sys
 
 import pytest
 import snntorch
@@ -278,6 +281,13 @@ def test_rates_match_and_more_spikes_agree(drive):
     assert first.agreement_after > 0.8
 
 
+def test_more_spikes_than_the_source(hot):
+    batches = data(4, 32)
+    taken = mfpsn_fx.calibrate(quick(hot, batches[0]), batches, rate=1.5, progress=False)
+    for row in taken.layers.values():
+        assert row.rate_after / row.source_rate == pytest.approx(1.5, rel=0.1)
+
+
 def test_the_source_is_the_source(hot):
     """Rates of the simulated source are those of SpikingJelly's own neurons."""
     batches = data(2)
@@ -430,12 +440,20 @@ def test_bad_input(hot, example):
     ):
         with pytest.raises(TypeError, match=message):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
+    for wrong, kinds in (([(example, torch.zeros(5))], "Tensor, Tensor"), ([{"image": example}], "image")):
+        with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit what the network takes.*labels are no part"):
+            mfpsn_fx.calibrate(converted, wrong, progress=False)
+        with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit"):
+            mfpsn_fx.recompute_statistics(converted, wrong)
     with pytest.raises(TypeError, match="can be run through once only"):
         quick(hot, example, calibrate=iter([example]))
     with pytest.raises(ValueError, match="calibration was given no batch"):
         mfpsn_fx.calibrate(converted, [], progress=False)
     with pytest.raises(ValueError, match="unknown drive 'mine': choose 'source' or 'own'"):
         mfpsn_fx.calibrate(converted, [example], drive="mine")
+    for rate in (0, -1.0, True, "often", float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="rate must be a positive number"):
+            mfpsn_fx.calibrate(converted, [example], rate=rate)
     with pytest.raises(ValueError, match="this network was not calibrated"):
         mfpsn_fx.calibration(converted)
     with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
@@ -466,3 +484,62 @@ def test_the_pass_states_its_needs(hot, example):
     assert names.index("calibrate") == names.index("initialise_neurons") + 1
     with pytest.raises(mfpsn_fx.PipelineError, match="calibrate needs 'neurons'"):
         Pipeline([Calibrate([example])])
+
+
+def test_the_benchmark_in_small(monkeypatch, tmp_path, capsys):
+    folder = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location("mfpsn_benchmark_calibration", folder / "calibration.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        results = module.main(["--quick", "--markdown", str(tmp_path / "table.md")])
+    finally:
+        for name in ("checkout", "common"):
+            sys.modules.pop(name, None)
+    assert [row["start"] for row in results] == ["not calibrated", "own", "source", "source, 1.25"]
+    text = (tmp_path / "table.md").read_text()
+    assert "Made by `python benchmarks/calibration.py --quick" in text
+    assert "| IF, lowered by the threshold | 2 |" in text
+
+
+def test_channels_elsewhere():
+    """Heads and width together are the channels, for the simulated source, the fit and the monitor."""
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif = nn.Linear(4, 4), neuron.IFNode(v_reset=None, v_threshold=0.3, step_mode="m")
+
+        def forward(self, x):
+            return self.lif(self.fc(x))
+
+    x = torch.randn(6, 9, 2, 3, 4)  # (T, N, heads, tokens, width)
+    for layout in ("time_first", "time_last"):
+        converted = quick(Heads(), x, channel_dims={"lif": (2, 4)}, calibrate=[x], layout=layout)
+        assert converted.get_submodule("lif").weight.shape == (8, 2)
+        with mfpsn_fx.monitor(converted.eval()) as seen:
+            converted(x)
+        row = mfpsn_fx.calibration(converted).layers["lif"]
+        assert seen.layers()["lif"].rates.shape == (8,)
+        assert seen.layers()["lif"].rate == pytest.approx(row.rate_after, abs=1e-6)
+        assert row.steps == 6 * 9 * 3
+        assert abs(row.rate_after - row.source_rate) < 0.02
+
+
+def test_each_use_of_a_shared_neuron_is_fitted(example):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.lif = nn.Linear(8, 5), nn.Linear(5, 4), neuron.ParametricLIFNode(step_mode="m")
+
+        def forward(self, x):
+            return self.lif(self.b(self.lif(self.a(x))))
+
+    net, x = Shared(), 4 * torch.randn(6, 9, 8)
+    converted = quick(net, x, calibrate=[x])
+    assert list(mfpsn_fx.calibration(converted).layers) == ["lif", "lif@2"]
+    mfpsn_fx.load_source_checkpoint(converted, net.state_dict(), x, source=net)
+    wanted = quick(net, x)
+    for (key, a), b in zip(converted.state_dict().items(), wanted.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pathlib
+import re
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import mfpsn_fx
 from mfpsn_fx import Batch, MaskedBatchNorm, MulFreePSN
+
+DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 
 
 def quick(model, *example, **options):
@@ -496,6 +500,38 @@ class TestCheckpointing:
             out = wrapped(x.requires_grad_())
         with pytest.raises(RuntimeError, match="lif1: its checkpointed forward runs again without the mask"):
             out.sum().backward()
+
+
+def test_compiled_checkpoint():
+    """The compiler recomputes values, not calls: statistics are counted once there too."""
+    x = torch.randn(7, 6, 5)
+    model = quick(SpeechNet(norm=False), x)
+    twin = copy.deepcopy(model)
+    step = torch.compile(lambda x: checkpoint(twin, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    model(x).sum().backward()
+    step(x).sum().backward()
+    for a, b in zip([*model.buffers()], [*twin.buffers()], strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", ["living_with.md", "calibration.md"])
+def test_what_the_manual_says_to_type(name, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, f"docs/{name}", "exec"), names)
+    printed = capsys.readouterr().out
+    if name == "calibration.md":
+        assert "common spikes after" in printed
+        for row in mfpsn_fx.calibration(names["model"]).layers.values():
+            assert abs(row.rate_after - row.source_rate) < 0.03
+        return
+    assert "saturated" in printed
+    assert names["rates"].shape == (32,)
+    assert "train/hidden.2/silent" in names["log"]
+    assert len(blocks) == 8
 
 
 def test_reset_net_after_masking(net, example):

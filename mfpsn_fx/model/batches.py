@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
@@ -47,7 +48,19 @@ class Batch:
         )
 
     def run(self, model: nn.Module):
-        """``model(*args, **kwargs)`` with the mask in force."""
+        """``model(*args, **kwargs)`` with the mask in force.
+
+        Raises:
+            TypeError: the model does not take such arguments.
+        """
+        try:
+            inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            kinds = [type(value).__name__ for value in self.args] + list(self.kwargs)
+            raise TypeError(
+                f"a batch of {', '.join(kinds) or 'nothing'} does not fit what the network takes ({error}); "
+                "labels are no part of it"
+            ) from error
         with contextlib.nullcontext() if self.mask is None else valid_steps(self.mask):
             return model(*self.args, **self.kwargs)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 
+from .channel_dims import DEFAULT_DIMS, channels_back, channels_together
 from .source import Geometric, SourceNeuron, TwoPole
 from .steps import current_mask
 
@@ -125,20 +126,30 @@ class SimulatedNeuron(nn.Module):
     Not for training: no gradient passes.
     """
 
-    def __init__(self, source: SourceNeuron, layout: str = "time_first") -> None:
+    def __init__(
+        self, source: SourceNeuron, layout: str = "time_first", channel_dims: tuple[int, ...] = DEFAULT_DIMS
+    ) -> None:
         super().__init__()
-        self.source, self.layout = source, layout
+        self.source, self.layout, self.channel_dims = source, layout, channel_dims
+
+    def channels_together(self, x: Tensor, layout: str) -> Tensor:
+        """``x`` with its channels in their place; see :class:`MulFreePSN`."""
+        return x if self.channel_dims == DEFAULT_DIMS else channels_together(x, self.channel_dims, layout)
 
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None, *, layout: str | None = None, **binding) -> Tensor:
         """Spikes (T, N, C, *) or (N, C, *, T), zero where ``mask`` (or :func:`valid_steps`) is false."""
         layout = layout or self.layout
         mask = current_mask() if mask is None else mask
-        x = to_layout(x, layout, Layout.TIME_FIRST)
+        shape = x.shape
+        x = to_layout(self.channels_together(x, layout), layout, Layout.TIME_FIRST)
         if mask is not None:
             valid = mask.reshape(*mask.shape, *([1] * (x.ndim - 2)))
             x = x.masked_fill(~valid, 0)
         spikes = simulate(self.source, x)[1].to(x.dtype)
         if mask is not None:
             spikes = spikes * valid
-        return to_layout(spikes, Layout.TIME_FIRST, layout)
+        spikes = to_layout(spikes, Layout.TIME_FIRST, layout)
+        if self.channel_dims != DEFAULT_DIMS:
+            spikes = channels_back(spikes, self.channel_dims, layout, shape)
+        return spikes
