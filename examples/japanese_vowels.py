@@ -175,7 +175,7 @@ SOURCES = {
             lambda beta, learned: snntorch.Leaky(
                 beta=beta, learn_beta=learned, spike_grad=snntorch_surrogate.atan(alpha=2.0)
             ),
-            ("beta", "learn_beta"), (0.5, False), 5e-3, tuple(itertools.product((0.25, 0.5, 0.75, 0.9), (False, True))),
+            ("beta", "learn_beta"), (0.5, True), 5e-3, tuple(itertools.product((0.25, 0.5, 0.75, 0.9), (False, True))),
         ),
         Source(
             "LIF", MultiStepNet,
@@ -193,11 +193,11 @@ SOURCES = {
         ),
         Source(
             "PSN", MultiStepNet, lambda: neuron.PSN(T=STEPS, surrogate_function=_atan()),
-            (), (), 5e-3, ((),),
+            (), (), 2e-3, ((),),
         ),
         Source(
             "SlidingPSN", MultiStepNet, lambda k: neuron.SlidingPSN(k=k, surrogate_function=_atan()),
-            ("k",), (4,), 5e-3, ((2,), (4,), (8,)),
+            ("k",), (2,), 2e-3, ((2,), (4,), (8,)),
         ),
     )
 }  # fmt: skip

@@ -123,6 +123,7 @@ class _TimeGraph:
                 forms[folded] = self.graph.call_function(fold_time, (x,))
             else:
                 forms[folded] = self.graph.call_function(unfold_time, (x, self._steps()))
+            forms[folded].meta["is_wrapped"] = True  # FX traces its own code again when it unpickles: stay calls
         return forms[folded]
 
     def _steps(self) -> fx.Node:
