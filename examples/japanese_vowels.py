@@ -404,7 +404,8 @@ Every network is {COEFFICIENTS} -> {HIDDEN} -> {HIDDEN} -> {SPEAKERS} with two l
 averaged over the valid steps of each utterance. A (T, N) mask (`mfpsn_fx.valid_steps`) keeps the padding out of our
 neurons' statistics and spikes. All networks of a seed start from the same synapses and are trained alike: AdamW
 (weight decay 0.01), cosine schedule, batches of {options.batch}, arctangent surrogate with alpha = 2.
-Hyper-parameters were chosen on held-out fifths of the training set (`--tune --seeds 2`), never on the test set; of equals the one in better company:
+Hyper-parameters were chosen on held-out fifths of the training set (`--tune --seeds 2`), never on the test set; of
+equals the one in better company:
 
 | network | neurons | learning rate |
 |---|---|---|
