@@ -15,6 +15,7 @@ from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.over_time import OverTime
 from mfpsn_fx.model.source import NotAFilterError, is_source, looks_like_a_neuron
+from mfpsn_fx.model.stepping import Stepping
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.unrolled import has_batch_statistics
 
@@ -108,13 +109,23 @@ class _Recorder(fx.Interpreter):
             module = self.fetch_attr(n.target)
             value = self.map_nodes_to_values(x, n)
             if chain.sequence and not chain.stepping.sequence:
-                result = torch.stack([chain.stepping.first(module, step) for step in value])
+                result = _lifted(chain.stepping, module, value)
             else:
                 result = chain.stepping.first(module, value)
         else:
             result = super().run_node(n)
         self.made[n.name] = result
         return result
+
+
+def _lifted(stepping: Stepping, module: nn.Module, x: Tensor) -> object:
+    """What Norse's Lift returns for a cell: its first output at all steps, stacked, and the last state."""
+    results = [stepping.first(module, x[0])]
+    for step in x[1:]:
+        results.append(module(step, *stepping.next_states(results[-1])))
+    if len(stepping.outputs) == 1:
+        return torch.stack(results)
+    return (torch.stack([result[0] for result in results]), *results[-1][1:])
 
 
 def _record(gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_step: bool) -> dict[str, object]:
@@ -143,7 +154,8 @@ def _record(gm: fx.GraphModule, slices: Slices, args: tuple, kwargs: dict, one_s
             what = f"an example of shape {', '.join(map(str, shapes))}"
             if one_step:
                 what = f"one step of {what}; it sees one step a call, and convert takes the whole sequence, (T, N, *)"
-            raise RollUpError(f"the network does not run on {what}: {error}") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RollUpError(f"the network does not run on {what}: {why}") from error
     return recorder.made
 
 

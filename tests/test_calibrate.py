@@ -441,7 +441,9 @@ def test_bad_input(hot, example):
         with pytest.raises(TypeError, match=message):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
     for wrong, kinds in (([(example, torch.zeros(5))], "Tensor, Tensor"), ([{"image": example}], "image")):
-        with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit what the network takes.*labels are no part"):
+        with pytest.raises(
+            TypeError, match=rf"a batch of {kinds} does not fit what the network takes.*labels are no part"
+        ):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
         with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit"):
             mfpsn_fx.recompute_statistics(converted, wrong)

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import pathlib
 import pickle
+import re
 import warnings
 
 import norse.torch as norse
@@ -828,6 +829,31 @@ class TestConverted:
         net, x = First(), 3 * torch.randn(5, 2, 3)
         assert torch.equal(rolled(net, x)(x), net(x))
 
+    def test_lifted_cells_and_voltages(self):
+        """Lift around a cell returns its spikes over time; the voltage of a cell is read from its state."""
+
+        class Lifted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc, self.lif, self.cell = nn.Linear(3, 3), norse.Lift(norse.LIFCell()), norse.LIFCell()
+
+            def forward(self, x):
+                z, _ = self.lif(self.fc(x))
+                state, voltages = None, []
+                for t in range(4):
+                    _, state = self.cell(z[t], state)
+                    voltages.append(state.v)
+                return z, torch.stack(voltages)
+
+        net, x = Lifted(), 50 * torch.randn(4, 2, 3)
+        ours, theirs = rolled(net, x), net(x)
+        assert torch.equal(ours(x)[0], theirs[0])
+        assert theirs[0].sum() > 0
+        # without its reset: the same until it first fires, which it does at no step here
+        torch.testing.assert_close(ours(x)[1], theirs[1])
+        assert isinstance(ours.cell, LeakyIntegrator)
+        assert [row.layer for row in mfpsn_fx.selection(converted(net, x)).rows] == ["lif.lifted_module"]
+
     def test_unconverted_neurons_run_over_time(self):
         """With strict=False what is no filter stays, and steps through the sequence inside its wrapper."""
         net = nn.Sequential(
@@ -842,3 +868,21 @@ class TestConverted:
         assert path == "1"
         assert "suppress each other" in why
         assert ours(x).shape == (4, 2, 2)
+
+
+def test_the_manual():
+    """docs/single_step.md: what it shows runs, and the graph after is the one that it prints."""
+    text = (FOLDER.parent.parent / "docs" / "single_step.md").read_text(encoding="utf-8")
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/single_step.md", "exec"), names)
+    unregister_stepping("mypackage.MyCell")
+    graph = text.split("```\n")[2]
+    printed = re.findall(r"^.{55}%(\w+) : ", graph, flags=re.MULTILINE)
+    kept = rolled(names["Net"](), names["x"]).graph.nodes  # before layouts are chosen, which measuring does
+    assert printed == [n.name for n in kept if n.op != "output"]
+    unrolled, _ = capture_steps(names["Net"](), (names["x"],))
+    left = re.findall(r"^%(\w+) : ", graph, flags=re.MULTILINE)
+    met = [n.name for n in unrolled.graph.nodes if n.op not in ("output", "get_attr") and n.users]
+    assert left == met

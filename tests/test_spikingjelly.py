@@ -371,24 +371,18 @@ class TestModels:
             for name in module.__all__:
                 assert name in names or name.endswith("ResNet") or "Config" in name or "Builder" in name, name
 
-    @pytest.mark.parametrize(
-        "build",
-        [
-            lambda: spiking_resnet.SpikingResNet(spiking_resnet.BasicBlock, [1, 1, 1, 1], 3,
-                                                 spiking_neuron=neuron.IFNode),
-            lambda: sew_resnet.SEWResNet(sew_resnet.BasicBlock, [1, 1, 1, 1], 3, cnf="IAND",
-                                         spiking_neuron=neuron.ParametricLIFNode),
-        ],
-    )  # fmt: skip
-    def test_resnets(self, build):
+    @pytest.mark.parametrize("step_mode", ["s", "m"])
+    def test_resnets(self, step_mode):
         def made():
-            net = build()
+            if step_mode == "s":
+                return spiking_resnet.SpikingResNet(spiking_resnet.BasicBlock, [1] * 4, 3, spiking_neuron=neuron.IFNode)
+            net = sew_resnet.SEWResNet(sew_resnet.BasicBlock, [1] * 4, 3, cnf="IAND",
+                                       spiking_neuron=neuron.ParametricLIFNode)  # fmt: skip
             functional.set_step_mode(net, "m")
             return net
 
-        outcome = compatibility.examine(
-            compatibility.Network("", "", made, lambda: (torch.rand(2, 2, 3, 32, 32),), OPTIONS), "eager"
-        )
+        x = torch.rand(2, 2, 3, 32, 32)
+        outcome = compatibility.examine(compatibility.Network("", "", made, lambda: (x,), OPTIONS), "eager")
         assert outcome.expected, outcome
         assert outcome.captured == "traced"
 

@@ -456,14 +456,19 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
               gradients_tile<K, membrane.value, through.value>(walk, tiles(i), grads(i), qi, b + i * V, p.surrogate,
                                                                static_cast<acc>(p.alpha), wi, a + i * V, s + i * V, du, dh,
                                                                sums + i * rows * V);
-              if constexpr (membrane.value) transposed_tile<K, through.value>(walk, du, qi, dh, wi, target(i));
             };
-            if (!wanted)
-              gradients(std::false_type{}, std::true_type{});
-            else if (offset != nullptr)
-              gradients(std::true_type{}, std::true_type{});
+            // the taps of both filters and the sums fill the registers beyond order 4: then one sweep each
+            constexpr bool together = K > 0 && K <= 4;
+            const bool both = together && wanted && offset != nullptr;
+            if constexpr (together)
+              if (both) gradients(std::true_type{}, std::true_type{});
+            if (!both && wanted) gradients(std::true_type{}, std::false_type{});
+            if (!both && offset != nullptr) gradients(std::false_type{}, std::true_type{});
+            if (!wanted) continue;
+            if (offset != nullptr)
+              transposed_tile<K, true>(walk, du, qi, dh, wi, target(i));
             else
-              gradients(std::true_type{}, std::false_type{});
+              transposed_tile<K, false>(walk, du, qi, dh, wi, target(i));
           }
         });
         if (!wanted) continue;
