@@ -422,6 +422,8 @@ source of the first.
 {accuracies}
 
 {kept(results)}
+PSN has weights of its own for each pair of steps, ahead too, and a filter of k taps keeps little of them: what is left
+right after conversion is calibration's.
 
 {picture}## Time of an epoch in training
 
