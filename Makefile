@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m mfpsn_fx demo
 
+# Two processes of one thread each: one process leaves a second core idle most of the time, and threads of two would wait
+# for each other
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
