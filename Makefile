@@ -8,19 +8,22 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m mfpsn_fx demo
 
+# Two processes of one thread each: one process leaves a second core idle most of the time, and threads of two would wait
+# for each other
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
 
-# The libraries whose networks we convert come without their dependencies: some would pull a second torch.
+# The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
+# the data is used.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt spikingjelly snntorch norse nir nirtorch
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt spikingjelly snntorch norse nir nirtorch aeon
 	touch $@
 
 clean:

@@ -28,6 +28,7 @@ from .backend import backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
 from .monitoring import Monitor, monitor
+from .nir_reader import from_nir
 from .parameters import check_optimizer, param_groups
 from .running_statistics import recompute_statistics
 from .selection import Row, Selection, print_selection, selection
@@ -63,6 +64,7 @@ __all__ = [
     "check_optimizer",
     "conversion_pipeline",
     "convert",
+    "from_nir",
     "lengths_to_mask",
     "load_source_checkpoint",
     "mask_batch_norms",

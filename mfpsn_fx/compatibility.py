@@ -246,7 +246,7 @@ def document(outcomes: Iterable[Outcome], backend: str, before: str = "") -> str
     sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
     for library in dict.fromkeys(o.library for o in outcomes):
         rows = [o for o in outcomes if o.library == library]
-        done = sum(o.converted > 0 and o.expected for o in rows)
+        done = sum(0 < o.converted == o.found and o.expected for o in rows)
         sections[library] = (
             f"\n{library}{_version(library)}, torch {torch.__version__}, `torch.compile(backend={backend!r})`: "
             f"{done} of {len(rows)} networks convert whole.\n\n{table(rows, 'github')}\n"

@@ -6,7 +6,7 @@ import copy
 
 from torch import fx, nn
 
-from mfpsn_fx.model.source import NotAFilterError, Taps, describe, is_source
+from mfpsn_fx.model.source import NotAFilterError, PerStep, Taps, describe, is_source
 
 from .base import Pass, Result
 
@@ -50,6 +50,6 @@ class SeparateUses(Pass):
 def has_state(old: nn.Module) -> bool:
     """Whether a source neuron carries a membrane from step to step; a PSN filters the whole sequence."""
     try:
-        return not isinstance(describe(old).response, Taps)
+        return not isinstance(describe(old).response, (PerStep, Taps))
     except NotAFilterError:  # it is refused later on, once
         return False

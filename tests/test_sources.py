@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -9,6 +11,7 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import ATan, Geometric, NotAFilterError, Sigmoid, SourceNeuron, Taps
+from mfpsn_fx.model.simulate import simulate
 from mfpsn_fx.model.source import describe, is_source, looks_like_a_neuron
 
 STEPS = 10
@@ -97,6 +100,24 @@ def test_psn_family():
         h = convolved(source, x.double()) - source.threshold
         assert torch.equal((h >= 0).float(), m(x)), type(m)
         assert "averaged along diagonals" in source.notes[0]
+
+
+@pytest.mark.parametrize("name", ["PSN", "MaskedPSN"])
+def test_calibration_aims_at_what_weights_of_their_own_for_each_step_do(name):
+    """Their filter is a mean, but what is simulated is the neuron itself, to the bit."""
+    m = neuron.PSN(T=STEPS) if name == "PSN" else neuron.MaskedPSN(k=3, T=STEPS, lambda_init=0.5, step_mode="m")
+    nn.init.normal_(m.weight)
+    nn.init.normal_(m.bias)
+    m = m.double()
+    source = describe(m)
+    x = torch.randn(STEPS, 4, 3, 2, dtype=torch.float64)
+    spikes = simulate(source, x)[1]
+    assert 0.2 < float(spikes.mean()) < 0.8
+    assert torch.equal(spikes, m(x))
+    with pytest.raises(ValueError, match=f"{name}: there are weights for {STEPS} steps, found 3"):
+        simulate(source, x[:3])
+    pickled = pickle.loads(pickle.dumps(source))
+    assert torch.equal(pickled.response(torch.arange(3)), source.response(torch.arange(3)))
 
 
 def test_surrogates():

@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  (they register their adapters)
     flexsn_source,
+    nir_neurons,
     norse_sources,
     snntorch_sources,
     spikingjelly_sources,

@@ -15,6 +15,7 @@ from torch import fx, nn
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
 from .stepping import is_stepping
+from .time_axis import fold_time, unfold_time
 
 __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
@@ -42,7 +43,7 @@ class _Untraceable(Exception):
 
 class _LeafTracer(fx.Tracer):
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
-        super().__init__()
+        super().__init__(autowrap_functions=(fold_time, unfold_time))
         self.leaves = {} if leaves is None else leaves
         self.inside: list[str] = []
 

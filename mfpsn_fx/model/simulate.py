@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together
-from .source import Geometric, SourceNeuron, TwoPole
+from .source import Geometric, PerStep, SourceNeuron, TwoPole
 from .steps import current_mask
 
 __all__ = ["SimulatedNeuron", "charging", "simulate"]
@@ -55,7 +55,12 @@ def _two_pole(response: TwoPole, like: Tensor) -> Charge:
 
 
 def _filtered(source: SourceNeuron, x: Tensor) -> Tensor:
-    """Σ_j response(j)·X[t−j] over all of the past."""
+    """Σ_j response(j)·X[t−j] over all of the past, or what a neuron with weights for every pair of steps makes of X."""
+    if isinstance(source.response, PerStep):
+        try:
+            return source.response.membrane(x)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from None
     steps = x.shape[0]
     taps = source.response(torch.arange(steps)).to(x)
     h = torch.zeros_like(x)

@@ -14,6 +14,7 @@ from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 __all__ = [
     "Geometric",
     "NotAFilterError",
+    "PerStep",
     "SourceNeuron",
     "Taps",
     "TwoPole",
@@ -91,6 +92,32 @@ class TwoPole:
             response.append(value)
         taps = torch.stack(response, -1)[..., reached.clamp(min=0)]
         return gain.unsqueeze(-1) * torch.where(reached >= 0, taps, torch.zeros_like(taps))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerStep:
+    """Weights of its own for every pair of steps, H[t] = Σ_u weight[t, u]·X[u] + offset[t]: PSN (paper, equation 6).
+
+    As a filter it is the mean along each diagonal; what looks ahead of t, above the diagonal, has no place in one.
+    Calibration aims at the membrane itself.
+
+    Attributes:
+        weight: (T, T).
+        offset: (T,), what a step's threshold is lower than the mean of all.
+    """
+
+    weight: Tensor
+    offset: Tensor
+
+    def __call__(self, lags: Tensor) -> Tensor:
+        """lags (k,) of int → (k,) in float64."""
+        return Taps(torch.stack([self.weight.diagonal(-lag).mean() for lag in range(len(self.weight))]))(lags)
+
+    def membrane(self, x: Tensor) -> Tensor:
+        """(T, N, *) → H (T, N, *); ``ValueError`` if T is another than the weights'."""
+        if len(x) != len(self.weight):
+            raise ValueError(f"there are weights for {len(self.weight)} steps, found {len(x)}")
+        return torch.tensordot(self.weight.to(x), x, 1) + self.offset.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)

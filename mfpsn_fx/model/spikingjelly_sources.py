@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .source import Geometric, NotAFilterError, SourceNeuron, Taps, register_source
+from .source import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, register_source
 
 __all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
 
@@ -109,28 +109,25 @@ def gated_leaky(m: nn.Module) -> SourceNeuron:
     )  # fmt: skip
 
 
-def _along_diagonals(weight: Tensor) -> Taps:
-    """(T, T) → the mean response at each lag; what looks ahead of t (upper triangle) is not causal and left out."""
-    return Taps(torch.stack([weight.diagonal(-lag).mean() for lag in range(weight.shape[0])]))
+def _per_step(m: nn.Module, weight: Tensor) -> SourceNeuron:
+    surrogate, notes = surrogate_of(m)
+    weight, bias = finite(m, weight=weight, bias=m.bias)
+    mean = bias.mean()
+    notes = ("T x T weights averaged along diagonals", *notes)
+    return SourceNeuron(type(m).__name__, PerStep(weight, bias.flatten() - mean), -mean, surrogate, notes=notes)
 
 
 @register_source(*class_names("PSN", "psn"))
 def parallel(m: nn.Module) -> SourceNeuron:
-    """H = W X + B: each step its own weights, averaged here over the steps for each lag."""
-    surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=m.weight, bias=m.bias)
-    notes = ("T x T weights averaged along diagonals", *notes)
-    return SourceNeuron("PSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
+    """H = W X + B: each step its own weights, averaged over the steps for each lag where a filter is asked for."""
+    return _per_step(m, m.weight)
 
 
 @register_source(*class_names("MaskedPSN", "psn"))
 def masked_parallel(m: nn.Module) -> SourceNeuron:
     """PSN behind its mask at the present λ."""
     with_all_steps(m)
-    surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=m.masked_weight(), bias=m.bias)
-    notes = ("T x T weights averaged along diagonals", *notes)
-    return SourceNeuron("MaskedPSN", _along_diagonals(weight), -bias.mean(), surrogate, notes=notes)
+    return _per_step(m, m.masked_weight())
 
 
 @register_source(*class_names("SlidingPSN", "psn"))

@@ -1,0 +1,144 @@
+"""NIR's neurons as modules: differential equations stepped by forward Euler, time first.
+
+Between spikes all of them are one recursion, with the coefficients that a time step dt gives them:
+
+    i[t] = a·i[t−1] + b·x[t]                      a = 1 − dt/τ_syn, b = w_in·dt/τ_syn (CubaLIF, CubaLI; i = x elsewhere)
+    v[t] = rest + c·(v[t−1] − rest) + g·i[t]      c = 1 − dt/τ,     g = r·dt/τ       (IF, I: c = 1, g = r·dt)
+
+from i = 0 and v = rest. That is what SpikingJelly, snnTorch and Norse make of an NIR graph: the membrane sees this
+step's current, a spike (v > v_threshold) is put out in the step that reaches it, and v is then v_reset. NIR does not
+say where v starts; rest is v_leak, and v_reset for the IF, which has no leak.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mfpsn_fx.kernels.surrogate import ATan, Surrogate, spike
+
+from .leaky_integrator import LeakyIntegrator
+from .source import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+
+__all__ = ["NIRNeuron", "nir_integrator"]
+
+_COEFFICIENTS = ("gain", "decay", "rest", "threshold", "reset", "current_gain", "current_decay")
+
+
+class NIRNeuron(nn.Module):
+    """A spiking primitive of NIR (LIF, CubaLIF, IF, Threshold), stepped one by one with its reset.
+
+    (T, N, *) → spikes (T, N, *), differentiable through ``surrogate``. This is the reference that ``convert`` starts
+    from and is compared with; ``convert`` puts a :class:`MulFreePSN` in its place.
+
+    Args:
+        primitive: NIR's name of it.
+        dtype: of the buffers.
+        surrogate: None for ``ATan(2.0)``.
+        coefficients: those above as tensors, each of the neurons' shape, or () or (1,) where all are alike: ``gain``
+            g, ``decay`` c, ``rest``, ``threshold``, ``reset``, and for a CubaLIF ``current_gain`` b, ``current_decay``
+            a.
+
+    Raises:
+        ValueError: the input is not of the neurons' shape: nothing is broadcast that was not meant to be.
+    """
+
+    def __init__(
+        self, primitive: str, dtype: torch.dtype, surrogate: Surrogate | None = None, **coefficients: Tensor
+    ) -> None:
+        super().__init__()
+        self.primitive, self.path = primitive, primitive
+        self.surrogate = ATan() if surrogate is None else surrogate
+        for name in _COEFFICIENTS:
+            value = coefficients.get(name)
+            self.register_buffer(name, None if value is None else value.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        current = above_rest = torch.zeros_like(x[0]) if len(x) else None
+        fired = []
+        for step in x:
+            current = step if self.current_decay is None else self.current_decay * current + self.current_gain * step
+            above_rest = self.decay * above_rest + self.gain * current
+            # Θ fires at equality and NIR above it only: 1 − Θ(−u) is 1 where u > 0
+            spikes = 1 - spike(self.threshold - self.rest - above_rest, self.surrogate)
+            above_rest = torch.where(spikes.detach() > 0, self.reset - self.rest, above_rest)
+            fired.append(spikes)
+        return torch.stack(fired) if fired else torch.zeros_like(x)
+
+    def _check(self, x: Tensor) -> None:
+        shape = tuple(self.gain.shape)
+        alike = shape in ((), (1,))
+        if x.ndim < 3 or (not alike and tuple(x.shape[2:]) != shape):
+            wanted = "*" if alike else ", ".join(map(str, shape))
+            raise ValueError(
+                f"{self.path}: NIR's {self.primitive} takes (T, N, {wanted}), time first, found {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.primitive}, shape={tuple(self.gain.shape)}"
+
+
+def nir_integrator(primitive: str, dtype: torch.dtype, **coefficients: Tensor) -> LeakyIntegrator:
+    """A primitive that puts out its membrane (LI, CubaLI, I), for all steps at once: nothing resets it.
+
+    Raises:
+        NotAFilterError: a coefficient varies within a channel.
+    """
+    values = {name: _by_channel(primitive, name, value) for name, value in coefficients.items()}
+    return LeakyIntegrator(_response(**values), rest=values["rest"], dtype=dtype)
+
+
+def _response(
+    *,
+    gain: Tensor,
+    decay: Tensor,
+    current_gain: Tensor | None = None,
+    current_decay: Tensor | None = None,
+    **others: Tensor,
+) -> Geometric | TwoPole:
+    if current_decay is None:
+        return Geometric(gain, decay)
+    return TwoPole(gain * current_gain, current_decay, decay)
+
+
+def _by_channel(primitive: str, name: str, value: Tensor) -> Tensor:
+    """Of the neurons' shape → () or (C,), in float64."""
+    value = value.detach().double()
+    if not bool(torch.isfinite(value).all()):
+        raise NotAFilterError(f"{name} of this NIR {primitive} is NaN or infinite")
+    if value.shape in ((), (1,)):
+        return value.reshape(()).clone()
+    rows = value.reshape(len(value), -1)
+    if bool((rows != rows[:, :1]).any()):
+        raise NotAFilterError(
+            f"{name} of this NIR {primitive} of shape {tuple(value.shape)} varies within channels, but there is one "
+            "filter and one threshold a channel (dim 0 of the shape)"
+        )
+    return rows[:, 0].clone()
+
+
+@register_source(NIRNeuron)
+def nir_neuron(m: NIRNeuron) -> SourceNeuron:
+    """The recursion without its reset, one filter a channel."""
+    values = {
+        name: _by_channel(m.primitive, name, value) for name in _COEFFICIENTS if (value := getattr(m, name)) is not None
+    }
+    rest, threshold, reset = values["rest"], values["threshold"], values["reset"]
+    notes = ()
+    if m.primitive != "Threshold":
+        notes += ("reset dropped",)
+        if bool((rest != 0).any()):
+            notes += (f"{'v_reset' if m.primitive == 'IF' else 'v_leak'} folded into the threshold",)
+        if bool((reset != rest).any()):
+            notes += ("v_reset is not v_leak: calibration resets to v_leak",)
+    return SourceNeuron(
+        f"NIR {m.primitive}",
+        _response(**values),
+        threshold - rest,
+        m.surrogate,
+        strict=True,
+        reset="none" if m.primitive == "Threshold" else "zero",
+        channels=len(threshold) if threshold.ndim else None,
+        notes=notes,
+    )
