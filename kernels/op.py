@@ -524,6 +524,18 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
 
 
+def _unwatched(*tensors: Tensor) -> bool:
+    """Whether nobody would notice that the dispatcher is passed by: no mode, no subclass of Tensor, no profiler.
+
+    Through it once more, with twenty arguments, takes a tenth of a training step's time in Python.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd._profiler_enabled()
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
 class _Neuron(torch.autograd.Function):
     """Autograd of ``mfpsn::neuron``.
 
@@ -534,9 +546,8 @@ class _Neuron(torch.autograd.Function):
     @staticmethod
     def forward(ctx, constants, x, weight, gamma, beta, running_mean, running_var, scale, shift, mask):
         with torch._C._AutoDispatchBelowAutograd():
-            spikes, mean, var = neuron(
-                x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, **constants
-            )
+            run = _neuron if _unwatched(x, weight) else neuron
+            spikes, mean, var = run(x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, **constants)
         ctx.constants = constants
         # in training the running statistics are not saved: the caller updates them in place afterwards
         used = (mean, var) if constants.get("training", False) else (running_mean, running_var)
@@ -553,9 +564,9 @@ class _Neuron(torch.autograd.Function):
             layer = _named(ctx.constants.get("layer", ""))
             raise RuntimeError(f"{layer}a surrogate gradient has no derivative; take gradients without create_graph")
         _, *needs = ctx.needs_input_grad
-        dx, dweight, dgamma, dbeta, dscale, dshift = torch.ops.mfpsn.neuron_backward(
-            grad, *ctx.saved_tensors, input_grad=needs[0], **ctx.constants
-        )
+        saved = ctx.saved_tensors
+        run = _neuron_backward if _unwatched(grad, *saved[:2]) else torch.ops.mfpsn.neuron_backward
+        dx, dweight, dgamma, dbeta, dscale, dshift = run(grad, *saved, input_grad=needs[0], **ctx.constants)
         grads = (dx, dweight, dgamma, dbeta, None, None, dscale, dshift, None)
         return None, *(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
