@@ -125,7 +125,8 @@ class _Run:
         self.layout, self.order, self.dtype = call.layout, order, x.dtype
         surrogate = call.surrogate
         shared = _prepared(x.shape, x.stride(), call.layout, order, call.dilation, surrogate.name, surrogate.alpha)
-        self.dims, self.problem, self.alive = shared.geometry.dims, shared.address, []
+        # kept while the call runs: the cache may drop it meanwhile, in another thread
+        self.dims, self.problem, self.alive = shared.geometry.dims, shared.address, [shared]
         if call.scale is not None or call.shift is not None or call.mask is not None:
             own = _Problem(*shared.sizes, *self.vectors(call.scale, call.shift, call.mask))
             self.problem = ctypes.addressof(own)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -250,6 +252,16 @@ def test_results_that_are_written_past_the_caches(length):
         one, its = x[:, n : n + 1], grad[:, n : n + 1]
         assert torch.equal(spikes[:, n : n + 1], neuron(one, *eval_only, method="fused-cpp")[0])
         assert torch.equal(dx[:, n : n + 1], OPS.neuron_backward(its, one, *eval_only, method="fused-cpp")[0])
+
+
+def test_what_a_call_reads_outlives_the_cache():
+    """Other threads may prepare any number of other shapes while a call runs."""
+    run = fused_cpu._Run(Call(Layout.TIME_FIRST, 1, torch.float32, ATan(2.0)), torch.randn(3, 2, 4, 5), 2)
+    shared = weakref.ref(next(kept for kept in run.alive if isinstance(kept, fused_cpu._Prepared)))
+    fused_cpu._prepared.cache_clear()
+    gc.collect()
+    assert shared() is not None
+    assert shared().address == run.problem
 
 
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 50.0])
