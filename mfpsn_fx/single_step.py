@@ -11,6 +11,8 @@ from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
 from mfpsn_fx.model.source import NotAFilterError
 from mfpsn_fx.passes import ConversionError, RollUp
 
+from .rolled_check import check_rolled
+
 __all__ = ["has_steps", "rolled_up"]
 
 
@@ -42,5 +44,6 @@ def rolled_up(
     except (unrolled.NotSteppedError, NotAFilterError) as error:
         raise ConversionError(str(error)) from error
     rolled = RollUp((), example, one_step=one_step, accept=accept)(steps).graph_module
+    check_rolled(rolled, model, example, one_step)
     kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
     return rolled, (), {name: value for name, value in example.items() if name in kept}

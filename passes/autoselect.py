@@ -96,9 +96,9 @@ class Autoselect(Pass):
         check_choice(self.kernels, [neuron.name for neuron in found])
         jobs = {neuron.name: self._jobs(neuron) for neuron in found}
         memo: dict[tuple, Candidate] = {}
-        todo = {self._key(neuron, job): (neuron, *job) for neuron in found for job in jobs[neuron.name]}
+        pending = {self._key(neuron, job): (neuron, *job) for neuron in found for job in jobs[neuron.name]}
         silent = None if self.progress is None else not self.progress
-        for key, (neuron, layout, kernel) in tqdm(todo.items(), desc="autoselect", unit="kernel", disable=silent):
+        for key, (neuron, layout, kernel) in tqdm(pending.items(), desc="autoselect", unit="kernel", disable=silent):
             memo[key] = self._time(neuron, layout, kernel)
         measured = {}
         for neuron in found:

@@ -29,6 +29,7 @@ __all__ = ["ACCEPTABLE", "RollUp", "check_accept"]
 _log = logging.getLogger("mfpsn_fx")
 
 ACCEPTABLE = ("batch_statistics",)
+WITHOUT_RESET = "mfpsn_without_reset"  # gm.meta: paths of membranes that are read out without the reset they had
 
 
 def check_accept(accept: Collection[str]) -> None:
@@ -172,6 +173,7 @@ class _Emitter:
         self.accept = accept
         self.graph = fx.Graph()
         self.modules: dict[str, object] = {}
+        self.without_reset: list[str] = []
         self.whole: dict[int, object] = {}  # a value that is the same for all steps, or a timed one as (T, N, *)
         self.folded: dict[int, object] = {}  # a timed one as (T·N, *)
         self.late: dict[tuple[int, int], fx.Node] = {}
@@ -200,6 +202,7 @@ class _Emitter:
             if source is not None and source is not child and not isinstance(child, (OverTime, LeakyIntegrator)):
                 child.training = source.training
         rolled.graph.lint()
+        rolled.meta[WITHOUT_RESET] = tuple(self.without_reset)
         return rolled
 
     def _needed(self) -> set[int]:
@@ -473,6 +476,7 @@ class _Emitter:
             place = next((t for t in [*module.parameters(), *module.buffers(), *self.gm.parameters()]), None)
             self.modules[path] = integrator.to(place.device if place is not None else None).train(module.training)
             if not chain.stepping.reads_out:
+                self.without_reset.append(path)
                 _log.warning("%s: its membrane is read out without its reset", chain.path)
         name = path.replace(".", "_").replace("@", "_")
         self.whole[index] = self.graph.create_node("call_module", path, (x,), {}, name=name)

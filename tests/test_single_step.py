@@ -787,6 +787,108 @@ class TestRefusals:
         torch.testing.assert_close(ours.get_submodule("1").weight[:, 0], torch.tensor([0.5, 0.6]))
 
 
+class Unseen(nn.Module):
+    """A loop with something in it that its graph does not show."""
+
+    def __init__(self, what, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.what = what
+        self.fc1, self.lif1 = nn.Linear(3, 6), snntorch.Leaky(beta=0.9, **options)
+        self.fc2, self.lif2 = nn.Linear(6, 4), snntorch.Leaky(beta=0.8, **options)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        mem1 = torch.zeros_like(self.fc1(x[0]))
+        mem2, spikes, total, count = None, [], 0.0, 0.0
+        if self.what == "start":
+            mem1.fill_(0.7)
+        for t in range(x.shape[0]):
+            current = self.fc1(x[t])
+            if self.what == "method":
+                current.mul_(0.2)
+            elif self.what == "layer":
+                self.act(current)
+            spike, mem1 = self.lif1(current, mem1)
+            if self.what == "membrane":
+                mem1.mul_(0.5)
+            spike, mem2 = self.lif2(self.fc2(spike), mem2)
+            total += spike
+            count = count + (spike > 0.5)
+            spikes.append(total if self.what == "alias" else spike)
+        if self.what == "dtype":
+            return count
+        out = torch.stack(spikes)
+        if self.what == "view":
+            return torch.cat(spikes).view(x.shape[0], x.shape[1], -1).mean(0)
+        return out / x.shape[1] if self.what == "quotient" else out
+
+
+class Kept(nn.Module):
+    """One step; what it keeps in an attribute is no state of a neuron."""
+
+    def __init__(self, what):
+        super().__init__()
+        torch.manual_seed(0)
+        self.what, self.before, self.steps = what, None, 0
+        self.fc, self.back = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.lif = snntorch.Leaky(beta=0.9, init_hidden=True)
+
+    def forward(self, x):
+        current = self.fc(x)
+        if self.what == "recurrent" and self.before is not None:
+            current = current + self.back(self.before)
+        if self.what == "counter":
+            self.steps += 1
+            current = current * self.steps
+        self.before = self.lif(current)
+        return self.before
+
+
+class TestWhatTheGraphDoesNotShow:
+    @pytest.mark.parametrize("what", ["start", "method", "layer", "membrane", "alias", "dtype"])
+    def test_loops(self, what):
+        with pytest.raises(RollUpError, match="Unseen rolled up over time does not give what its own code gives"):
+            converted(Unseen(what), torch.randn(4, 2, 3))
+
+    @pytest.mark.parametrize("what", ["recurrent", "counter"])
+    def test_attributes_of_one_step(self, what):
+        with pytest.raises(RollUpError, match="Kept rolled up over time does not give what its own code gives"):
+            converted(Kept(what), torch.randn(4, 2, 3))
+
+    @pytest.mark.parametrize("what", ["view", "quotient"])
+    def test_the_batch_size_as_a_number(self, what):
+        with pytest.raises(RollUpError, match="gives something else than its own code for batches of another size"):
+            converted(Unseen(what), torch.randn(4, 2, 3))
+
+    def test_batches_of_one_size_are_told(self, caplog):
+        class Images(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc, self.lif = nn.Linear(4, 3), snntorch.Leaky(beta=0.9)
+
+            def forward(self, x):
+                x, mem, spikes = x.view(x.size(0), -1), None, []
+                for _ in range(3):
+                    spike, mem = self.lif(self.fc(x), mem)
+                    spikes.append(spike)
+                return torch.stack(spikes)
+
+        assert converted(Images(), torch.randn(5, 2, 2))(torch.randn(5, 2, 2)).shape == (3, 5, 3)
+        assert "Images: the converted network takes batches of the example's size alone" in caplog.text
+
+    def test_without_any_of_it(self, caplog):
+        model = converted(Unseen(""), torch.randn(4, 2, 3))
+        assert model(torch.randn(4, 7, 3)).shape == (4, 7, 4)
+        assert "size alone" not in caplog.text
+
+    def test_layers_that_mix_samples_behind_a_dropout(self):
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1)
+        net = nn.Sequential(layer, nn.Linear(4, 3), snntorch.Leaky(beta=0.9, init_hidden=True))
+        with pytest.raises(RollUpError, match=r"layer '0' does not give on T·N samples at once"):
+            converted(net, torch.randn(4, 2, 5, 4))
+
+
 class TestNetworks:
     """The tutorials' networks: as the source says before neurons are replaced, and trainable after."""
 

@@ -1,0 +1,199 @@
+"""Whether a network that was rolled up over time gives what its own code gives."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from mfpsn_fx.model.capture import copied, preserved_rng
+from mfpsn_fx.model.stepping import stepping_of
+from mfpsn_fx.model.time_axis import expect_steps
+from mfpsn_fx.passes.roll_up import WITHOUT_RESET
+from mfpsn_fx.passes.time_slices import RollUpError, is_random
+
+__all__ = ["check_rolled"]
+
+_log = logging.getLogger("mfpsn_fx")
+
+
+def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str, object], one_step: bool) -> None:
+    """Run both, in evaluation and in float64, on the example, on values that are drawn, and with one sample more.
+
+    What a graph does not show (an operation in place whose result is not used, an attribute that is read or written
+    between steps, the example's batch size as a number) shows here. Not compared: networks that draw random numbers,
+    membranes that are read out without their reset, and single steps that take their states as arguments, which
+    nothing but the training loop hands on.
+
+    Args:
+        rolled: with the source's own neurons in it, resets and all.
+        model: the source; both are left as they are.
+        example: by the names of ``model``'s arguments.
+        one_step: ``model`` sees one step a call.
+
+    Raises:
+        RollUpError: they differ.
+    """
+    if any(n.op != "call_module" and is_random(rolled, n) for n in rolled.graph.nodes):
+        return
+    given = [n.target for n in rolled.graph.nodes if n.op == "placeholder"]
+    if one_step and set(inspect.signature(model.forward).parameters) - set(given):
+        return
+    name = type(model).__name__
+    with preserved_rng(), torch.no_grad(), _Wide():
+        torch.manual_seed(0)
+        values = {k: _double(v) for k, v in example.items()}
+        drawn = [{k: _drawn(v, factor) if k in given else v for k, v in values.items()} for factor in (1, 4, 16)]
+        for inputs in (values, *drawn):
+            try:
+                found = _difference(rolled, model, inputs, given, one_step)
+            except _RolledError as error:
+                found = f"it does not run: {error}"
+            if found is not None:
+                raise RollUpError(
+                    f"{name} rolled up over time does not give what its own code gives ({found}): something that its "
+                    "forward does is not seen when it is traced, such as an operation in place whose result is not "
+                    "used (write c = c.clamp(min=0), not c.clamp_(min=0)), or an attribute that is read or written "
+                    "between steps (keep it in a variable)"
+                )
+        larger = [_one_sample_more(rolled, inputs, one_step) for inputs in drawn]
+        try:
+            each = (_difference(rolled, model, inputs, given, one_step) for inputs in larger if inputs is not None)
+            found = next((difference for difference in each if difference is not None), None)
+        except _RolledError as error:
+            _log.warning(
+                "%s: the converted network takes batches of the example's size alone, since its forward uses that "
+                "size as a number (such as x.view(x.size(0), -1); write x.flatten(1)): %s", name, error,
+            )  # fmt: skip
+            return
+        if found is not None:
+            raise RollUpError(
+                f"{name} rolled up over time gives something else than its own code for batches of another size than "
+                f"the example's ({found}): its forward counts with the batch size; take a mean instead"
+            )
+
+
+class _Wide(TorchFunctionMode):
+    """What a library makes float32 by name (snnTorch's spikes) is float64 here."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float:
+            return args[0].double()
+        swap = lambda a: torch.float64 if a is torch.float32 else a  # noqa: E731
+        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
+
+
+class _RolledError(Exception):
+    """The rolled-up network does not run where the source does."""
+
+
+def _double(value: object) -> object:
+    # float64, so that rounding does not turn a spike where layers see T·N samples instead of N
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _drawn(value: object, factor: float) -> object:
+    """Other values about the same mean; ``factor`` times as far from it, for neurons that the example hardly drives."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return value
+    spread = value.std(correction=0) if bool((value != value.flatten()[0]).any()) else value.abs().mean() + 1
+    return value.mean() + factor * spread * torch.randn_like(value)
+
+
+def _one_sample_more(rolled: fx.GraphModule, inputs: dict[str, object], one_step: bool) -> dict[str, object] | None:
+    """The inputs with their first sample once more at the end; None where the graph does not tell which dim is N."""
+    larger = dict(inputs)
+    timed = [n for n in rolled.graph.nodes if n.target is expect_steps]
+    for node in (n for n in rolled.graph.nodes if n.op == "placeholder"):
+        value = inputs.get(node.target)
+        if not isinstance(value, Tensor):
+            continue
+        time = {n.args[1] for n in timed if n.args[0] is node} or ({0} if one_step else set())
+        if len(time) > 1 or (not time and timed) or value.ndim <= len(time):
+            return None
+        batch = 1 if time == {0} else 0
+        larger[node.target] = torch.cat([value, value.narrow(batch, 0, 1)], batch)
+    return larger
+
+
+def _difference(
+    rolled: fx.GraphModule, model: nn.Module, inputs: dict[str, object], given: list[str], one_step: bool
+) -> str | None:
+    """The first output that differs, in words; None where all are the same, or the source itself fails."""
+    try:
+        expected = _run_source(model, inputs, one_step)
+    except Exception as error:  # not in float64, or not at this size: it cannot be asked
+        _log.debug("%s does not run beside its rolled-up graph: %s", type(model).__name__, error)
+        return None
+    try:
+        found = copied(rolled).eval().double()(**{k: _cloned(v) for k, v in inputs.items() if k in given})
+    except Exception as error:
+        raise _RolledError(str(error).strip().splitlines()[0]) from error
+    output = next(n for n in rolled.graph.nodes if n.op == "output").args[0]
+    for path, node, ours, theirs in _leaves("", output, found, expected, one_step):
+        if _reads_without_reset(node, rolled.meta.get(WITHOUT_RESET, ())):
+            continue
+        where = f"output{path}" if path else "its output"
+        if ours.shape != theirs.shape:
+            return f"{where} has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
+        if ours.is_floating_point() != theirs.is_floating_point():
+            return f"{where} is {ours.dtype} instead of {theirs.dtype}"
+        # decays and kernels that a library keeps in float32 round there; spikes are 0 and 1
+        apart = ~torch.isclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        if bool(apart.any()):
+            return f"{where} differs in {float(apart.double().mean()):.0%} of its values"
+    return None
+
+
+def _run_source(model: nn.Module, inputs: dict[str, object], one_step: bool) -> object:
+    source = copied(model).eval().double()
+    for m in source.modules():
+        if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
+            stepping.reset(m)
+    if not one_step:
+        return source(**{k: _cloned(v) for k, v in inputs.items()})
+    steps = min(len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim)
+    results = []
+    for t in range(steps):
+        result = source(**{k: _cloned(v[t]) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()})
+        results.append(result)
+    return results
+
+
+def _cloned(value: object) -> object:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _leaves(
+    path: str, node: object, ours: object, theirs: object, one_step: bool
+) -> Iterator[tuple[str, fx.Node, Tensor, Tensor]]:
+    """(place, node, value, source's value) of each tensor that is returned; what the rolled-up network drops is not."""
+    if isinstance(ours, Tensor):
+        steps = theirs if one_step else [theirs]
+        if isinstance(node, fx.Node) and all(isinstance(step, Tensor) for step in steps):
+            yield path, node, ours, torch.stack(theirs) if one_step else theirs
+        return
+    keys = ours.keys() if isinstance(ours, dict) else range(len(ours)) if isinstance(ours, (tuple, list)) else ()
+    for key in keys:
+        try:
+            inner = [step[key] for step in theirs] if one_step else theirs[key]
+            yield from _leaves(f"{path}[{key!r}]", node[key], ours[key], inner, one_step)
+        except (LookupError, TypeError):  # a state of another kind
+            continue
+
+
+def _reads_without_reset(node: fx.Node, paths: tuple[str, ...]) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if at.op == "call_module" and at.target in paths:
+            return True
+        stack.extend(at.all_input_nodes)
+    return False
