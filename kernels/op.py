@@ -19,7 +19,7 @@ from .layout import Layout
 from .parts import Call
 from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, version
-from .surrogate import Surrogate, get_surrogate
+from .surrogate import get_surrogate
 
 __all__ = ["backward_input", "backward_reductions", "fire", "neuron", "statistics"]
 
@@ -188,7 +188,6 @@ class _Settled(NamedTuple):
     parts: object
     layout: Layout
     dtype: torch.dtype
-    surrogate: Surrogate
 
 
 # What follows from shapes and constants is found once for all calls alike: found anew it took a fifth of a training
@@ -202,7 +201,6 @@ def _settled(
     wide: bool,
     device: str,
     surrogate: str,
-    alpha: float,
     gradient: str,
     training: bool,
     masked: bool,
@@ -219,7 +217,7 @@ def _settled(
     )  # fmt: skip
     wide = wide or dtype is torch.float64
     sums = torch.float64 if wide else torch.float32
-    return _Settled(_kernel(method, problem, layer).parts, place, sums, get_surrogate(surrogate, alpha))
+    return _Settled(_kernel(method, problem, layer).parts, place, sums)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -246,8 +244,8 @@ def _bind(
     **vectors: Tensor | None,
 ) -> _Bound:
     affine = scale is not None or shift is not None
-    parts, place, dtype, smooth = _settled(
-        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device.type, surrogate, alpha,
+    parts, place, dtype = _settled(
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device.type, surrogate,
         gradient, training, mask is not None, affine, dilation, layout, method, layer,
     )  # fmt: skip
     if affine:
@@ -255,7 +253,9 @@ def _bind(
     _check_operands(x, weight, grad, layer, vectors)
     if mask is not None:
         _check_mask(mask, x, place, layer)
-    return _Bound(parts, Call(place, dilation, dtype, smooth, _to(scale, dtype), _to(shift, dtype), mask))
+    return _Bound(
+        parts, Call(place, dilation, dtype, get_surrogate(surrogate, alpha), _to(scale, dtype), _to(shift, dtype), mask)
+    )
 
 
 def _neuron(

@@ -50,6 +50,7 @@ def register_surrogate(name: str):
             raise ValueError(f"the surrogate name {name!r} is taken by {known.__qualname__}")
         cls.name = name
         _SURROGATES[name] = cls
+        get_surrogate.cache_clear()  # the class may have been defined anew
         return cls
 
     return decorate

@@ -9,6 +9,7 @@ from torch import nn
 
 from mfpsn_fx.model.batches import Batch, reset_states
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.reruns import Reruns
 
 __all__ = ["recompute_statistics"]
 
@@ -44,7 +45,12 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in layers}
     before = {m: {name: b.clone() for name, b in m.named_buffers(recurse=False)} for m in layers}
-    count = 0
+    count, calls, hooks = 0, dict.fromkeys(layers, 0), []
+
+    def average(m: MulFreePSN, args: tuple) -> None:
+        calls[m] += 1  # a neuron that is called more than once a batch counts each of its calls, as batch norms do
+        m.momentum = 1 / calls[m]
+
     try:
         model.eval()
         for m in layers:
@@ -52,15 +58,13 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
             m.running_mean.zero_()
             m.running_var.fill_(1)
             if isinstance(m, MulFreePSN):
+                hooks.append(m.register_forward_pre_hook(average))
                 continue
             m.momentum = None  # torch's cumulative average
             m.num_batches_tracked.zero_()
         with torch.no_grad():
             for batch in batches:
                 count += 1
-                for m in layers:
-                    if isinstance(m, MulFreePSN):
-                        m.momentum = 1 / count
                 reset_states(model)
                 Batch.of(batch).run(model)
         if not count:
@@ -71,9 +75,13 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
                 getattr(m, name).copy_(value)
         raise
     finally:
+        for hook in hooks:
+            hook.remove()
         for m, training in modes.items():
             m.training = training
         for m, momentum in momenta.items():
             m.momentum = momentum
+            if hasattr(m, "_reruns"):
+                m._reruns = Reruns()  # none of these runs is run again
         reset_states(model)
     return count

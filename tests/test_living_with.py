@@ -498,8 +498,96 @@ class TestCheckpointing:
         wrapped = self.Checkpointed(quick(SpeechNet(norm=False), x), reentrant)
         with mfpsn_fx.valid_steps(mask):
             out = wrapped(x.requires_grad_())
-        with pytest.raises(RuntimeError, match="lif1: its checkpointed forward runs again without the mask"):
+        with pytest.raises(RuntimeError, match=r"lif1: .* runs again with no mask, and ran under another before"):
             out.sum().backward()
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_another_mask_is_an_error(self, reentrant):
+        """A second forward before the first one's backward, or a mask where there was none: never another gradient."""
+        (x, _), mask = sequences()
+        wrapped = self.Checkpointed(quick(SpeechNet(norm=False), x), reentrant)
+        x = x.requires_grad_()
+        with mfpsn_fx.valid_steps(mask):
+            first = wrapped(x)
+        with mfpsn_fx.valid_steps(mask.roll(1, 1)):
+            second = wrapped(x)
+            with pytest.raises(RuntimeError, match=r"lif1: .* runs again with a mask, and ran under several before"):
+                (first + second).sum().backward()
+        wrapped = copy.deepcopy(wrapped)
+        unmasked = wrapped(x)
+        with (
+            mfpsn_fx.valid_steps(mask),
+            pytest.raises(RuntimeError, match=r"lif1: .* runs again with a mask, and ran without one before"),
+        ):
+            unmasked.sum().backward()
+
+    def test_one_mask_after_the_other(self):
+        (x, _), mask = sequences()
+        wrapped = self.Checkpointed(quick(SpeechNet(norm=False), x), False)
+        mfpsn_fx.recompute_statistics(wrapped.model, [x])
+        for valid in (mask, mask.roll(1, 1), torch.ones_like(mask)):
+            with mfpsn_fx.valid_steps(valid):
+                wrapped(x.requires_grad_()).sum().backward()
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_masked_batch_norms_count_once(self, reentrant):
+        x, mask = torch.randn(5, 4, 3, requires_grad=True), torch.ones(5, 4, dtype=torch.bool)
+        mask[3:, 1] = False
+        norm = nn.Sequential(layer.BatchNorm1d(3, step_mode="m"))
+        assert mfpsn_fx.mask_batch_norms(norm) == 1
+        twin = copy.deepcopy(norm)
+        with mfpsn_fx.valid_steps(mask):
+            norm(x).square().sum().backward()
+            checkpoint(twin, x, use_reentrant=reentrant).square().sum().backward()
+            out = checkpoint(twin, x, use_reentrant=reentrant)
+        for a, b in zip(norm.buffers(), twin.buffers(), strict=True):
+            assert not torch.equal(a, b)  # by the second forward
+        with pytest.raises(RuntimeError, match="MaskedBatchNorm: its checkpointed forward runs again with no mask"):
+            out.sum().backward()
+        assert int(twin[0].num_batches_tracked) == 2
+
+
+def test_a_neuron_called_twice_averages_its_calls():
+    neuron = MulFreePSN(3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lif = neuron
+
+        def forward(self, x):
+            return self.lif(2 * self.lif(x) + x)
+
+    batches = [torch.randn(6, 8, 3) for _ in range(3)]
+    seen = []
+    for x in batches:
+        probe = copy.deepcopy(neuron)
+        probe.momentum = 1.0
+        first = probe(x)
+        seen.append(probe.running_mean.clone())
+        probe(2 * first + x)
+        seen.append(probe.running_mean.clone())
+    mfpsn_fx.recompute_statistics(Twice(), batches)
+    torch.testing.assert_close(neuron.running_mean, torch.stack(seen).mean(0))
+
+
+def test_a_mask_of_single_values_moves_no_statistics():
+    mask = torch.zeros(5, 4, dtype=torch.bool)
+    mask[2, 1] = True
+    neuron, norm = MulFreePSN(3), nn.Sequential(layer.BatchNorm1d(3, step_mode="m"))
+    mfpsn_fx.mask_batch_norms(norm)
+    with mfpsn_fx.valid_steps(mask):
+        neuron(torch.randn(5, 4, 3))
+        norm(torch.randn(5, 4, 3))
+    assert torch.equal(neuron.running_var, torch.ones(3))
+    assert torch.equal(norm[0].running_var, torch.ones(3))
+
+
+def test_batch_norms_with_hooks_are_not_replaced():
+    norm = nn.Sequential(nn.BatchNorm1d(3))
+    norm[0].register_forward_hook(lambda *a: None)
+    with pytest.raises(TypeError, match=r"0: it bears hooks, which its replacement would not have"):
+        mfpsn_fx.mask_batch_norms(norm)
 
 
 def test_compiled_checkpoint():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import (
     ATan,
     Layout,
@@ -82,6 +83,22 @@ class TestSurrogate:
             x = torch.tensor([0.25], requires_grad=True)
             spike(x, get_surrogate("triangle", 1.0)).backward()
             assert x.grad.item() == 0.75
+            neuron = MulFreePSN(1, surrogate=get_surrogate("triangle", 1.0)).eval()
+            neuron(x.expand(2, 2, 1)).sum().backward()
+            before = neuron.beta.grad.clone()
+
+            @register_surrogate("triangle")
+            @dataclasses.dataclass(frozen=True)
+            class Triangle(Surrogate):  # as when a notebook's cell runs again
+                alpha: float = 1.0
+
+                def derivative(self, x):
+                    return 5 * (1 - self.alpha * x.abs()).clamp(min=0)
+
+            neuron.beta.grad = None
+            neuron(x.expand(2, 2, 1)).sum().backward()
+            assert torch.equal(neuron.beta.grad, 5 * before)
+            assert bool(before.any())
         finally:
             del _SURROGATES["triangle"]
 

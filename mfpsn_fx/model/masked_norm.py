@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .reruns import Reruns
 from .source import qualified_name
 from .steps import current_mask
 
 __all__ = ["MaskedBatchNorm", "mask_batch_norms"]
 
 _HOMES = ("torch.nn.modules.batchnorm.", "spikingjelly.activation_based.layer.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 
@@ -37,6 +39,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.register_parameter(name, getattr(norm, name))
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(norm, name))
+        self._reruns = Reruns()
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,8 +51,9 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalised(self, x: Tensor) -> Tensor:
         mask = current_mask()
         batch_statistics = self.training or self.running_mean is None
+        counts = self.training and not self._reruns.again(mask, self.training, "MaskedBatchNorm")
         if mask is None or not batch_statistics:
-            momentum = self._momentum() if self.training else 0.0
+            momentum = self._momentum() if counts else 0.0
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
             )
@@ -68,8 +72,8 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         view = (-1, *([1] * (x.ndim - 2)))
         centred = (wide - mean.view(view)) * valid
         var = centred.square().sum(dims) / count
-        if self.training and self.running_mean is not None:
-            momentum = self._momentum()
+        if counts and self.running_mean is not None:
+            momentum = self._momentum() * (count > 1).to(self.running_mean.dtype)  # a single value has no variance
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 unbiased = var * (count / (count - 1).clamp(min=1))
@@ -99,7 +103,8 @@ def mask_batch_norms(model: nn.Module) -> int:
         How many were replaced.
 
     Raises:
-        TypeError: a batch norm is of a class that is not known (SyncBatchNorm, subclasses); nothing is replaced then.
+        TypeError: a batch norm is of a class that is not known (SyncBatchNorm, subclasses), or bears
+            hooks; nothing is replaced then.
     """
     model = getattr(model, "_orig_mod", model)
     found: list[tuple[str, nn.Module]] = []
@@ -109,6 +114,8 @@ def mask_batch_norms(model: nn.Module) -> int:
         name = qualified_name(type(module))
         if not name.startswith(_HOMES) or name.rpartition(".")[2] not in _NAMES or not path:
             raise TypeError(f"{path or 'the model'}: {name} is no batch norm that could be masked; replace it yourself")
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise TypeError(f"{path}: it bears hooks, which its replacement would not have; remove them first")
         found.append((path, module))
     made = {id(module): MaskedBatchNorm(module) for _, module in found}
     for path, module in found:

@@ -16,6 +16,7 @@ from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
 from .record import Calibrated, Measured, Plan
+from .reruns import Reruns
 from .source import SourceNeuron
 from .steps import current_mask
 
@@ -93,7 +94,7 @@ class MulFreePSN(nn.Module):
         self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
         self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
         self.calibrated: Calibrated | None = None  # what calibration found, if there was one
-        self._masked = False  # whether the last forward had a mask, for layers that are run again in backward
+        self._reruns = Reruns()
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
         self.gamma = nn.Parameter(torch.ones(channels, **factory))
@@ -132,10 +133,10 @@ class MulFreePSN(nn.Module):
         Raises:
             TypeError: x is not floating point.
             ValueError: rank or channels do not fit, or there is one value per channel in training.
-            RuntimeError: a checkpointed layer is run again without the mask that it had.
+            RuntimeError: a checkpointed layer is run again, and perhaps not with the mask that it had.
         """
         mask = current_mask() if mask is None else mask
-        again = self._runs_again(mask)
+        again = self._reruns.again(mask, self.training, self.path or "MulFreePSN")
         chosen = (
             (self.kernel if kernel is None else kernel)
             if self.training
@@ -172,20 +173,6 @@ class MulFreePSN(nn.Module):
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes
 
-    def _runs_again(self, mask: Tensor | None) -> bool:
-        """Whether this is the second run of a checkpointed layer, whose statistics have been counted already."""
-        if torch.compiler.is_compiling():  # the compiler recomputes values, not calls
-            return False
-        if torch._C._current_graph_task_id() == -1:  # not within a backward
-            self._masked = mask is not None
-            return False
-        if self._masked and mask is None:
-            raise RuntimeError(
-                f"{self.path or 'MulFreePSN'}: its checkpointed forward runs again without the mask that it had; call "
-                "backward inside valid_steps too"
-            )
-        return True
-
     def channels_together(self, x: Tensor, layout: str) -> Tensor:
         """``x`` as the kernels see it: (T, N, C, *) or (N, C, *, T), wherever its channels are."""
         if self.channel_dims == DEFAULT_DIMS:
@@ -198,15 +185,16 @@ class MulFreePSN(nn.Module):
         return channels_together(x, self.channel_dims, layout)
 
     def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
-        count = x.numel() // self.channels
+        count, momentum = x.numel() // self.channels, self.momentum
         if mask is None:
             unbiased = var * (count / (count - 1))
         else:
             valid = mask.sum() * (count // mask.numel())
             unbiased = var * (valid / (valid - 1).clamp(min=1))
+            momentum = momentum * (valid > 1).to(self.running_mean.dtype)  # a single value has no variance
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             # neither requires grad: the op's statistics are not differentiable
-            running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), self.momentum)
+            running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), momentum)
 
     def folded(self) -> Fold:
         """Taps W_q (C, k) and bias b_f (C,) that evaluation fires with (appendix C), and what they are made of."""

@@ -1,0 +1,57 @@
+"""The second run of a checkpointed layer, within backward: what it must do otherwise, and under which mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Reruns"]
+
+
+class Reruns:
+    """Belongs to one layer; copies and pickles of the layer start afresh.
+
+    Checkpointing keeps neither the mask of a run nor a number for it, so that a rerun has the right mask is known only
+    if all checkpointed runs since the last rerun had the same.
+    """
+
+    def __init__(self) -> None:
+        self._masks: list[Tensor | None] = []  # those of the runs since the last rerun, two at most
+        self._over = False
+
+    def __reduce__(self):
+        return Reruns, ()
+
+    def __deepcopy__(self, memo):
+        return Reruns()
+
+    def again(self, mask: Tensor | None, training: bool, layer: str) -> bool:
+        """Whether this run is a second one, whose statistics have been counted already.
+
+        Raises:
+            RuntimeError: it is, and may have had another mask before.
+        """
+        if torch.compiler.is_compiling():  # the compiler recomputes values, not calls
+            return False
+        if torch._C._current_graph_task_id() == -1:  # not within a backward
+            if self._over:
+                self._masks, self._over = [], False
+            if training and _checkpointed() and not any(mask is other for other in self._masks):
+                self._masks = [*self._masks, mask][:2]
+            return False
+        masks = self._masks
+        if masks and (len(masks) > 1 or masks[0] is not mask):
+            self._masks = []
+            found = "no mask" if mask is None else "a mask"
+            before = "under several" if len(masks) > 1 else "without one" if masks[0] is None else "under another"
+            raise RuntimeError(
+                f"{layer}: its checkpointed forward runs again with {found}, and ran {before} before; call backward "
+                "inside the valid_steps that forward had, and before the next forward"
+            )
+        self._over = True
+        return True
+
+
+def _checkpointed() -> bool:
+    """Whether this may be the first run of a checkpointed layer: without gradients, or with hooks on what is saved."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
