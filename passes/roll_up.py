@@ -309,22 +309,26 @@ class _Emitter:
 
     def _check_channels(self, expr: Expr) -> None:
         chain = self.slices.chains[expr.args[2]]
-        if chain.sequence:
-            return
         call = chain.calls[0]
         x = self.recorded[(call.args[0] if call.args else next(iter(call.kwargs.values()))).name]
-        if x.ndim < 2:
+        if x.ndim < 2 + chain.sequence:
             raise RollUpError(
                 f"{chain.path}: at one step its input has shape {tuple(x.shape)}, but batch and channels are needed: "
                 "convert takes the whole sequence, (T, N, *)"
             )
         module = self.gm.get_submodule(chain.path)
-        for name in ("alpha", "beta", "threshold"):
-            value = getattr(module, name, None)
-            if isinstance(value, Tensor) and value.numel() > 1 and value.ndim == 1 and x.ndim > 2:
+        shape = tuple(x.shape[1:] if chain.sequence else x.shape)
+        kept = {name: getattr(module, name, None) for name in ("alpha", "beta", "threshold")}
+        fields = getattr(module, "p", None)  # Norse's parameters
+        kept |= {name: getattr(fields, name) for name in getattr(fields, "_fields", ())}
+        for name, value in kept.items():
+            if not isinstance(value, Tensor) or value.numel() == 1 or value.ndim > len(shape):
+                continue
+            places = [dim - value.ndim for dim, size in enumerate(value.shape) if size > 1]
+            if [place % len(shape) for place in places] != [1]:
                 raise RollUpError(
-                    f"{chain.path}: its {name} of shape {tuple(value.shape)} belongs to the last dim of its input "
-                    f"{tuple(x.shape)}, but channels are dim 1: give it as {(len(value), *[1] * (x.ndim - 2))}"
+                    f"{chain.path}: its {name} of shape {tuple(value.shape)} meets dim {places[-1] % len(shape)} of "
+                    f"its input {shape}, but channels are dim 1: give it as {(shape[1], *[1] * (len(shape) - 2))}"
                 )
 
     def _carries_batch(self, index: int) -> bool:

@@ -126,14 +126,18 @@ _MAKES_ZEROS = (torch.zeros_like, torch.zeros, "new_zeros")
 _RANDOM = (
     torch.bernoulli, torch.rand_like, torch.randn_like, torch.poisson, torch.normal, torch.dropout,
     nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-    nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, "bernoulli", "bernoulli_", "normal_", "uniform_",
+    nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.randint_like, torch.multinomial,
+    torch.binomial, nn.functional.gumbel_softmax, "bernoulli", "bernoulli_", "normal_", "uniform_", "multinomial", "exponential_",
+    "geometric_", "random_",
 )  # fmt: skip
 
 
 def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node draws random numbers."""
     if node.op == "call_module":
-        return any(isinstance(m, nn.modules.dropout._DropoutNd) for m in gm.get_submodule(node.target).modules())
+        return any(
+            isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) for m in gm.get_submodule(node.target).modules()
+        )
     return node.op in ("call_function", "call_method") and node.target in _RANDOM
 
 

@@ -32,6 +32,15 @@ def _seeded():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def one_thread():
+    """For files whose tensors are small: on a busy machine threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class LifNet(nn.Module):
     """(T, N, 1, 8) → (N, 3): two convolutions and a hidden layer, three LIF layers."""
 

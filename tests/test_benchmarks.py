@@ -38,13 +38,7 @@ def load(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are small here: on a busy machine threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestVanillaModule:

@@ -37,12 +37,7 @@ STEPS = 8
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rolled(model, *args, accept=()):
@@ -778,9 +773,43 @@ class TestRefusals:
         with pytest.raises(ConversionError, match="lif: its spikes feed back into it"):
             converted(Recurrent(), torch.randn(4, 2, 3))
 
+    @pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4, 1)])
+    def test_parameters_of_other_dims_than_channels(self, shape):
+        """On images whose height and width are as many as their channels: only the place tells them apart."""
+        x = torch.randn(3, 2, 1, 4, 4)
+        leaky = snntorch.Leaky(beta=torch.linspace(0.1, 0.9, 4).reshape(shape), init_hidden=True)
+        with pytest.raises(RollUpError, match=r"1: its beta of shape .* meets dim [23] .* give it as \(4, 1, 1\)"):
+            converted(nn.Sequential(nn.Conv2d(1, 4, 1), leaky), x)
+        cell = norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.linspace(0.1, 0.9, 4).reshape(shape)))
+        with pytest.raises(RollUpError, match=r"1: its v_th of shape .* meets dim [23] .* give it as \(4, 1, 1\)"):
+            converted(norse.SequentialState(nn.Conv2d(1, 4, 1), cell), x)
+
+    def test_parameters_of_channels(self):
+        thresholds = torch.linspace(0.1, 0.9, 4)
+        cell = norse.LIFBoxCell(norse.LIFBoxParameters(v_th=thresholds.reshape(4, 1, 1)))
+        model = converted(norse.SequentialState(nn.Conv2d(1, 4, 1), cell), torch.randn(3, 2, 1, 4, 4))
+        (neuron,) = (m for m in model.modules() if isinstance(m, MulFreePSN))
+        torch.testing.assert_close(neuron.source.threshold.float(), thresholds)
+
+    def test_random_whole_numbers_are_drawn_at_every_step(self):
+        class Draws(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.lif = snntorch.Leaky(beta=0.5)
+
+            def forward(self, x):
+                mem, spikes = None, []
+                for _ in range(6):
+                    spike, mem = self.lif(3.0 * torch.randint_like(x, 0, 2), mem)
+                    spikes.append(spike)
+                return torch.stack(spikes)
+
+        spikes = rolled(Draws(), torch.rand(3, 40))(torch.rand(3, 40))
+        assert not all(torch.equal(spikes[0], later) for later in spikes[1:])
+
     def test_decay_of_the_last_dim(self):
         net = nn.Sequential(nn.Conv2d(1, 2, 3), snntorch.Leaky(beta=torch.tensor([0.5, 0.6]), init_hidden=True))
-        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) belongs to the last dim .* as \(2, 1, 1\)"):
+        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) meets dim 3 .* as \(2, 1, 1\)"):
             converted(net, torch.randn(4, 2, 1, 4, 4))
         net[1] = snntorch.Leaky(beta=torch.tensor([0.5, 0.6]).reshape(2, 1, 1), init_hidden=True)
         ours = converted(net, torch.randn(4, 2, 1, 4, 4))

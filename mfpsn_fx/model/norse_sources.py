@@ -30,12 +30,12 @@ def _values(m: nn.Module, *names: str) -> list[Tensor]:
         tensor = torch.as_tensor(getattr(m.p, name)).detach().double().clone()
         if not bool(torch.isfinite(tensor).all()):
             raise NotAFilterError(f"{name} of its {type(m).__name__} is NaN or infinite")
-        if tensor.numel() > 1 and tensor.ndim > 1:
+        if tensor.ndim > 1 and tensor.numel() != max(tensor.shape):
             raise NotAFilterError(
-                f"{name} of its {type(m).__name__} has shape {tuple(tensor.shape)}: one value, or (C,), can be taken "
-                "over"
+                f"{name} of its {type(m).__name__} has shape {tuple(tensor.shape)}: one value for all neurons or one "
+                "a channel, (C,) or (C, 1, 1), can be taken over"
             )
-        found.append(tensor.reshape(()) if tensor.numel() == 1 else tensor)
+        found.append(tensor.reshape(() if tensor.numel() == 1 else -1))
     return found
 
 
