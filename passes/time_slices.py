@@ -127,8 +127,8 @@ _RANDOM = (
     torch.bernoulli, torch.rand_like, torch.randn_like, torch.poisson, torch.normal, torch.dropout,
     nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
     nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout, torch.randint_like, torch.multinomial,
-    torch.binomial, nn.functional.gumbel_softmax, "bernoulli", "bernoulli_", "normal_", "uniform_", "multinomial", "exponential_",
-    "geometric_", "random_",
+    torch.binomial, nn.functional.gumbel_softmax, "bernoulli", "bernoulli_", "normal_", "uniform_", "multinomial",
+    "exponential_", "geometric_", "random_",
 )  # fmt: skip
 
 
