@@ -6,6 +6,7 @@ filter runs once with W for the batch statistics and once with W_q = Q(γ/√(σ
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import NamedTuple
@@ -199,7 +200,7 @@ def _settled(
     weight: torch.Size,
     dtype: torch.dtype,
     wide: bool,
-    device: str,
+    device: torch.device,  # not its type alone: GPUs of one machine may differ in what they can run
     surrogate: str,
     gradient: str,
     training: bool,
@@ -212,12 +213,13 @@ def _settled(
 ) -> _Settled:
     place = _check(shape, dtype, weight, dilation, layout, layer)
     problem = Problem(
-        tuple(shape), place, dtype, device, weight[1], dilation, surrogate, str(Gradient.parse(gradient)), training,
+        tuple(shape), place, dtype, device.type, weight[1], dilation, surrogate, str(Gradient.parse(gradient)), training,
         masked, affine,
     )  # fmt: skip
     wide = wide or dtype is torch.float64
     sums = torch.float64 if wide else torch.float32
-    return _Settled(_kernel(method, problem, layer).parts, place, sums)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return _Settled(_kernel(method, problem, layer).parts, place, sums)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -245,7 +247,7 @@ def _bind(
 ) -> _Bound:
     affine = scale is not None or shift is not None
     parts, place, dtype = _settled(
-        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device.type, surrogate,
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, surrogate,
         gradient, training, mask is not None, affine, dilation, layout, method, layer,
     )  # fmt: skip
     if affine:

@@ -112,8 +112,9 @@ def register_kernel(
         layouts: the layouts it computes.
         devices: device types it runs on; None for all.
         dtypes: dtypes of the input that it takes.
-        supports: ``problem -> None`` or the reason why not.
-        unavailable: ``() -> None`` or the reason why it cannot run on this machine.
+        supports: ``problem -> None`` or the reason why not. Its answers are remembered until the registry changes.
+        unavailable: ``() -> None`` or the reason why it cannot run on this machine (on GPUs: on the current device); the
+            same.
         replace: take the place of a kernel of that name.
 
     Raises:

@@ -457,7 +457,8 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
                                                                static_cast<acc>(p.alpha), wi, a + i * V, s + i * V, du, dh,
                                                                sums + i * rows * V);
             };
-            // the taps of both filters and the sums fill the registers beyond order 4: then one sweep each
+            // the taps of both filters and the sums fill the registers beyond order 4: then one sweep each (at order 8 backward
+            // took 0.95 of the time)
             constexpr bool together = K > 0 && K <= 4;
             const bool both = together && wanted && offset != nullptr;
             if constexpr (together)
