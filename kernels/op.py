@@ -213,8 +213,8 @@ def _settled(
 ) -> _Settled:
     place = _check(shape, dtype, weight, dilation, layout, layer)
     problem = Problem(
-        tuple(shape), place, dtype, device.type, weight[1], dilation, surrogate, str(Gradient.parse(gradient)), training,
-        masked, affine,
+        tuple(shape), place, dtype, device.type, weight[1], dilation, surrogate, str(Gradient.parse(gradient)),
+        training, masked, affine,
     )  # fmt: skip
     wide = wide or dtype is torch.float64
     sums = torch.float64 if wide else torch.float32

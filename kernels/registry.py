@@ -113,8 +113,8 @@ def register_kernel(
         devices: device types it runs on; None for all.
         dtypes: dtypes of the input that it takes.
         supports: ``problem -> None`` or the reason why not. Its answers are remembered until the registry changes.
-        unavailable: ``() -> None`` or the reason why it cannot run on this machine (on GPUs: on the current device); the
-            same.
+        unavailable: ``() -> None`` or the reason why it cannot run on this machine (on GPUs: on the current device);
+            remembered too.
         replace: take the place of a kernel of that name.
 
     Raises:
