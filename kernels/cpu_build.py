@@ -58,7 +58,7 @@ def _library() -> ctypes.CDLL | BuildError:
         compiler = _compiler()
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
         identity = [*sources, *_command(compiler, ""), torch.__version__, run([*compiler, "--version"]), _processor()]
-        note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about a quarter of a minute)"
+        note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about half a minute)"
         path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
         return ctypes.CDLL(str(path))
     except (OSError, BuildError) as error:

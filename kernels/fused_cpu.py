@@ -159,6 +159,16 @@ def _supports(problem: Problem) -> str | None:
 class FusedCpu(Parts):
     """C++: tiles of T steps in cache, taps summed in order, H never written; any strides, both layouts."""
 
+    def layer(
+        self, x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update, *, eps, surrogate,
+        alpha, gradient, min_exponent, max_exponent, training, dilation, layout, method, layer,
+    ):  # fmt: skip
+        return torch.ops.mfpsn_cpu.layer.default(
+            x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update, eps,
+            _SURROGATES[surrogate], alpha, _GRADIENTS[gradient], min_exponent, max_exponent, training, dilation,
+            layout == "time_last", layer,
+        )  # fmt: skip
+
     def statistics(self, call, x, weight):
         x = _wide(call, x)
         run = _Run(call, x, weight.shape[1])

@@ -362,6 +362,31 @@ def _neuron_backward(
     )
 
 
+def settled_layer(
+    x, weight, gamma, beta, running_mean, running_var, scale, shift, *, surrogate, gradient, min_exponent, max_exponent,
+    training, dilation, layout, method, layer, **constants,
+):  # fmt: skip
+    """``Parts.layer`` of the kernel that serves this call, all checks done; None if there is none."""
+    affine = scale is not None or shift is not None
+    parts, _, dtype = _settled(
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, surrogate,
+        gradient, training, False, affine, dilation, layout, method, layer,
+    )  # fmt: skip
+    if parts.layer is None or x.numel() == 0:
+        return None
+    check_exponent_bounds(min_exponent, max_exponent)
+    vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
+    if affine:
+        vectors |= {"scale": scale, "shift": shift}
+    _check_operands(x, weight, None, layer, vectors)
+    if training:
+        _check_training(x, weight, layer)
+    # what is of another dtype than the sums goes through the op, which casts it
+    if weight.dtype is not dtype or any(v is not None and v.dtype is not dtype for v in vectors.values()):
+        return None
+    return parts.layer
+
+
 def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
     parts, call = _bind(
         x, weight, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, training=True
@@ -526,7 +551,7 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
 
 
-def _unwatched(*tensors: Tensor) -> bool:
+def unwatched(*tensors: Tensor) -> bool:
     """Whether nobody would notice that the dispatcher is passed by: no mode, no subclass of Tensor, no profiler.
 
     Through it once more, with twenty arguments, takes a tenth of a training step's time in Python.
@@ -548,7 +573,7 @@ class _Neuron(torch.autograd.Function):
     @staticmethod
     def forward(ctx, constants, x, weight, gamma, beta, running_mean, running_var, scale, shift, mask):
         with torch._C._AutoDispatchBelowAutograd():
-            run = _neuron if _unwatched(x, weight) else neuron
+            run = _neuron if unwatched(x, weight) else neuron
             spikes, mean, var = run(x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, **constants)
         ctx.constants = constants
         # in training the running statistics are not saved: the caller updates them in place afterwards
@@ -567,7 +592,7 @@ class _Neuron(torch.autograd.Function):
             raise RuntimeError(f"{layer}a surrogate gradient has no derivative; take gradients without create_graph")
         _, *needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        run = _neuron_backward if _unwatched(grad, *saved[:2]) else torch.ops.mfpsn.neuron_backward
+        run = _neuron_backward if unwatched(grad, *saved[:2]) else torch.ops.mfpsn.neuron_backward
         dx, dweight, dgamma, dbeta, dscale, dshift = run(grad, *saved, input_grad=needs[0], **ctx.constants)
         grads = (dx, dweight, dgamma, dbeta, None, None, dscale, dshift, None)
         return None, *(g if wanted else None for g, wanted in zip(grads, needs, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,14 @@ class Parts:
 
     x and grad are (T, N, C, *) or (N, C, *, T) as ``call.layout`` says; weights (C, k), the newest tap last;
     everything else (C,). U = fire's filter output + bias, H = the unquantised filter's output.
+
+    ``layer``, where a kernel has it, is the whole layer with its own autograd, for eager calls without a mask that
+    nobody watches: ``layer(x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update,
+    **constants)`` takes the op's arguments, all of one precision, updates the running statistics if ``update`` and in
+    training, and returns S. Values, gradients and errors must be those of the op.
     """
+
+    layer: Callable[..., Tensor] | None = None
 
     def statistics(self, call: Call, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of H = weight ∗ X' over valid steps."""

@@ -606,3 +606,5 @@ MFPSN_EXPORT(float16, c10::Half, float)
 
 }  // namespace
 }  // namespace mfpsn
+
+#include "cpu_layer.h"  // stands on all of the above

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mfpsn_fx.kernels.eager import run_layer
 from mfpsn_fx.kernels.fold import Fold, fold
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
@@ -145,30 +146,25 @@ class MulFreePSN(nn.Module):
         layout = self.layout if layout is None else layout
         shape = x.shape
         x = self.channels_together(x, layout)
-        spikes, mean, var = neuron(
-            x,
-            self.weight,
-            self.gamma,
-            self.beta,
-            self.running_mean,
-            self.running_var,
-            None,
-            None,
-            mask,
-            eps=self.eps,
-            surrogate=self.surrogate.name,
-            alpha=self.surrogate.alpha,
-            gradient=self.gradient,
-            min_exponent=self.min_exponent,
-            max_exponent=self.max_exponent,
-            training=self.training,
-            dilation=self.dilation,
-            layout=layout,
-            method=chosen,
-            layer=self.path,
-        )
-        if self.training and not again:
-            self._update_statistics(mean, var, x, mask)
+        tensors = (x, self.weight, self.gamma, self.beta, self.running_mean, self.running_var, None, None)
+        constants = {
+            "eps": self.eps,
+            "surrogate": self.surrogate.name,
+            "alpha": self.surrogate.alpha,
+            "gradient": self.gradient,
+            "min_exponent": self.min_exponent,
+            "max_exponent": self.max_exponent,
+            "training": self.training,
+            "dilation": self.dilation,
+            "layout": layout,
+            "method": chosen,
+            "layer": self.path,
+        }
+        spikes = run_layer(*tensors, self.momentum, self.training and not again, **constants) if mask is None else None
+        if spikes is None:
+            spikes, mean, var = neuron(*tensors, mask, **constants)
+            if self.training and not again:
+                self._update_statistics(mean, var, x, mask)
         if self.channel_dims != DEFAULT_DIMS:
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes

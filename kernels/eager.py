@@ -1,0 +1,57 @@
+"""A layer in one call of its kernel, with an autograd of the kernel's own, where nobody looks into the op.
+
+In eager mode the op's way through dispatcher, Python and autograd takes as long as a small layer's sweeps over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .op import settled_layer, unwatched
+
+__all__ = ["run_layer"]
+
+
+def _plain_eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are plain tensors, and no mode, transform, profiler or autocast wants to see the op."""
+    return (
+        unwatched(*(t for t in tensors if t is not None))
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def run_layer(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    momentum: float,
+    update: bool,
+    **constants,
+) -> Tensor | None:
+    """Spikes of a layer without a mask, its running statistics updated; None where the op must be called instead.
+
+    Args:
+        x … shift: as the op takes them.
+        momentum: of the running statistics.
+        update: whether they are updated (in training).
+        constants: the op's keyword arguments.
+
+    Raises:
+        ValueError, TypeError: as the op.
+    """
+    tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift)
+    if torch.compiler.is_compiling() or not _plain_eager(tensors):
+        return None
+    whole = settled_layer(*tensors, **constants)
+    return None if whole is None else whole(*tensors, momentum, update, **constants)
