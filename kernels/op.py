@@ -381,7 +381,9 @@ def settled_layer(
     _check_operands(x, weight, None, layer, vectors)
     if training:
         _check_training(x, weight, layer)
-    # what is of another dtype than the sums goes through the op, which casts it
+    # what has to be cast goes through the op: float32 sums for a float32 or narrower input, float64 for float64
+    if (x.dtype is torch.float64) is not (dtype is torch.float64):
+        return None
     if weight.dtype is not dtype or any(v is not None and v.dtype is not dtype for v in vectors.values()):
         return None
     return parts.layer

@@ -208,6 +208,11 @@ def test_one_value_per_channel_is_refused():
         module()(leaf(1, 1, 3))
 
 
+def test_a_narrower_input_of_a_float64_layer_goes_through_the_op():
+    made, x = module().double(), leaf(4, 2, 3)
+    torch.testing.assert_close(made(x), made(x.double()).float(), rtol=0, atol=0)
+
+
 def test_statistics_of_another_dtype_go_through_the_op():
     made = module()
     made.running_mean = made.running_mean.double()
