@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu_fold.h"
+#include "cpu_pages.h"
 #include "cpu_slabs.h"
 #include "cpu_sweeps.h"
 
@@ -34,6 +35,8 @@ constexpr int64_t kReadInPlace = 16, kWriteInPlace = 64;
 // Bytes that a result must have to be written past the caches, where nobody would find it anyway: on 256 MB firing took 0.75
 // of the time, the sweep for dX 0.77. The system is not asked for the cache's size: a virtual machine that had 32 MB told 320.
 constexpr int64_t kPastCaches = 64 << 20;
+// Bytes from which glibc takes memory from the system anew for each result
+constexpr int64_t kFromSystem = 32 << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -69,6 +72,12 @@ struct Cut {
   }
   int64_t tasks() const { return groups * chunks; }
 };
+
+// Of a result
+template <typename scalar>
+int64_t bytes(const Problem& p) {
+  return p.steps * p.batch * p.elements * static_cast<int64_t>(sizeof(scalar));
+}
 
 template <typename acc>
 acc* scratch(int64_t size) {
@@ -228,8 +237,7 @@ template <typename scalar, typename acc>
 Targets<acc> target_of(const Task<scalar, acc>& task, const View& v, scalar* x, int64_t n, bool in_place, acc* slab) {
   const Problem& p = task.p;
   const Tiles<acc> tiles = tiles_of<scalar, acc>(task, v, x, n, in_place && p.steps <= kWriteInPlace, slab);
-  const bool large = p.steps * p.batch * p.elements * static_cast<int64_t>(sizeof(scalar)) >= kPastCaches;
-  return {tiles, large && reinterpret_cast<uintptr_t>(tiles.place) % 64 == 0 && v.st % lanes<acc> == 0};
+  return {tiles, bytes<scalar>(p) >= kPastCaches && reinterpret_cast<uintptr_t>(tiles.place) % 64 == 0 && v.st % lanes<acc> == 0};
 }
 
 template <typename scalar, typename acc>
@@ -365,6 +373,7 @@ template <typename scalar, typename acc>
 void fire(const Problem& p, const Cut& cut, const View& v, const scalar* x, const acc* taps, const acc* bias, const View& vs,
           scalar* spikes) {
   constexpr int64_t V = lanes<acc>;
+  if (bytes<scalar>(p) >= kFromSystem) ask_for_large_pages(spikes, bytes<scalar>(p));
   run<scalar, acc>(p, cut, 2, cut.order + 3, [&](Task<scalar, acc>& task) {
     acc *slab = task.take_slab(), *out = task.take_slab();
     const acc *w = task.spread(taps + cut.skipped, cut.order, p.order), *b = task.spread(bias, 1, 1);
@@ -426,6 +435,7 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
   constexpr int64_t V = lanes<acc>;
   const bool affine = p.scale != nullptr || p.shift != nullptr, wanted = dx != nullptr || affine;
   const int64_t rows = cut.order, T = p.steps, size = tile_size<acc>(p);
+  if (dx != nullptr && bytes<scalar>(p) >= kFromSystem) ask_for_large_pages(dx, bytes<scalar>(p));
   std::vector<double> found(cut.tasks() * cut.slots * (rows + 2), 0.0);
   run<scalar, acc>(p, cut, 3, 3 * cut.order + 7, [&](Task<scalar, acc>& task) {
     acc *slab = task.take_slab(), *gradients = task.take_slab(), *out = task.take_slab();
