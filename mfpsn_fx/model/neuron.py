@@ -118,6 +118,8 @@ class MulFreePSN(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
         layout: str | None = None,
         kernel: str | None = None,
         eval_kernel: str | None = None,
@@ -128,6 +130,8 @@ class MulFreePSN(nn.Module):
             x: (T, N, C, *) or (N, C, *, T), as ``layout`` says.
             mask: (T, N) of bool, the steps that are valid; others are read as zero, count in no statistic and
                 do not fire. None: that of :func:`mfpsn_fx.valid_steps`, if there is one.
+            scale, shift: (C,), or None for 1 and 0: the neuron meets scale · x + shift, which is nowhere written down.
+                Steps before the first, and those that are not valid, are zero after that.
             layout, kernel, eval_kernel: this call's binding; None for the module's own.
 
         Raises:
@@ -152,8 +156,8 @@ class MulFreePSN(nn.Module):
             self.beta,
             self.running_mean,
             self.running_var,
-            None,
-            None,
+            scale,
+            shift,
             mask,
             eps=self.eps,
             surrogate=self.surrogate.name,
