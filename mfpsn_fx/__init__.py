@@ -22,6 +22,7 @@ from mfpsn_fx.model import (
 from mfpsn_fx.model.batches import Batch
 from mfpsn_fx.model.masked_norm import MaskedBatchNorm, mask_batch_norms
 from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
+from mfpsn_fx.model.synchronised import SynchronisedBatchNorm, synchronise_statistics
 from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
 from .backend import backend
@@ -56,6 +57,7 @@ __all__ = [
     "Sigmoid",
     "SourceNeuron",
     "Surrogate",
+    "SynchronisedBatchNorm",
     "Taps",
     "TwoPole",
     "backend",
@@ -79,6 +81,7 @@ __all__ = [
     "register_source",
     "register_surrogate",
     "selection",
+    "synchronise_statistics",
     "unregister_source",
     "valid_steps",
 ]

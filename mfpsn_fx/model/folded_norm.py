@@ -11,9 +11,10 @@ from mfpsn_fx.kernels.layout import Layout, per_channel, valid_steps
 from mfpsn_fx.kernels.op import statistics
 
 from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from .ranks import joined
 from .steps import current_mask
 
-__all__ = ["fused_time", "norm_affine"]
+__all__ = ["affine_of", "fused_time", "norm_affine", "values_per_channel"]
 
 # Ranks of what a norm takes with T and N as one
 _RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
@@ -41,22 +42,32 @@ def norm_affine(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, T
         return handle_torch_function(norm_affine, (x,), norm, x, kernel)
     if not _applies(norm, x):
         return norm(x), None, None
+    return (x, *affine_of(norm, x, kernel))
+
+
+def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor]:
+    """Scale and shift, as :func:`norm_affine` says, of a norm and an input that are known to fit."""
     batch = norm.training or norm.running_mean is None
     if not batch:
         wide = _wide(x, norm.running_mean)
         rstd = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
         scale = rstd if norm.weight is None else rstd * norm.weight.to(wide)
         shift = -norm.running_mean.to(wide) * scale
-        return x, scale, shift if norm.bias is None else shift + norm.bias.to(wide)
+        return scale, shift if norm.bias is None else shift + norm.bias.to(wide)
     masked = isinstance(norm, MaskedBatchNorm)
     mask = current_mask() if masked else None
     # a checkpointed layer that is run again: like the layer itself, only a masked norm knows
     counts = norm.training and not (masked and norm._reruns.again(mask, True, "MaskedBatchNorm"))
     steps = _by_step(norm, x, mask)
-    scale, shift, mean, var = _NormAffine.apply(steps, norm.weight, norm.bias, norm.eps, mask, kernel)
-    if counts:
-        _update(norm, steps, mean, var, mask)
-    return x, scale, shift
+    group = joined(norm)
+    with torch.no_grad():
+        mean, var = _moments(steps.detach(), mask, _wide(x, norm.weight), kernel)
+        count = values_per_channel(steps, mask)
+        if group is not None:
+            mean, var, count = group.moments(mean, var, count)
+        if counts:
+            _update(norm, mean, var, count)
+    return _NormAffine.apply(steps, norm.weight, norm.bias, mean, var, count, norm.eps, mask, group)
 
 
 def fused_time(norm: nn.Module) -> bool:
@@ -98,7 +109,7 @@ def _by_step(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     return x.unflatten(0, mask.shape)
 
 
-def _update(norm: nn.Module, x: Tensor, mean: Tensor, var: Tensor, mask: Tensor | None) -> None:
+def _update(norm: nn.Module, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
     """The running statistics as the norm itself updates them."""
     if not norm.track_running_stats or norm.running_mean is None:
         return
@@ -107,8 +118,7 @@ def _update(norm: nn.Module, x: Tensor, mean: Tensor, var: Tensor, mask: Tensor 
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # a tensor: nothing waits for the device
             momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-    count = _count(x, mask)
-    if mask is None:
+    if isinstance(count, int):
         unbiased = var * (count / (count - 1))
     else:
         unbiased = var * (count / (count - 1).clamp(min=1))
@@ -118,34 +128,34 @@ def _update(norm: nn.Module, x: Tensor, mean: Tensor, var: Tensor, mask: Tensor 
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
-def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
-    """Values per channel, at least 1."""
+def values_per_channel(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many values a channel of (T, N, C, *) has at valid steps, but 1 where it has none."""
     count = x.numel() // x.shape[2]
     return count if mask is None else (mask.sum() * (count // mask.numel())).clamp(min=1)
 
 
 class _NormAffine(torch.autograd.Function):
-    """(T, N, C, *) → (scale, shift, μ, σ²), of which the first two have gradients.
+    """(T, N, C, *) → (scale, shift), with gradients through the mean and variance that are handed in.
 
-    Backward writes one tensor, dx = a + b·x with a and b (C,), which autograd adds to what the neuron gives.
+    With a process group these are the mean and variance of all ranks' values, ``count`` in number, and so are x's
+    gradients; those of the parameters are this rank's share. Backward writes one tensor, dx = a + b·x with a and b
+    (C,), which autograd adds to what the neuron gives.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, mask, kernel):
-        dtype = _wide(x, weight)
-        mean, var = _moments(x, mask, dtype, kernel)
+    def forward(ctx, x, weight, bias, mean, var, count, eps, mask, group):
         rstd = torch.rsqrt(var + eps)
         scale = rstd.clone() if weight is None else rstd * weight
         shift = -mean * scale
         if bias is not None:
             shift = shift + bias
         ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
-        ctx.mark_non_differentiable(mean, var)
-        return scale, shift, mean, var
+        ctx.count, ctx.group = count, group
+        return scale, shift
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dscale, dshift, _mean_grad, _var_grad):
+    def backward(ctx, dscale, dshift):
         x, weight, bias, mean, rstd, mask = ctx.saved_tensors
         # scale = w/√(σ²+ε), shift = bias − μ·scale
         through = dscale - mean * dshift
@@ -154,10 +164,11 @@ class _NormAffine(torch.autograd.Function):
         dbias = None if bias is None else dshift.to(bias.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            count = _count(x, mask)
+            if ctx.group is not None:
+                through, dshift = ctx.group.total(through, dshift)
             # dL/dx = dμ/M + dσ²·2(x − μ)/M
-            slope = through * gain * rstd.square() / -count
-            offset = dshift * gain / -count - slope * mean
+            slope = through * gain * rstd.square() / -ctx.count
+            offset = dshift * gain / -ctx.count - slope * mean
             given = x
             if mask is not None:
                 valid = valid_steps(mask, x.ndim, Layout.TIME_FIRST)
@@ -168,7 +179,7 @@ class _NormAffine(torch.autograd.Function):
             if mask is not None:
                 dx = dx.masked_fill(~valid, 0)
             dx = dx.to(x.dtype)
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, *[None] * 6
 
 
 def _moments(x: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mfpsn_fx.kernels.fold import Fold, fold
+from mfpsn_fx.kernels.fold import Fold, Folding, fold
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
 from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
@@ -15,6 +15,8 @@ from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
+from .neuron_over_ranks import neuron_over_ranks
+from .ranks import Group, joined
 from .record import Calibrated, Measured, Plan
 from .reruns import Reruns
 from .source import SourceNeuron
@@ -94,6 +96,7 @@ class MulFreePSN(nn.Module):
         self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
         self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
         self.calibrated: Calibrated | None = None  # what calibration found, if there was one
+        self.ranks: Group | None = None  # over whose values batch statistics are taken; None: this process's
         self._reruns = Reruns()
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
@@ -149,30 +152,33 @@ class MulFreePSN(nn.Module):
         layout = self.layout if layout is None else layout
         shape = x.shape
         x = self.channels_together(x, layout)
-        spikes, mean, var = neuron(
-            x,
-            self.weight,
-            self.gamma,
-            self.beta,
-            self.running_mean,
-            self.running_var,
-            scale,
-            shift,
-            mask,
-            eps=self.eps,
-            surrogate=self.surrogate.name,
-            alpha=self.surrogate.alpha,
-            gradient=self.gradient,
-            min_exponent=self.min_exponent,
-            max_exponent=self.max_exponent,
-            training=self.training,
-            dilation=self.dilation,
-            layout=layout,
-            method=chosen,
-            layer=self.path,
-        )
+        group = joined(self) if self.training else None
+        place = {"dilation": self.dilation, "layout": layout, "method": chosen, "layer": self.path}
+        surrogate = {"surrogate": self.surrogate.name, "alpha": self.surrogate.alpha}
+        folding = Folding(self.eps, self.gradient, self.min_exponent, self.max_exponent)
+        if group is not None:
+            spikes, mean, var, count = neuron_over_ranks(
+                group, x, self.weight, self.gamma, self.beta, scale, shift, mask, folding, **surrogate, **place
+            )
+        else:
+            spikes, mean, var = neuron(
+                x,
+                self.weight,
+                self.gamma,
+                self.beta,
+                self.running_mean,
+                self.running_var,
+                scale,
+                shift,
+                mask,
+                training=self.training,
+                **folding._asdict(),
+                **surrogate,
+                **place,
+            )
+            count = None
         if self.training and not again:
-            self._update_statistics(mean, var, x, mask)
+            self._update_statistics(mean, var, self._count(x, mask) if count is None else count)
         if self.channel_dims != DEFAULT_DIMS:
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes
@@ -188,14 +194,17 @@ class MulFreePSN(nn.Module):
             )
         return channels_together(x, self.channel_dims, layout)
 
-    def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
-        count, momentum = x.numel() // self.channels, self.momentum
-        if mask is None:
-            unbiased = var * (count / (count - 1))
+    def _count(self, x: Tensor, mask: Tensor | None) -> Tensor | int:
+        count = x.numel() // self.channels
+        return count if mask is None else mask.sum() * (count // mask.numel())
+
+    def _update_statistics(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+        momentum: float | Tensor = self.momentum
+        if isinstance(count, Tensor):
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            momentum = momentum * (count > 1).to(self.running_mean.dtype)  # a single value has no variance
         else:
-            valid = mask.sum() * (count // mask.numel())
-            unbiased = var * (valid / (valid - 1).clamp(min=1))
-            momentum = momentum * (valid > 1).to(self.running_mean.dtype)  # a single value has no variance
+            unbiased = var * (count / (count - 1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             # neither requires grad: the op's statistics are not differentiable
             running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), momentum)
