@@ -28,6 +28,7 @@ from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 from .backend import backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
+from .drawing import draw
 from .monitoring import Monitor, monitor
 from .nir_reader import from_nir
 from .parameters import check_optimizer, param_groups
@@ -66,6 +67,7 @@ __all__ = [
     "check_optimizer",
     "conversion_pipeline",
     "convert",
+    "draw",
     "from_nir",
     "lengths_to_mask",
     "load_source_checkpoint",
