@@ -9,6 +9,7 @@ is the neurons' share.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import sys
@@ -41,11 +42,12 @@ from vanilla import VanillaMulFreePSN
 
 import mfpsn_fx
 from mfpsn_fx.kernels import kernels
-from mfpsn_fx.passes import neurons
+from mfpsn_fx.passes import FoldNorms, Pipeline, PropagateShapes, neurons
 
 sequential_cifar = load_example("networks").sequential_cifar
 
 BARE, OURS, VANILLA, COMPILED = "no neurons", "ours", "vanilla module", " compiled"
+FOLDED = "ours, BN folded"
 ORDER = 2
 SAWTOOTH = (1, 2, 3)  # dilations, in the order of the layers (paper, equation 11)
 _PLANNED = 256  # steps times batch at which kernels are chosen on a CPU: autoselect times slow ones too
@@ -82,15 +84,23 @@ def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, reset: boo
 
 
 def ours(settings: Settings, x: torch.Tensor) -> nn.Module:
-    """The network with our neurons, a kernel chosen for each."""
+    """The network with our neurons, a kernel chosen for each, and batch norms as the layers that they are."""
     dilations = itertools.cycle(SAWTOOTH)
     source = build(settings, lambda channels: mfpsn_fx.MulFreePSN(channels, ORDER, next(dilations)))
     if settings.device.type == "cpu":
         x = x[:, : max(1, _PLANNED // x.shape[0])]
     # time-first: the convolutions want it, and conversions are not what is measured here
     return mfpsn_fx.convert(
-        source, x, order=ORDER, layout="time_first", kernels=settings.kernel, repeats=3, progress=False
-    )
+        source, x, order=ORDER, layout="time_first", kernels=settings.kernel, fold_norms=False, repeats=3,
+        progress=False,
+    )  # fmt: skip
+
+
+def folded(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """A copy of ``model`` whose neurons apply the batch norms in front of them on load; kernels as they are."""
+    found = Pipeline([PropagateShapes((x[:, :2],)), FoldNorms()], given=("neurons",))(copy.deepcopy(model))
+    found.meta.clear()
+    return found
 
 
 def build(settings: Settings, make_neuron: Callable[[int], nn.Module]) -> nn.Module:
@@ -103,7 +113,8 @@ def variants(settings: Settings, x: torch.Tensor) -> dict[str, nn.Module]:
     steps, dilations = x.shape[0], itertools.cycle(SAWTOOTH)
     made = {
         BARE: build(settings, lambda _: nn.Identity()),
-        OURS: ours(settings, x),
+        OURS: (model := ours(settings, x)),
+        FOLDED: folded(model, x),
         VANILLA: build(settings, lambda channels: VanillaMulFreePSN(channels, ORDER, next(dilations))),
     }
     if not rivals.MISSING:
@@ -123,7 +134,7 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
     models = variants(settings, x)
     runs = {name: training_step(model, x, y, reset=name == "LIF") for name, model in models.items()}
     errors: dict[str, str] = {}
-    for name in (OURS, "PSN"):
+    for name in (OURS, FOLDED, "PSN"):
         if name not in models:
             continue
         if (reason := compiler.refusal()) is None:
@@ -177,7 +188,7 @@ def measure(settings: Settings, progress: bool | None = None) -> dict[str, objec
 def tables(found: dict) -> str:
     """Ratios to PSN, the neurons' share of a step, and the kernels that were chosen, in Markdown."""
     results, shape = found["results"], found["network"]
-    known = ("PSN" + COMPILED, "SlidingPSN", "LIF", VANILLA, OURS, OURS + COMPILED, BARE)
+    known = ("PSN" + COMPILED, "SlidingPSN", "LIF", VANILLA, OURS, OURS + COMPILED, FOLDED, FOLDED + COMPILED, BARE)
     names = [name for name in known if any(name in result["ms"] for result in results)]
     base = "PSN" if any("PSN" in result["ms"] for result in results) else BARE
     names = [name for name in names if name != base]
@@ -188,7 +199,9 @@ def tables(found: dict) -> str:
     if base == "PSN":
         means = (found["geometric_mean_to_psn"].get(name) for name in names)
         rows.append(["geometric mean", "", *("–" if mean is None else three(mean) for mean in means), ""])
-    kinds = [name for name in ("PSN", "SlidingPSN", "LIF", VANILLA, OURS) if any(name in r["ms"] for r in results)]
+    kinds = [
+        name for name in ("PSN", "SlidingPSN", "LIF", VANILLA, OURS, FOLDED) if any(name in r["ms"] for r in results)
+    ]
     shares = [[r["T"], *(f"{r['neuron_share'][n]:.0%}" if n in r["neuron_share"] else "–" for n in kinds)]
               for r in results]  # fmt: skip
     chosen = "; ".join(f"T = {r['T']}: {', '.join(dict.fromkeys(r['kernels']))}" for r in results)
@@ -215,7 +228,7 @@ def draw(found: dict, path, title: str) -> None:
     style = {
         "PSN": ("black", "-"), "PSN" + COMPILED: ("black", ":"), "SlidingPSN": ("tab:olive", "-"),
         "LIF": ("tab:gray", "-"), VANILLA: ("tab:red", "-"), OURS: ("tab:blue", "-"),
-        OURS + COMPILED: ("tab:blue", ":"),
+        OURS + COMPILED: ("tab:blue", ":"), FOLDED: ("tab:green", "-"), FOLDED + COMPILED: ("tab:green", ":"),
     }  # fmt: skip
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     steps = [result["T"] for result in results]

@@ -22,11 +22,13 @@ from mfpsn_fx.model import (
 from mfpsn_fx.model.batches import Batch
 from mfpsn_fx.model.masked_norm import MaskedBatchNorm, mask_batch_norms
 from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
+from mfpsn_fx.model.synchronised import SynchronisedBatchNorm, synchronise_statistics
 from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
 
 from .backend import backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
+from .drawing import draw
 from .monitoring import Monitor, monitor
 from .nir_reader import from_nir
 from .parameters import check_optimizer, param_groups
@@ -56,6 +58,7 @@ __all__ = [
     "Sigmoid",
     "SourceNeuron",
     "Surrogate",
+    "SynchronisedBatchNorm",
     "Taps",
     "TwoPole",
     "backend",
@@ -64,6 +67,7 @@ __all__ = [
     "check_optimizer",
     "conversion_pipeline",
     "convert",
+    "draw",
     "from_nir",
     "lengths_to_mask",
     "load_source_checkpoint",
@@ -79,6 +83,7 @@ __all__ = [
     "register_source",
     "register_surrogate",
     "selection",
+    "synchronise_statistics",
     "unregister_source",
     "valid_steps",
 ]

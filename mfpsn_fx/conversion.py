@@ -26,6 +26,7 @@ from mfpsn_fx.passes import (
     CancelConversions,
     CheckSources,
     ConversionError,
+    FoldNorms,
     InitialiseNeurons,
     InsertConversions,
     ObserveInputs,
@@ -57,6 +58,7 @@ def conversion_pipeline(
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
+    fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> Pipeline:
@@ -73,9 +75,10 @@ def conversion_pipeline(
     if calibrate is not None:
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
-        passes += planning_pipeline(
+        planning = planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
-        ).passes
+        )  # fmt: skip
+        passes += planning.inserted(FoldNorms(), after="propagate_shapes") if fold_norms else planning
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
     return Pipeline(passes)
@@ -119,6 +122,7 @@ def convert(
     surrogate: Surrogate | None = None,
     gradient: str = "straight-through",
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
+    fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
 ) -> fx.GraphModule:
@@ -145,6 +149,8 @@ def convert(
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
+        fold_norms: with an example, let neurons apply the batch norms in front of them on load
+            (:class:`mfpsn_fx.passes.FoldNorms`): the same network, with one tensor less for each.
         repeats: m of autoselect.
         progress: show progress bars; None: if the terminal is one.
 
@@ -172,7 +178,7 @@ def convert(
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        repeats=repeats, progress=progress,
+        fold_norms=fold_norms, repeats=repeats, progress=progress,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from tabulate import tabulate
 from torch import fx, nn
 
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
@@ -14,6 +13,8 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
 from mfpsn_fx.model.source import qualified_name, source_paths
 from mfpsn_fx.passes import conversion_nodes, neurons
+
+from .table_styles import check_style, laid_out
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
 
@@ -85,8 +86,16 @@ class Selection:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this is not a selection written by to_json: {error}") from error
 
-    def table(self, style: str = "simple") -> str:
-        """The table as text; ``style`` is any of tabulate's formats, e.g. ``"github"``."""
+    def table(self, style: str = "plain") -> str:
+        """The table as text, with what holds for the network below it.
+
+        Args:
+            style: ``"plain"``, ``"github"`` (Markdown), ``"html"``, or any other of tabulate's formats.
+
+        Raises:
+            ValueError: there is no such style.
+        """
+        check_style(style)
         headers = [
             "layer", "source neuron", "input shape", "k", "d", "layout", "kernel", "forward ms", "backward ms",
             "x vanilla", "notes",
@@ -107,11 +116,13 @@ class Selection:
             ]
             for row in self.rows
         ]
-        text = tabulate(body, headers, tablefmt=style, disable_numparse=True, colalign=_ALIGN if body else None)
-        return "\n".join([text, *self._footer()])
+        return laid_out(body, headers, style, self._footer(), _ALIGN)
+
+    def _repr_html_(self) -> str:
+        return self.table("html")
 
     def _footer(self) -> list[str]:
-        lines = [""]
+        lines = []
         alone = dict(self.neuron_totals_ms)
         for layout, total in self.totals_ms:
             lines.append(
@@ -157,8 +168,8 @@ def selection(model: nn.Module) -> Selection:
     )
 
 
-def print_selection(model: nn.Module, style: str = "simple") -> None:
-    """Print :func:`selection` with tabulate; ``style`` is any of its formats."""
+def print_selection(model: nn.Module, style: str = "plain") -> None:
+    """Print :func:`selection`; ``style`` as in :meth:`Selection.table`: ``"plain"``, ``"github"``, ``"html"``, …"""
     print(selection(model).table(style))
 
 

@@ -16,6 +16,7 @@ from .bind_kernels import BindKernels
 from .calibrate import Calibrate
 from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
+from .fold_norms import FoldNorms, folded_norms, unfold_norms
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
 from .propagate_shapes import ObserveInputs, PropagateShapes
@@ -33,6 +34,7 @@ __all__ = [
     "CancelConversions",
     "CheckSources",
     "ConversionError",
+    "FoldNorms",
     "InitialiseNeurons",
     "InsertConversions",
     "Neuron",
@@ -48,6 +50,8 @@ __all__ = [
     "SeparateUses",
     "SnapWeights",
     "conversion_nodes",
+    "folded_norms",
     "neurons",
     "receptive_field",
+    "unfold_norms",
 ]

@@ -24,6 +24,7 @@ from mfpsn_fx.model.steps import current_mask
 
 from .base import Pass, Result
 from .fit_taps import Fit, Moments, Tail, filtered, fit_taps
+from .fold_norms import unfold_norms
 
 __all__ = ["Calibrate"]
 
@@ -149,6 +150,8 @@ class _Twins:
     def __init__(self, gm: fx.GraphModule, batches: Iterable) -> None:
         self.batches = batches
         self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
+        for twin in (self.student, self.teacher):
+            unfold_norms(twin)  # what a neuron meets is then what it is called with
         self.uses: dict[str, int] = {}  # calls of each neuron in one run
         for module in [*self.student.modules(), *self.teacher.modules()]:
             if isinstance(module, MulFreePSN):

@@ -78,6 +78,7 @@ class Neuron:
             self.gradient,
             training,
             self.masked,
+            self.affine,
         )
 
 
@@ -108,6 +109,11 @@ class _ModuleNeuron(Neuron):
     @property
     def masked(self) -> bool:
         return self.node is not None and (len(self.node.args) > 1 or "mask" in self.node.kwargs)
+
+    @property
+    def affine(self) -> bool:
+        """Whether its input is scaled and shifted on load."""
+        return self.node is not None and ("scale" in self.node.kwargs or "shift" in self.node.kwargs)
 
     @property
     def layout(self) -> Layout:
@@ -167,6 +173,11 @@ class _OpNeuron(Neuron):
     @property
     def masked(self) -> bool:
         return len(self.node.args) > 8 and self.node.args[8] is not None
+
+    @property
+    def affine(self) -> bool:
+        """Whether its input is scaled and shifted on load."""
+        return any(argument is not None for argument in self.node.args[6:8])
 
     def _shape(self, name: str, position: int) -> tuple[int, ...]:
         argument = self.node.args[position] if len(self.node.args) > position else self.node.kwargs[name]

@@ -285,7 +285,7 @@ class TestPipeline:
         longer = pipeline.inserted(SnapWeights(), after="initialise_neurons")
         assert longer[6].name == "snap_weights"
         assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
-        assert pipeline.inserted(SnapWeights(), before="autoselect")[7].name == "snap_weights"
+        assert pipeline.inserted(SnapWeights(), before="autoselect")[8].name == "snap_weights"
         assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].sequence == (7,)
         assert len(pipeline) == len(names)
         with pytest.raises(ValueError, match="no pass called 'x'"):

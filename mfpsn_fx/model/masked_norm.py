@@ -10,11 +10,22 @@ from .reruns import Reruns
 from .source import qualified_name
 from .steps import current_mask
 
-__all__ = ["MaskedBatchNorm", "mask_batch_norms"]
+__all__ = ["MaskedBatchNorm", "has_hooks", "is_batch_norm", "mask_batch_norms"]
 
 _HOMES = ("torch.nn.modules.batchnorm.", "spikingjelly.activation_based.layer.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm1d, 2d or 3d of torch or SpikingJelly itself, not of a class derived from it."""
+    name = qualified_name(type(module))
+    return name.startswith(_HOMES) and name.rpartition(".")[2] in _NAMES
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -111,10 +122,10 @@ def mask_batch_norms(model: nn.Module) -> int:
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, MaskedBatchNorm):
             continue
-        name = qualified_name(type(module))
-        if not name.startswith(_HOMES) or name.rpartition(".")[2] not in _NAMES or not path:
+        if not is_batch_norm(module) or not path:
+            name = qualified_name(type(module))
             raise TypeError(f"{path or 'the model'}: {name} is no batch norm that could be masked; replace it yourself")
-        if any(getattr(module, hooks) for hooks in _HOOKS):
+        if has_hooks(module):
             raise TypeError(f"{path}: it bears hooks, which its replacement would not have; remove them first")
         found.append((path, module))
     made = {id(module): MaskedBatchNorm(module) for _, module in found}

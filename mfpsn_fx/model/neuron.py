@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfpsn_fx.kernels.eager import run_layer
-from mfpsn_fx.kernels.fold import Fold, fold
+from mfpsn_fx.kernels.fold import Fold, Folding, fold
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
 from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
@@ -16,6 +16,8 @@ from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
+from .neuron_over_ranks import neuron_over_ranks
+from .ranks import Group, joined
 from .record import Calibrated, Measured, Plan
 from .reruns import Reruns
 from .source import SourceNeuron
@@ -95,6 +97,7 @@ class MulFreePSN(nn.Module):
         self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
         self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
         self.calibrated: Calibrated | None = None  # what calibration found, if there was one
+        self.ranks: Group | None = None  # over whose values batch statistics are taken; None: this process's
         self._reruns = Reruns()
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
@@ -119,6 +122,8 @@ class MulFreePSN(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
         layout: str | None = None,
         kernel: str | None = None,
         eval_kernel: str | None = None,
@@ -129,6 +134,8 @@ class MulFreePSN(nn.Module):
             x: (T, N, C, *) or (N, C, *, T), as ``layout`` says.
             mask: (T, N) of bool, the steps that are valid; others are read as zero, count in no statistic and
                 do not fire. None: that of :func:`mfpsn_fx.valid_steps`, if there is one.
+            scale, shift: (C,), or None for 1 and 0: the neuron meets scale · x + shift, which is nowhere written down.
+                Steps before the first, and those that are not valid, are zero after that.
             layout, kernel, eval_kernel: this call's binding; None for the module's own.
 
         Raises:
@@ -146,27 +153,34 @@ class MulFreePSN(nn.Module):
         layout = self.layout if layout is None else layout
         shape = x.shape
         x = self.channels_together(x, layout)
-        tensors = (x, self.weight, self.gamma, self.beta, self.running_mean, self.running_var, None, None)
-        constants = {
-            "eps": self.eps,
-            "surrogate": self.surrogate.name,
-            "alpha": self.surrogate.alpha,
-            "gradient": self.gradient,
-            "min_exponent": self.min_exponent,
-            "max_exponent": self.max_exponent,
-            "training": self.training,
-            "dilation": self.dilation,
-            "layout": layout,
-            "method": chosen,
-            "layer": self.path,
-        }
-        spikes = run_layer(*tensors, self.momentum, self.training and not again, **constants) if mask is None else None
-        if spikes is None:
-            spikes, mean, var = neuron(*tensors, mask, **constants)
-            if self.training and not again:
-                self._update_statistics(mean, var, x, mask)
+        place = {"dilation": self.dilation, "layout": layout, "method": chosen, "layer": self.path}
+        spikes = self._fired(x, scale, shift, mask, self.training and not again, place)
         if self.channel_dims != DEFAULT_DIMS:
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
+        return spikes
+
+    def _fired(
+        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, update: bool, place: dict
+    ) -> Tensor:
+        """Spikes; ``update``: the running statistics take the batch's."""
+        constants = {"surrogate": self.surrogate.name, "alpha": self.surrogate.alpha, **place}
+        folding = Folding(self.eps, self.gradient, self.min_exponent, self.max_exponent)
+        group = joined(self) if self.training else None
+        if group is not None:
+            spikes, mean, var, count = neuron_over_ranks(
+                group, x, self.weight, self.gamma, self.beta, scale, shift, mask, folding, **constants
+            )
+        else:
+            constants |= {"training": self.training, **folding._asdict()}
+            tensors = (x, self.weight, self.gamma, self.beta, self.running_mean, self.running_var, scale, shift)
+            if mask is None:
+                spikes = run_layer(*tensors, self.momentum, update, **constants)
+                if spikes is not None:
+                    return spikes
+            spikes, mean, var = neuron(*tensors, mask, **constants)
+            count = None
+        if update:
+            self._update_statistics(mean, var, self._count(x, mask) if count is None else count)
         return spikes
 
     def channels_together(self, x: Tensor, layout: str) -> Tensor:
@@ -180,14 +194,17 @@ class MulFreePSN(nn.Module):
             )
         return channels_together(x, self.channel_dims, layout)
 
-    def _update_statistics(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None) -> None:
-        count, momentum = x.numel() // self.channels, self.momentum
-        if mask is None:
-            unbiased = var * (count / (count - 1))
+    def _count(self, x: Tensor, mask: Tensor | None) -> Tensor | int:
+        count = x.numel() // self.channels
+        return count if mask is None else mask.sum() * (count // mask.numel())
+
+    def _update_statistics(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+        momentum: float | Tensor = self.momentum
+        if isinstance(count, Tensor):
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            momentum = momentum * (count > 1).to(self.running_mean.dtype)  # a single value has no variance
         else:
-            valid = mask.sum() * (count // mask.numel())
-            unbiased = var * (valid / (valid - 1).clamp(min=1))
-            momentum = momentum * (valid > 1).to(self.running_mean.dtype)  # a single value has no variance
+            unbiased = var * (count / (count - 1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             # neither requires grad: the op's statistics are not differentiable
             running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), momentum)

@@ -1,0 +1,225 @@
+"""The graph of a converted network as a picture: layouts, conversions, kernels and their times."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import os
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from mfpsn_fx.kernels.layout import Layout, to_layout
+from mfpsn_fx.model.folded_norm import norm_affine
+from mfpsn_fx.passes import conversion_nodes, neurons
+from mfpsn_fx.passes.convert_layout import label_of_existing
+
+from .selection import Row, graph_of, selection
+
+__all__ = ["draw", "to_dot"]
+
+_COLOURS = {Layout.TIME_FIRST: "#d6e6f5", Layout.TIME_LAST: "#fbdcb8"}
+_CONVERSION = "#c0392b"
+_NEURON = 'shape=box, style="filled,bold"'
+_OTHER = 'shape=box, style="filled,rounded"'
+_TEXT = (".dot", ".gv")
+_RENDERED = (".svg", ".png", ".pdf")
+
+
+def draw(model: nn.Module, path: str | os.PathLike) -> None:
+    """Draw the graph of a converted network into a file.
+
+    Neurons have a bold frame, and show their kernels and the milliseconds of forward and backward, where they were
+    measured. Colours are layouts. A red edge is a layout conversion, with the bytes of the tensor that it copies; a
+    dashed edge carries the scale and shift of a folded batch norm. What only reads shapes is left out.
+
+    Args:
+        model: what ``convert`` returned, compiled or wrapped or not.
+        path: ends in ``.svg``, ``.png`` or ``.pdf``, for which Graphviz is needed, or in ``.dot``, the graph as
+            Graphviz's text, for which nothing is.
+
+    Raises:
+        TypeError: ``model`` is no converted network.
+        ValueError: the file's name ends otherwise.
+        RuntimeError: Graphviz is not installed, or failed.
+    """
+    path = pathlib.Path(path)
+    kind = path.suffix.lower()
+    if kind not in _TEXT + _RENDERED:
+        raise ValueError(f"cannot draw into {path.name!r}: its name must end in {', '.join(_RENDERED + _TEXT)}")
+    program = shutil.which("dot")
+    if kind in _RENDERED and program is None:
+        raise RuntimeError(
+            f"drawing {kind[1:].upper()} needs Graphviz's program dot, which was not found: install the package "
+            f"graphviz of your system (apt, brew, conda), or draw into {path.with_suffix('.dot').name!r}, which needs "
+            "nothing"
+        )
+    text = to_dot(model)
+    if kind in _TEXT:
+        path.write_text(text, encoding="utf-8")
+        return
+    done = subprocess.run([program, f"-T{kind[1:]}"], input=text.encode(), capture_output=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"Graphviz could not draw {path.name!r}: {done.stderr.decode(errors='replace').strip()}")
+    path.write_bytes(done.stdout)
+
+
+def to_dot(model: nn.Module) -> str:
+    """What :func:`draw` draws, in Graphviz's DOT language.
+
+    Raises:
+        TypeError: ``model`` is no converted network.
+    """
+    gm = graph_of(model)
+    late = set(label_of_existing(gm))
+    rows = _rows(gm)
+    hidden = _hidden(gm)
+    converted = set(conversion_nodes(gm))
+    parts = {user: user.args[1] for node in gm.graph.nodes if node.target is norm_affine for user in node.users}
+    lines = [
+        "digraph {",
+        "  rankdir=TB; node [fontname=Helvetica, fontsize=10]; edge [fontname=Helvetica, fontsize=9];",
+    ]
+    for node in gm.graph.nodes:
+        if node in hidden or node in parts or (node in converted and len(node.users) == 1):
+            continue
+        if node in converted:  # several readers of one copy: the edges part behind it
+            lines.append(f"  {_quoted(node.name)} [shape=point, color={_quoted(_CONVERSION)}];")
+            continue
+        colour = _COLOURS[Layout.TIME_LAST if node in late else Layout.TIME_FIRST]
+        style = _NEURON if node in rows and node.op == "call_module" else _OTHER
+        text = "\n".join(_label(gm, node, rows.get(node, [])))
+        lines.append(f"  {_quoted(node.name)} [{style}, fillcolor={_quoted(colour)}, label={_quoted(text)}];")
+    for node in gm.graph.nodes:
+        if node in hidden or node in parts or (node in converted and len(node.users) == 1):
+            continue
+        lines += [f"  {edge}" for edge in _edges(gm, node, hidden, parts, converted)]
+    lines += [f"  {line}" for line in _legend(bool(late))]
+    return "\n".join([*lines, "}", ""])
+
+
+def _rows(gm: fx.GraphModule) -> dict[fx.Node, list[Row]]:
+    """For each node the neurons that it runs: itself, or those inside a leaf."""
+    leaves = {node.target: node for node in reversed(gm.graph.nodes) if node.op == "call_module"}
+    found: dict[fx.Node, list[Row]] = {}
+    for neuron, row in zip(neurons(gm), selection(gm).rows, strict=True):
+        node = neuron.node
+        if node is None:
+            node = next(leaf for path, leaf in leaves.items() if neuron.name.startswith(f"{path}."))
+        found.setdefault(node, []).append(row)
+    return found
+
+
+def _hidden(gm: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that make no tensor that is passed on: shapes, and what is reckoned from them; modules handed to calls."""
+    hidden: set[fx.Node] = set()
+    arithmetic = {f for module in (operator, builtins) for f in vars(module).values() if callable(f)}
+    for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
+        asks = (
+            (node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+            or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+            or (node.op == "get_attr" and all(user.target is norm_affine for user in node.users))
+        )
+        reckons = node.op == "call_function" and node.target in arithmetic
+        if asks or (reckons and inputs and all(one in hidden for one in inputs)):
+            hidden.add(node)
+    return hidden
+
+
+def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
+    if node.op == "call_module" and not (len(rows) == 1 and rows[0].layer.partition("@")[0] == node.target):
+        yield str(node.target)
+        yield type(gm.get_submodule(node.target)).__name__
+    elif node.op == "output":
+        yield "output"
+    elif node.target is norm_affine:
+        norm = node.args[0]
+        yield str(norm.target)
+        yield f"{type(gm.get_submodule(norm.target)).__name__}, folded"
+    elif not rows:
+        yield node.name
+        if node.op == "call_function":
+            yield getattr(node.target, "__name__", str(node.target))
+    for row in rows:
+        yield row.layer
+        yield f"{row.source}, k = {row.order}, d = {row.dilation}"
+        same = row.eval_kernel in ("", row.kernel)
+        yield row.kernel if same else f"{row.kernel} (eval: {row.eval_kernel})"
+        if row.forward_ms is not None and row.backward_ms is not None:
+            yield f"{row.forward_ms:.3f} + {row.backward_ms:.3f} ms"
+
+
+def _edges(
+    gm: fx.GraphModule, node: fx.Node, hidden: set[fx.Node], parts: dict[fx.Node, object], converted: set[fx.Node]
+) -> Iterator[str]:
+    for source in node.all_input_nodes:
+        if source in hidden:
+            continue
+        attributes = []
+        if node in converted:
+            attributes = _conversion(gm, node)
+        elif source in converted:
+            if len(source.users) == 1:
+                attributes = _conversion(gm, source)
+                source = source.args[0]
+            else:
+                attributes = [f"color={_quoted(_CONVERSION)}"]
+        part = parts.get(source)
+        if part == 2:  # scale and shift go together
+            continue
+        if part is not None:
+            source = source.args[0]
+            if part == 1:
+                attributes = ["style=dashed", f"label={_quoted('scale, shift')}"]
+        about = f" [{', '.join(attributes)}]" if attributes else ""
+        yield f"{_quoted(source.name)} -> {_quoted(node.name)}{about};"
+
+
+def _conversion(gm: fx.GraphModule, node: fx.Node) -> list[str]:
+    target = str(Layout.parse(node.args[2])).replace("_", "-")
+    size = _bytes(gm, node)
+    text = f"to {target}" if size is None else f"to {target}\n{_readable(size)}"
+    return [f"color={_quoted(_CONVERSION)}", "penwidth=2", f"fontcolor={_quoted(_CONVERSION)}", f"label={_quoted(text)}"]
+
+
+def _bytes(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Bytes of the tensor that a conversion copies, as planning saw it; None if it did not."""
+    meta = node.meta.get("mfpsn_tensor") or node.args[0].meta.get("mfpsn_tensor")
+    if meta is not None:
+        shape, dtype, _ = meta
+        return torch.Size(shape).numel() * dtype.itemsize
+    for neuron in neurons(gm):  # of copies and pickles: what the neurons on either side remember
+        if neuron.node is not None and (neuron.node is node.args[0] or neuron.input is node):
+            measured = neuron.module.measured.get(neuron.key)
+            if measured is not None:
+                return torch.Size(measured.shape).numel() * getattr(torch, measured.dtype).itemsize
+    return None
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _legend(both: bool) -> Iterator[str]:
+    if not both:
+        return
+    yield "subgraph cluster_legend {"
+    yield "  label=layouts; fontname=Helvetica; fontsize=10;"
+    for layout, colour in _COLOURS.items():
+        text = str(layout).replace("_", "-")
+        yield f"  {_quoted(f'legend {layout}')} [shape=box, style=filled, fillcolor={_quoted(colour)}, label={_quoted(text)}];"
+    yield "}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

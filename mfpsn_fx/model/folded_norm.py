@@ -1,0 +1,191 @@
+"""A batch norm as a scale and a shift for each channel, which the neuron behind it applies on load."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from mfpsn_fx.kernels.layout import Layout, per_channel, valid_steps
+from mfpsn_fx.kernels.op import statistics
+
+from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from .ranks import joined
+from .steps import current_mask
+
+__all__ = ["affine_of", "fused_time", "norm_affine", "values_per_channel"]
+
+# Ranks of what a norm takes with T and N as one
+_RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
+
+
+def norm_affine(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(x, scale, shift) such that ``scale · x + shift`` is ``norm(x)``, channel by channel.
+
+    In training scale and shift are made of the batch's mean and variance, through which gradients flow, and the running
+    statistics are updated as the layer itself does it; in evaluation they are made of the running statistics.
+
+    What cannot be put so is run as the layer that it is, and (norm(x), None, None) is the answer: a norm that has been
+    replaced by one of another class (``SyncBatchNorm``, say) or bears hooks by now, an input that it does not take, a
+    batch with one value per channel.
+
+    Args:
+        norm: a BatchNorm1d, 2d or 3d of torch or SpikingJelly, or a :class:`MaskedBatchNorm`.
+        x: (T·N, C, *), or (T, N, C, *) for a norm in step mode ``"m"``.
+        kernel: whose ``statistics`` finds mean and variance in one read of x; "" for ATen's.
+
+    Returns:
+        x, and scale and shift of shape (C,), float32, or float64 if x or the norm is.
+    """
+    if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again, as by pickle
+        return handle_torch_function(norm_affine, (x,), norm, x, kernel)
+    if not _applies(norm, x):
+        return norm(x), None, None
+    return (x, *affine_of(norm, x, kernel))
+
+
+def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor]:
+    """Scale and shift, as :func:`norm_affine` says, of a norm and an input that are known to fit."""
+    batch = norm.training or norm.running_mean is None
+    if not batch:
+        wide = _wide(x, norm.running_mean)
+        rstd = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        scale = rstd if norm.weight is None else rstd * norm.weight.to(wide)
+        shift = -norm.running_mean.to(wide) * scale
+        return scale, shift if norm.bias is None else shift + norm.bias.to(wide)
+    masked = isinstance(norm, MaskedBatchNorm)
+    mask = current_mask() if masked else None
+    # a checkpointed layer that is run again: like the layer itself, only a masked norm knows
+    counts = norm.training and not (masked and norm._reruns.again(mask, True, "MaskedBatchNorm"))
+    steps = _by_step(norm, x, mask)
+    group = joined(norm)
+    with torch.no_grad():
+        mean, var = _moments(steps.detach(), mask, _wide(x, norm.weight), kernel)
+        count = values_per_channel(steps, mask)
+        if group is not None:
+            mean, var, count = group.moments(mean, var, count)
+        if counts:
+            _update(norm, mean, var, count)
+    return _NormAffine.apply(steps, norm.weight, norm.bias, mean, var, count, norm.eps, mask, group)
+
+
+def fused_time(norm: nn.Module) -> bool:
+    """Whether the norm takes T and N as one dim, its channels being dim 1, not (T, N, C, *)."""
+    if isinstance(norm, MaskedBatchNorm):
+        return not norm.time_first
+    return getattr(norm, "step_mode", "s") == "s"
+
+
+def _applies(norm: nn.Module, x: Tensor) -> bool:
+    if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm):
+        return False
+    channel = 1 if fused_time(norm) else 2
+    if x.ndim <= channel or x.shape[channel] != norm.num_features or not x.is_floating_point():
+        return False
+    if not isinstance(norm, MaskedBatchNorm):
+        ranks = next(ranks for name, ranks in _RANKS.items() if type(norm).__name__ == name)
+        if x.ndim - channel + 1 not in ranks:
+            return False
+    return x.numel() > norm.num_features
+
+
+def _wide(x: Tensor, other: Tensor | None) -> torch.dtype:
+    double = x.dtype is torch.float64 or (other is not None and other.dtype is torch.float64)
+    return torch.float64 if double else torch.float32
+
+
+def _by_step(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """x as (T, N, C, *), or as (1, T·N, C, *) where nobody asks for T."""
+    if not fused_time(norm):
+        return x
+    if mask is None:
+        return x.unsqueeze(0)
+    if mask.numel() != x.shape[0]:
+        raise ValueError(
+            f"MaskedBatchNorm: a mask of shape (T, N) = {tuple(mask.shape)} needs an input of {mask.numel()} rows, "
+            f"T and N as one, found shape {tuple(x.shape)}"
+        )
+    return x.unflatten(0, mask.shape)
+
+
+def _update(norm: nn.Module, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    """The running statistics as the norm itself updates them."""
+    if not norm.track_running_stats or norm.running_mean is None:
+        return
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a tensor: nothing waits for the device
+            momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    if isinstance(count, int):
+        unbiased = var * (count / (count - 1))
+    else:
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        momentum = momentum * (count > 1).to(norm.running_mean.dtype)  # a single value has no variance
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+
+
+def values_per_channel(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many values a channel of (T, N, C, *) has at valid steps, but 1 where it has none."""
+    count = x.numel() // x.shape[2]
+    return count if mask is None else (mask.sum() * (count // mask.numel())).clamp(min=1)
+
+
+class _NormAffine(torch.autograd.Function):
+    """(T, N, C, *) → (scale, shift), with gradients through the mean and variance that are handed in.
+
+    With a process group these are the mean and variance of all ranks' values, ``count`` in number, and so are x's
+    gradients; those of the parameters are this rank's share. Backward writes one tensor, dx = a + b·x with a and b
+    (C,), which autograd adds to what the neuron gives.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, count, eps, mask, group):
+        rstd = torch.rsqrt(var + eps)
+        scale = rstd.clone() if weight is None else rstd * weight
+        shift = -mean * scale
+        if bias is not None:
+            shift = shift + bias
+        ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+        ctx.count, ctx.group = count, group
+        return scale, shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dscale, dshift):
+        x, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        # scale = w/√(σ²+ε), shift = bias − μ·scale
+        through = dscale - mean * dshift
+        gain = rstd if weight is None else rstd * weight
+        dweight = None if weight is None else (through * rstd).to(weight.dtype)
+        dbias = None if bias is None else dshift.to(bias.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if ctx.group is not None:
+                through, dshift = ctx.group.total(through, dshift)
+            # dL/dx = dμ/M + dσ²·2(x − μ)/M
+            slope = through * gain * rstd.square() / -ctx.count
+            offset = dshift * gain / -ctx.count - slope * mean
+            given = x
+            if mask is not None:
+                valid = valid_steps(mask, x.ndim, Layout.TIME_FIRST)
+                given = x.masked_fill(~valid, 0)
+            dx = torch.addcmul(
+                per_channel(offset, x.ndim, Layout.TIME_FIRST), given, per_channel(slope, x.ndim, Layout.TIME_FIRST)
+            )
+            if mask is not None:
+                dx = dx.masked_fill(~valid, 0)
+            dx = dx.to(x.dtype)
+        return dx, dweight, dbias, *[None] * 6
+
+
+def _moments(x: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel."""
+    if kernel or mask is not None:
+        one = torch.ones(x.shape[2], 1, dtype=dtype, device=x.device)
+        return statistics(x, one, None, None, mask, method=kernel)
+    var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.ndim) if d != 2], correction=0)
+    return mean, var

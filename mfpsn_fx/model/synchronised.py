@@ -1,0 +1,91 @@
+"""Neurons and batch norms whose batch statistics are those of all ranks of a process group."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .folded_norm import affine_of
+from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from .neuron import MulFreePSN
+from .ranks import Group
+from .source import qualified_name
+
+__all__ = ["SynchronisedBatchNorm", "synchronise_statistics"]
+
+
+class SynchronisedBatchNorm(MaskedBatchNorm):
+    """A batch norm whose statistics in training are those of the values on all ranks.
+
+    On any device, and of any rank of tensor, which ``torch.nn.SyncBatchNorm`` is not. Like :class:`MaskedBatchNorm` it
+    leaves out steps that :func:`valid_steps` excludes. Names in the ``state_dict`` are those of the norm that it was
+    made from.
+
+    Args:
+        norm: a BatchNorm1d, 2d or 3d, or a MaskedBatchNorm; its parameters and buffers are shared.
+        process_group: None for the default one.
+
+    Shapes: as in :class:`MaskedBatchNorm`.
+    """
+
+    def __init__(
+        self, norm: nn.modules.batchnorm._BatchNorm, process_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__(norm)
+        if isinstance(norm, MaskedBatchNorm):
+            self.time_first = norm.time_first
+        self.ranks = Group(process_group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalised; ``ValueError`` if its rank, its channels or the mask do not fit."""
+        channel = 2 if self.time_first else 1
+        if x.ndim <= channel or x.shape[channel] != self.num_features:
+            raise ValueError(
+                f"SynchronisedBatchNorm: expected {self.num_features} channels in dim {channel}, found shape "
+                f"{tuple(x.shape)}"
+            )
+        scale, shift = affine_of(self, x)
+        view = (-1, *([1] * (x.ndim - channel - 1)))
+        return (x * scale.view(view) + shift.view(view)).to(x.dtype)
+
+
+def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
+    """Let neurons and batch norms of ``model`` take their batch statistics over all ranks, in place.
+
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does for batch norms: a network that is trained so on W ranks,
+    each with its share of a batch, is the network trained on the whole batch. In evaluation, and where no process group
+    was set up, nothing changes. Each layer costs two short messages a training step. Call it on every rank, before the
+    model is wrapped or compiled and before anything is sharded; calling it again changes the group.
+
+    Args:
+        model: a network with :class:`MulFreePSN` neurons. Its batch norms become :class:`SynchronisedBatchNorm`;
+            parameters stay the same objects, so optimizers keep holding them.
+        process_group: the ranks; None for the default group, whichever that is at the time of a step.
+
+    Returns:
+        How many layers were synchronised.
+
+    Raises:
+        TypeError: a batch norm is of a class that is not known or bears hooks; nothing is changed then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    norms: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, nn.SyncBatchNorm):
+            continue
+        if not (isinstance(module, MaskedBatchNorm) or is_batch_norm(module)) or not path:
+            name = qualified_name(type(module))
+            raise TypeError(
+                f"{path or 'the model'}: {name} is no batch norm that could be synchronised; replace it yourself"
+            )
+        if has_hooks(module):
+            raise TypeError(f"{path}: it bears hooks, which its replacement would not have; remove them first")
+        norms.append((path, module))
+    made = {id(module): SynchronisedBatchNorm(module, process_group) for _, module in norms}
+    for path, module in norms:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[id(module)])
+    neurons = [module for module in model.modules() if isinstance(module, MulFreePSN)]
+    for neuron in neurons:
+        neuron.ranks = Group(process_group)
+    return len(made) + len(neurons)

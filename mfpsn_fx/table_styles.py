@@ -1,0 +1,46 @@
+"""Tables as plain text, Markdown and HTML, with lines of text below them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from tabulate import tabulate, tabulate_formats
+
+__all__ = ["check_style", "laid_out"]
+
+_NAMES = {"plain": "simple"}  # ours: theirs
+
+
+def check_style(style: str) -> None:
+    """``ValueError`` unless ``style`` is known; tabulate itself would fall back to another without a word."""
+    if style not in _NAMES and style not in tabulate_formats:
+        raise ValueError(
+            f"unknown style {style!r}: choose 'plain', 'github' or 'html', or another of tabulate's formats "
+            f"({', '.join(tabulate_formats)})"
+        )
+
+
+def laid_out(
+    body: Sequence[Sequence[object]],
+    headers: Sequence[str],
+    style: str,
+    footer: Sequence[str] = (),
+    align: Sequence[str] | None = None,
+) -> str:
+    """The table in ``style``, with the lines of ``footer`` below it: a list in Markdown and HTML.
+
+    What stands in cells and footer is text, whatever signs it holds: ``|`` breaks no Markdown table, ``<`` opens no tag.
+    """
+    if style in ("github", "pipe"):
+        body = [[str(cell).replace("|", "\\|") for cell in row] for row in body]
+    text = tabulate(
+        body, headers, tablefmt=_NAMES.get(style, style), disable_numparse=True, colalign=align if body else None
+    )
+    if not footer:
+        return text
+    if style in ("github", "pipe"):
+        return "\n".join([text, "", *(f"- {line}" for line in footer)])
+    if style in ("html", "unsafehtml"):
+        return "\n".join([text, "<ul>", *(f"<li>{html.escape(line)}</li>" for line in footer), "</ul>"])
+    return "\n".join([text, "", *footer])

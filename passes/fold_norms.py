@@ -1,0 +1,162 @@
+"""Let a neuron apply the batch norm in front of it on load."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.registry import Problem, kernels
+from mfpsn_fx.model.channel_dims import DEFAULT_DIMS
+from mfpsn_fx.model.folded_norm import fused_time, norm_affine
+from mfpsn_fx.model.masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from mfpsn_fx.model.neuron import MulFreePSN
+
+from .base import Pass, Result
+from .neurons import input_meta, neurons
+
+__all__ = ["FoldNorms", "folded_norms", "unfold_norms"]
+
+_VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as", torch.reshape, torch.unflatten}
+_ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
+
+
+class FoldNorms(Pass):
+    """Fold the affine part of a batch norm into the load of the neuron behind it, in training and evaluation.
+
+    Before: ``conv -> bn -> sn``. After: ``conv -> (x, scale, shift) = norm_affine(bn, conv) -> sn(x, scale=scale,
+    shift=shift)``: the norm's output, T·N·C·* values, is neither written nor kept for backward. Views between norm and
+    neuron that take T and N apart stay. The norm's module stays where it was, with its names in the ``state_dict``;
+    :func:`unfold_norms` is the way back.
+
+    A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
+    the neuron's channels, bears no hooks and no parametrization, and its output is read by the neuron alone. Others are
+    left as they are.
+    """
+
+    name = "fold_norms"
+    needs = ("neurons", "shapes")
+    gives = ("folded_norms",)
+
+    def call(self, gm: fx.GraphModule) -> Result:
+        changes = []
+        uses: dict[str, int] = {}
+        for node in gm.graph.nodes:
+            if node.op == "call_module":
+                uses[node.target] = uses.get(node.target, 0) + 1
+        for neuron in neurons(gm):
+            if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
+                continue
+            found = _norm_before(gm, neuron.node, neuron.module, neuron.layout)
+            if found is not None:
+                _fold(gm, found, neuron.node)
+                changes.append(f"{neuron.name}: {found.target} folded")
+        gm.graph.lint()
+        gm.recompile()
+        return Result(gm, changes)
+
+
+def folded_norms(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of ``gm`` that stand for batch norms folded into neurons."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is norm_affine]
+
+
+def unfold_norms(gm: fx.GraphModule) -> list[str]:
+    """Make the folded batch norms of ``gm`` layers again, in place; returns their paths."""
+    changed = []
+    for node in folded_norms(gm):
+        attribute, x = node.args[:2]
+        with gm.graph.inserting_before(node):
+            layer = gm.graph.call_module(attribute.target, (x,))
+        parts = {user.args[1]: user for user in node.users}
+        if (meta := x.meta.get("mfpsn_tensor")) is not None:
+            layer.meta["mfpsn_tensor"] = meta
+        for part in (parts[1], parts[2]):
+            for reader in list(part.users):
+                reader.kwargs = {k: v for k, v in reader.kwargs.items() if v is not part}
+            gm.graph.erase_node(part)
+        parts[0].replace_all_uses_with(layer)
+        gm.graph.erase_node(parts[0])
+        gm.graph.erase_node(node)
+        if not attribute.users:
+            gm.graph.erase_node(attribute)
+        changed.append(layer.target)
+    gm.graph.lint()
+    gm.recompile()
+    return changed
+
+
+def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: Layout) -> fx.Node | None:
+    """The norm that the neuron at ``sn`` can apply on load."""
+    if layout is not Layout.TIME_FIRST or module.channel_dims != DEFAULT_DIMS or not sn.args:
+        return None
+    reader, node, chain = sn, sn.args[0], set()
+    while isinstance(node, fx.Node) and _is_view(node):
+        if not _read_alone(node, reader):
+            return None
+        chain.add(node)
+        reader, node = node, node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "call_module" or not _read_alone(node, reader):
+        return None
+    norm = gm.get_submodule(node.target)
+    if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm) or "forward" in vars(norm):
+        return None
+    if norm.num_features != module.channels or len(node.args) != 1 or node.kwargs:
+        return None
+    given, met = input_meta(node), input_meta(sn.args[0])
+    if given is None or met is None or len(met[0]) < 3:
+        return None
+    (rows, *rest), (steps, batch, *same) = given[0], met[0]
+    fits = (rows, *rest) == (steps * batch, *same) if fused_time(norm) else given[0] == met[0]
+    return node if fits and _nothing_between(node, sn, chain) else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op in ("call_method", "call_function") and node.target in _VIEWS and bool(node.args)
+
+
+def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether ``reader`` alone reads the values of ``node``; shapes do not count."""
+    for user in node.users:
+        shape_only = (
+            (user.op == "call_function" and user.target is getattr and user.args[1] in ("shape", "ndim", "dtype"))
+            or (user.op == "call_method" and user.target in ("size", "dim"))
+            or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
+        )
+        if user is not reader and not shape_only:
+            return False
+    return reader.args[0] is node
+
+
+def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
+    """Whether nothing runs between norm and neuron that could alter the norm's input, in place or under another name."""
+    node = norm.next
+    while node is not sn:
+        known = node in chain or node.op == "get_attr" or node.target in (operator.getitem, getattr, "size", "dim")
+        if not known:
+            return False
+        node = node.next
+    return True
+
+
+def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> None:
+    x, meta = norm.args[0], input_meta(norm)
+    with gm.graph.inserting_before(norm):
+        module = gm.graph.get_attr(norm.target)
+        affine = gm.graph.call_function(norm_affine, (module, x), {"kernel": _one_read(gm, norm, meta)})
+        same, scale, shift = (gm.graph.call_function(operator.getitem, (affine, part)) for part in range(3))
+    same.meta["mfpsn_tensor"] = meta
+    norm.replace_all_uses_with(same)
+    gm.graph.erase_node(norm)
+    sn.kwargs = {**sn.kwargs, "scale": scale, "shift": shift}
+
+
+def _one_read(gm: fx.GraphModule, norm: fx.Node, meta: tuple) -> str:
+    """The kernel that finds mean and variance of such a tensor in one read; "" for ATen."""
+    shape, dtype, device = meta
+    shape = (1, *shape) if fused_time(gm.get_submodule(norm.target)) else shape
+    problem = Problem(tuple(shape), Layout.TIME_FIRST, dtype, device.type, 1, 1)
+    able = {kernel.name for kernel in kernels() if kernel.name in _ONE_READ and kernel.refusal(problem) is None}
+    return next((name for name in _ONE_READ if name in able), "")
