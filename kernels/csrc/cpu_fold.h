@@ -17,7 +17,8 @@ struct Folding {
   int64_t training;  // μ and σ² are the batch's, so gradients flow through them
 };
 
-// Kept from being contracted with what follows: a fused multiply-add rounds once, the tensor operations twice
+// Kept from being contracted with what follows: a fused multiply-add rounds once, the tensor operations twice. And where a
+// compiler vectorises a loop up to an aligned address, it may contract the rest alone: then results depend on addresses.
 template <typename acc>
 inline acc rounded(acc value) {
   volatile acc kept = value;
@@ -66,15 +67,15 @@ void fold_backward(int64_t channels, int64_t order, const Folding& f, const Fold
     for (int64_t i = c * order; i < (c + 1) * order; ++i) {
       acc dfused = dtaps[i];
       if (f.gradient == 1) dfused *= folded.fused[i] == 0 ? acc(0) : std::abs(folded.taps[i] / folded.fused[i]);
-      dgain += dfused * weight[i];
+      dgain += rounded(dfused * weight[i]);
       dweight[i] = dfused * folded.gain[c];
     }
-    dgain -= dbias[c] * mean[c];
+    dgain -= rounded(dbias[c] * mean[c]);
     dgamma[c] = dgain / folded.deviation[c];
     if (offset == nullptr) continue;
     const acc deviation = folded.deviation[c];
     slope[c] = dgain * gamma[c] / (-(deviation * deviation * deviation) * count);
-    offset[c] = -folded.gain[c] * dbias[c] / count - slope[c] * mean[c];
+    offset[c] = -folded.gain[c] * dbias[c] / count - rounded(slope[c] * mean[c]);
   }
 }
 
