@@ -230,7 +230,7 @@ class TestMasks:
         mfpsn_fx.mask_batch_norms(twin)
         bad = x.masked_fill(~self.mask[..., None, None, None], torch.nan)
         with mfpsn_fx.valid_steps(self.mask):
-            y, scale, shift = norm_affine(twin.get_submodule("1"), twin.get_submodule("0")(bad))
+            _, scale, shift = norm_affine(twin.get_submodule("1"), twin.get_submodule("0")(bad))
             out, wanted = twin(bad), twin(x)
         assert scale.isfinite().all()
         assert shift.isfinite().all()

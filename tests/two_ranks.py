@@ -101,7 +101,9 @@ def check_training(x, y, rank: int) -> None:
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     check_state(compiled.state_dict(), alone, "DDP, compiled")
 
-    wrapped = DistributedDataParallel(not_synchronised)  # what it is for: each rank's own statistics give another network
+    wrapped = DistributedDataParallel(
+        not_synchronised
+    )  # what it is for: each rank's own statistics give another network
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     difference = parameters_to_vector(alone.parameters()) - parameters_to_vector(not_synchronised.parameters())
     assert difference.abs().max() > 1e-3
