@@ -110,7 +110,7 @@ def check_training(x, y, rank: int) -> None:
 
 
 def check_uneven(x, rank: int, first: int) -> None:
-    """Shares of ``first`` sequences and the rest, padding that norms do not count: gradients of the sum of all losses."""
+    """Shares of ``first`` sequences and the rest, padding that does not count: gradients of the sum of all losses."""
     mask = mfpsn_fx.lengths_to_mask(torch.tensor([5, 2, 4, 1, 5, 3]))
     mine = slice(0, first) if rank == 0 else slice(first, None)
     alone, model = network(x), network(x)
