@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from mfpsn_fx.kernels.layout import Layout, to_layout
+from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.folded_norm import norm_affine
 from mfpsn_fx.passes import conversion_nodes, neurons
 from mfpsn_fx.passes.convert_layout import label_of_existing
@@ -79,13 +79,14 @@ def to_dot(model: nn.Module) -> str:
     rows = _rows(gm)
     hidden = _hidden(gm)
     converted = set(conversion_nodes(gm))
+    edges = {node for node in converted if sum(user not in hidden for user in node.users) == 1}
     parts = {user: user.args[1] for node in gm.graph.nodes if node.target is norm_affine for user in node.users}
     lines = [
         "digraph {",
         "  rankdir=TB; node [fontname=Helvetica, fontsize=10]; edge [fontname=Helvetica, fontsize=9];",
     ]
     for node in gm.graph.nodes:
-        if node in hidden or node in parts or (node in converted and len(node.users) == 1):
+        if node in hidden or node in parts or node in edges:
             continue
         if node in converted:  # several readers of one copy: the edges part behind it
             lines.append(f"  {_quoted(node.name)} [shape=point, color={_quoted(_CONVERSION)}];")
@@ -95,9 +96,9 @@ def to_dot(model: nn.Module) -> str:
         text = "\n".join(_label(gm, node, rows.get(node, [])))
         lines.append(f"  {_quoted(node.name)} [{style}, fillcolor={_quoted(colour)}, label={_quoted(text)}];")
     for node in gm.graph.nodes:
-        if node in hidden or node in parts or (node in converted and len(node.users) == 1):
+        if node in hidden or node in parts or node in edges:
             continue
-        lines += [f"  {edge}" for edge in _edges(gm, node, hidden, parts, converted)]
+        lines += [f"  {edge}" for edge in _edges(gm, node, hidden, parts, converted, edges)]
     lines += [f"  {line}" for line in _legend(bool(late))]
     return "\n".join([*lines, "}", ""])
 
@@ -121,7 +122,11 @@ def _hidden(gm: fx.GraphModule) -> set[fx.Node]:
     for node in gm.graph.nodes:
         inputs = node.all_input_nodes
         asks = (
-            (node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+            (
+                node.op == "call_function"
+                and node.target is getattr
+                and node.args[1] in ("shape", "ndim", "dtype", "device")
+            )
             or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
             or (node.op == "get_attr" and all(user.target is norm_affine for user in node.users))
         )
@@ -143,8 +148,9 @@ def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
         yield f"{type(gm.get_submodule(norm.target)).__name__}, folded"
     elif not rows:
         yield node.name
-        if node.op == "call_function":
-            yield getattr(node.target, "__name__", str(node.target))
+        function = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and not node.name.startswith(function):
+            yield function
     for row in rows:
         yield row.layer
         yield f"{row.source}, k = {row.order}, d = {row.dilation}"
@@ -155,20 +161,25 @@ def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
 
 
 def _edges(
-    gm: fx.GraphModule, node: fx.Node, hidden: set[fx.Node], parts: dict[fx.Node, object], converted: set[fx.Node]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    hidden: set[fx.Node],
+    parts: dict[fx.Node, object],
+    converted: set[fx.Node],
+    contracted: set[fx.Node],
 ) -> Iterator[str]:
+    """The edges that end at ``node``; a conversion that has one reader is itself an edge."""
     for source in node.all_input_nodes:
         if source in hidden:
             continue
         attributes = []
         if node in converted:
             attributes = _conversion(gm, node)
+        elif source in contracted:
+            attributes = _conversion(gm, source)
+            source = source.args[0]
         elif source in converted:
-            if len(source.users) == 1:
-                attributes = _conversion(gm, source)
-                source = source.args[0]
-            else:
-                attributes = [f"color={_quoted(_CONVERSION)}"]
+            attributes = [f"color={_quoted(_CONVERSION)}"]
         part = parts.get(source)
         if part == 2:  # scale and shift go together
             continue
@@ -184,7 +195,12 @@ def _conversion(gm: fx.GraphModule, node: fx.Node) -> list[str]:
     target = str(Layout.parse(node.args[2])).replace("_", "-")
     size = _bytes(gm, node)
     text = f"to {target}" if size is None else f"to {target}\n{_readable(size)}"
-    return [f"color={_quoted(_CONVERSION)}", "penwidth=2", f"fontcolor={_quoted(_CONVERSION)}", f"label={_quoted(text)}"]
+    return [
+        f"color={_quoted(_CONVERSION)}",
+        "penwidth=2",
+        f"fontcolor={_quoted(_CONVERSION)}",
+        f"label={_quoted(text)}",
+    ]
 
 
 def _bytes(gm: fx.GraphModule, node: fx.Node) -> int | None:
@@ -215,8 +231,8 @@ def _legend(both: bool) -> Iterator[str]:
     yield "subgraph cluster_legend {"
     yield "  label=layouts; fontname=Helvetica; fontsize=10;"
     for layout, colour in _COLOURS.items():
-        text = str(layout).replace("_", "-")
-        yield f"  {_quoted(f'legend {layout}')} [shape=box, style=filled, fillcolor={_quoted(colour)}, label={_quoted(text)}];"
+        name, text = _quoted(f"legend {layout}"), _quoted(str(layout).replace("_", "-"))
+        yield f"  {name} [shape=box, style=filled, fillcolor={_quoted(colour)}, label={text}];"
     yield "}"
 
 

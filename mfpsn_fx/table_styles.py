@@ -30,7 +30,8 @@ def laid_out(
 ) -> str:
     """The table in ``style``, with the lines of ``footer`` below it: a list in Markdown and HTML.
 
-    What stands in cells and footer is text, whatever signs it holds: ``|`` breaks no Markdown table, ``<`` opens no tag.
+    What stands in cells and footer is text, whatever signs it holds: ``|`` breaks no Markdown table, ``<`` opens no
+    tag in HTML.
     """
     if style in ("github", "pipe"):
         body = [[str(cell).replace("|", "\\|") for cell in row] for row in body]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem, kernels
@@ -42,10 +42,6 @@ class FoldNorms(Pass):
 
     def call(self, gm: fx.GraphModule) -> Result:
         changes = []
-        uses: dict[str, int] = {}
-        for node in gm.graph.nodes:
-            if node.op == "call_module":
-                uses[node.target] = uses.get(node.target, 0) + 1
         for neuron in neurons(gm):
             if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
                 continue
@@ -131,7 +127,7 @@ def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
 
 
 def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
-    """Whether nothing runs between norm and neuron that could alter the norm's input, in place or under another name."""
+    """Whether nothing runs between norm and neuron that could alter the norm's input, under whatever name."""
     node = norm.next
     while node is not sn:
         known = node in chain or node.op == "get_attr" or node.target in (operator.getitem, getattr, "size", "dim")

@@ -88,7 +88,14 @@ def _hook_measurement(copied: nn.Module) -> None:
         layout = kwargs.get("layout") or module.layout
         x = module.channels_together(args[0], layout)
         mean, var = statistics(
-            x, module.weight, kwargs.get("scale"), kwargs.get("shift"), current_mask(), dilation=module.dilation, layout=layout, layer=module.path
+            x,
+            module.weight,
+            kwargs.get("scale"),
+            kwargs.get("shift"),
+            current_mask(),
+            dilation=module.dilation,
+            layout=layout,
+            layer=module.path,
         )
         mean, var = mean.to(module.running_mean), var.to(module.running_var)
         std = deviation(var, module.eps)

@@ -207,7 +207,7 @@ class TestNetwork:
         load("network").main([*small, "--kernel", "shifted-add", "--json", str(files[0]), "--markdown", str(files[1])])
         found = json.loads(files[0].read_text())
         assert [r["T"] for r in found["results"]] == [2, 3]
-        names = {"no neurons", "LIF", "PSN", "SlidingPSN", "vanilla module", "ours"}
+        names = {"no neurons", "LIF", "PSN", "SlidingPSN", "vanilla module", "ours", "ours, BN folded"}
         for result in found["results"]:
             assert set(result["ms"]) == names
             assert set(result["neuron_share"]) == names - {"no neurons"}
@@ -216,7 +216,9 @@ class TestNetwork:
         assert set(found["geometric_mean_to_psn"]) == names
         text = files[1].read_text()
         assert "Made by `python benchmarks/network.py --quick" in text
-        assert "| T | PSN ms | SlidingPSN | LIF | vanilla module | ours | no neurons | rounds |" in text
+        assert (
+            "| T | PSN ms | SlidingPSN | LIF | vanilla module | ours | ours, BN folded | no neurons | rounds |" in text
+        )
         assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
 
     def test_unknown_kernel(self, load, capsys):

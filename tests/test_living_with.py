@@ -619,7 +619,7 @@ def test_what_the_manual_says_to_type(name, capsys):
     assert "saturated" in printed
     assert names["rates"].shape == (32,)
     assert "train/hidden.2/silent" in names["log"]
-    assert len(blocks) == 8
+    assert len(blocks) == 9
 
 
 def test_reset_net_after_masking(net, example):

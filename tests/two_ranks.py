@@ -101,16 +101,18 @@ def check_training(x, y, rank: int) -> None:
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     check_state(compiled.state_dict(), alone, "DDP, compiled")
 
-    wrapped = DistributedDataParallel(not_synchronised)  # what it is for: each rank's own statistics give another network
+    wrapped = DistributedDataParallel(
+        not_synchronised
+    )  # what it is for: each rank's own statistics give another network
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     difference = parameters_to_vector(alone.parameters()) - parameters_to_vector(not_synchronised.parameters())
     assert difference.abs().max() > 1e-3
 
 
-def check_uneven(x, rank: int) -> None:
-    """Shares of 1 and N − 1 sequences, padding, a norm that counts none of it: gradients of the sum of all losses."""
+def check_uneven(x, rank: int, first: int) -> None:
+    """Shares of ``first`` sequences and the rest, padding that does not count: gradients of the sum of all losses."""
     mask = mfpsn_fx.lengths_to_mask(torch.tensor([5, 2, 4, 1, 5, 3]))
-    mine = slice(0, 1) if rank == 0 else slice(1, None)
+    mine = slice(0, first) if rank == 0 else slice(first, None)
     alone, model = network(x), network(x)
     mfpsn_fx.mask_batch_norms(alone)
     mfpsn_fx.synchronise_statistics(model)
@@ -135,7 +137,8 @@ def main() -> None:
     torch.manual_seed(1)
     x, y = torch.randn(5, 6, 2, 6, dtype=torch.float64), torch.randint(3, (6,))
     check_training(x, y, rank)
-    check_uneven(x, rank)
+    check_uneven(x, rank, 1)
+    check_uneven(x, rank, x.shape[1])
     dist.barrier()
     if rank == 0:
         print("ranks agree")

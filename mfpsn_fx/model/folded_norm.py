@@ -14,7 +14,7 @@ from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
 from .ranks import joined
 from .steps import current_mask
 
-__all__ = ["affine_of", "fused_time", "norm_affine", "values_per_channel"]
+__all__ = ["affine_of", "fused_time", "norm_affine"]
 
 # Ranks of what a norm takes with T and N as one
 _RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
@@ -62,9 +62,11 @@ def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Ten
     group = joined(norm)
     with torch.no_grad():
         mean, var = _moments(steps.detach(), mask, _wide(x, norm.weight), kernel)
-        count = values_per_channel(steps, mask)
+        count = _count(steps, mask)
         if group is not None:
             mean, var, count = group.moments(mean, var, count)
+        elif mask is not None:
+            count = count.clamp(min=1)
         if counts:
             _update(norm, mean, var, count)
     return _NormAffine.apply(steps, norm.weight, norm.bias, mean, var, count, norm.eps, mask, group)
@@ -128,10 +130,10 @@ def _update(norm: nn.Module, mean: Tensor, var: Tensor, count: Tensor | int) -> 
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
 
 
-def values_per_channel(x: Tensor, mask: Tensor | None) -> Tensor | int:
-    """How many values a channel of (T, N, C, *) has at valid steps, but 1 where it has none."""
+def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
+    """How many values a channel of (T, N, C, *) has at valid steps."""
     count = x.numel() // x.shape[2]
-    return count if mask is None else (mask.sum() * (count // mask.numel())).clamp(min=1)
+    return count if mask is None else mask.sum() * (count // max(mask.numel(), 1))
 
 
 class _NormAffine(torch.autograd.Function):
@@ -183,7 +185,9 @@ class _NormAffine(torch.autograd.Function):
 
 
 def _moments(x: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel."""
+    """Mean and biased variance of each channel; zeros of nothing, as a rank may have."""
+    if x.numel() == 0:
+        return tuple(torch.zeros(x.shape[2], dtype=dtype, device=x.device) for _ in range(2))
     if kernel or mask is not None:
         one = torch.ones(x.shape[2], 1, dtype=dtype, device=x.device)
         return statistics(x, one, None, None, mask, method=kernel)

@@ -35,8 +35,8 @@ def neuron_over_ranks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(S, μ, σ², M) of ``mfpsn::neuron`` in training, with μ and σ² over the M values per channel of all ranks.
 
-    Two messages: 2C + 1 numbers forward, C·(k + 1) backward. Ranks may have batches of different sizes, or none; kernels
-    may differ between them.
+    Two messages: 2C + 1 numbers forward, C·(k + 1) backward. Ranks may have batches of different sizes, or none, and
+    different kernels.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:

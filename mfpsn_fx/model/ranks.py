@@ -33,7 +33,7 @@ class Group:
         """How many ranks there are: 1 where no process group was set up, or this rank is in none."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
-        return dist.get_world_size(self.process_group)
+        return max(1, dist.get_world_size(self.process_group))  # -1 for a rank outside of the group
 
     def moments(self, mean: Tensor, var: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """(μ, σ², M) of all ranks' values from those of each: (C,), (C,) biased, and a number.

@@ -28,9 +28,7 @@ class SynchronisedBatchNorm(MaskedBatchNorm):
     Shapes: as in :class:`MaskedBatchNorm`.
     """
 
-    def __init__(
-        self, norm: nn.modules.batchnorm._BatchNorm, process_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, process_group: dist.ProcessGroup | None = None) -> None:
         super().__init__(norm)
         if isinstance(norm, MaskedBatchNorm):
             self.time_first = norm.time_first
