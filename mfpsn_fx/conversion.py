@@ -59,6 +59,8 @@ def conversion_pipeline(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
@@ -74,8 +76,9 @@ def conversion_pipeline(
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
-        ).passes
+            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+            cache=cache,
+        ).passes  # fmt: skip
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
     return Pipeline(passes)
@@ -89,12 +92,14 @@ def planning_pipeline(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
     return Pipeline(
         [
             PropagateShapes(args, kwargs),
-            Autoselect(layout, _plain(kernels), repeats, progress),
+            Autoselect(layout, _plain(kernels), repeats, progress, budget_s=budget_s, cache=cache),
             InsertConversions(layout),
             CancelConversions(),
             BindKernels(_plain(kernels)),
@@ -121,6 +126,8 @@ def convert(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -145,8 +152,10 @@ def convert(
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
-        repeats: m of autoselect.
+        repeats: the fewest samples of a kernel that may be chosen.
         progress: show progress bars; None: if the terminal is one.
+        budget_s: seconds to measure kernels for, all layers together.
+        cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -172,7 +181,7 @@ def convert(
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        repeats=repeats, progress=progress,
+        repeats=repeats, progress=progress, budget_s=budget_s, cache=cache,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -214,6 +223,8 @@ def plan(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
@@ -229,7 +240,10 @@ def plan(
     if not (example_args or kwargs):
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
     _check_example(example_args, kwargs)
-    gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
+    gm = planning_pipeline(
+        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+        cache=cache,
+    )(gm)  # fmt: skip
     gm.meta.clear()
     return gm
 

@@ -53,6 +53,9 @@ class Selection:
     conversions: int = 0
     autoselect_s: float | None = None
     repeats: int | None = None
+    noise: float | None = None
+    measured: int | None = None
+    kept: int | None = None
     unconverted: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
@@ -120,11 +123,17 @@ class Selection:
             )
         lines.append(f"layout conversions inserted: {self.conversions}")
         if self.autoselect_s is not None:
-            lines.append(f"autoselect took {self.autoselect_s:.2f} s (mean of the last {self.repeats} runs each)")
+            lines.append(f"autoselect took {self.autoselect_s:.2f} s ({self._how()})")
         else:
             lines.append("nothing measured yet: mfpsn_fx.plan(model, *example_args) measures and chooses")
         lines += [f"not converted: {path}: {reason}" for path, reason in self.unconverted]
         return lines
+
+    def _how(self) -> str:
+        now = f"{self.measured} ways measured" if self.measured else "nothing measured"
+        kept = f", {self.kept} known from earlier" if self.kept else ""
+        noise = f"; this machine's noise: {self.noise:.1%}" if self.noise is not None else ""
+        return f"{now}{kept}, medians{noise}"
 
     def __str__(self) -> str:
         return self.table()
@@ -153,6 +162,9 @@ def selection(model: nn.Module) -> Selection:
         conversions=len(conversion_nodes(gm)),
         autoselect_s=plan.seconds if plan else None,
         repeats=plan.repeats if plan else None,
+        noise=plan.noise if plan else None,
+        measured=plan.measured if plan else None,
+        kept=plan.kept if plan else None,
         unconverted=tuple(_unconverted(gm)),
     )
 

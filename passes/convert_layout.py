@@ -8,7 +8,7 @@ from mfpsn_fx.kernels.layout import Layout, to_layout
 
 from .base import Pass, Result
 from .layout_labels import conversions, label_nodes
-from .neurons import neurons
+from .neurons import STRIDES, neurons
 
 __all__ = ["CancelConversions", "InsertConversions", "conversion_nodes"]
 
@@ -77,6 +77,7 @@ def remove_conversions(gm: fx.GraphModule) -> list[str]:
     removed = []
     late = label_of_existing(gm)
     for node in late:
+        node.meta.pop(STRIDES, None)  # of the other order of dims
         if (meta := node.meta.get("mfpsn_tensor")) is not None:
             node.meta["mfpsn_tensor"] = (Layout.TIME_FIRST.shape_from(meta[0], Layout.TIME_LAST), *meta[1:])
     for node in conversion_nodes(gm):
