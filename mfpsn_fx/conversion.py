@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -37,7 +38,8 @@ from mfpsn_fx.passes import (
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of, unwrapped
+from .replay import choices_of
+from .selection import Selection, graph_of, unwrapped
 from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
@@ -61,6 +63,7 @@ def conversion_pipeline(
     progress: bool | None = None,
     budget_s: float = 30.0,
     cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
@@ -77,7 +80,7 @@ def conversion_pipeline(
     if args or kwargs:
         passes += planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-            cache=cache,
+            cache=cache, selection=selection,
         ).passes  # fmt: skip
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
@@ -94,12 +97,16 @@ def planning_pipeline(
     progress: bool | None = None,
     budget_s: float = 30.0,
     cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
+    if selection is not None and (layout != "auto" or kernels != "auto"):
+        raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
+    choices = None if selection is None else choices_of(selection)
     return Pipeline(
         [
             PropagateShapes(args, kwargs),
-            Autoselect(layout, _plain(kernels), repeats, progress, budget_s=budget_s, cache=cache),
+            Autoselect(layout, _plain(kernels), repeats, progress, budget_s=budget_s, cache=cache, choices=choices),
             InsertConversions(layout),
             CancelConversions(),
             BindKernels(_plain(kernels)),
@@ -128,6 +135,7 @@ def convert(
     progress: bool | None = None,
     budget_s: float = 30.0,
     cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -156,6 +164,8 @@ def convert(
         progress: show progress bars; None: if the terminal is one.
         budget_s: seconds to measure kernels for, all layers together.
         cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
+        selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
+            measuring; layers that it does not fit are named in a warning and measured.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -178,10 +188,12 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    if selection is not None and not has_example:
+        raise ValueError("selection= needs an example input: layers are matched by its shapes")
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        repeats=repeats, progress=progress, budget_s=budget_s, cache=cache,
+        repeats=repeats, progress=progress, budget_s=budget_s, cache=cache, selection=selection,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -225,6 +237,7 @@ def plan(
     progress: bool | None = None,
     budget_s: float = 30.0,
     cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
@@ -242,7 +255,7 @@ def plan(
     _check_example(example_args, kwargs)
     gm = planning_pipeline(
         example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-        cache=cache,
+        cache=cache, selection=selection,
     )(gm)  # fmt: skip
     gm.meta.clear()
     return gm

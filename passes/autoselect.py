@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ from .base import Pass, Result
 from .convert_layout import LAYOUT, remove_conversions
 from .layout_labels import conversions, label_nodes
 from .neurons import Neuron, input_meta, input_strides, neurons
+from .replay import Choice, replayed
 
 __all__ = ["Autoselect", "candidates_for", "forced_kernel"]
 
@@ -75,6 +77,7 @@ class Autoselect(Pass):
         progress: show a progress bar; None: if the terminal is one.
         budget_s: seconds to measure for, all layers together.
         cache: use and keep times in the user's cache.
+        choices: what was chosen elsewhere, by layer: layers that it fits are not measured.
 
     Raises:
         ValueError: unknown layout, kernel or layer; or no kernel works for a layer, with each one's reason.
@@ -93,6 +96,7 @@ class Autoselect(Pass):
         *,
         budget_s: float = 30.0,
         cache: bool = True,
+        choices: Mapping[str, Choice] | None = None,
     ) -> None:
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
@@ -102,6 +106,7 @@ class Autoselect(Pass):
         self.layouts = tuple(Layout) if layout in ("auto", "keep") else (Layout.parse(layout),)
         self.kernels, self.repeats, self.progress = kernels, repeats, progress
         self.budget_s, self.cache = float(budget_s), cache
+        self.choices = None if choices is None else dict(choices)
 
     def call(self, gm: fx.GraphModule) -> Result:
         started = time.perf_counter()
@@ -111,14 +116,18 @@ class Autoselect(Pass):
         check_choice(self.kernels, [neuron.name for neuron in found])
         pools: dict[torch.device, Pool] = {}
         contests: list[Contest] = []
-        entered = {neuron.name: self._enter(neuron, pools, contests) for neuron in found}
+        measured = {}
+        if self.choices is not None:
+            measured |= replayed(found, self.choices, {neuron.name: self._layouts_of(neuron) for neuron in found})
+        entered = {n.name: self._enter(n, pools, contests) for n in found if n.name not in measured}
         moves = {} if self.keep else self._moves(gm, pools, contests)
         results = run_contests(
             contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
             cache=SelectionCache.of_user() if self.cache else None,
         )  # fmt: skip
-        measured = {}
         for neuron in found:
+            if neuron.name in measured:
+                continue
             shape, _, device = neuron.meta
             places, refused = entered[neuron.name]
             candidates = [
@@ -296,6 +305,8 @@ def fastest(
         for c in measured.candidates
         if c.layout == layout and c.error is None and kernel in (None, c.kernel) and cost(c) is not None
     ]
+    if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
+        working = [c for c in working if c.training_ms is not None] or working
     best = min(working, key=cost, default=None)
     default = next((c for c in working if c.kernel == DEFAULT_KERNEL), None)
     if best is None or default is None or beats(cost(best), spread(best), cost(default), spread(default)):
