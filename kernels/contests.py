@@ -21,11 +21,13 @@ from .selection_cache import SelectionCache
 from .timing import machine_noise, sample, spread_of
 from .watchdog import Hung, Watchdog
 
-__all__ = ["Contest", "Entrant", "Outcome", "Results", "beats", "run_contests"]
+__all__ = ["NOT_REACHED", "Contest", "Entrant", "Outcome", "Results", "beats", "run_contests"]
 
 _log = logging.getLogger("mfpsn_fx")
 
 Part = Callable[[], object]
+
+NOT_REACHED = "not measured"  # how the error of an entrant begins that the budget left no time for
 
 _SHORTEST = 0.2  # ms that a sample should last, so that the clock's own grain does not show
 _MOST_CALLS = 50
@@ -226,8 +228,8 @@ class _Runner:
         self.passing = False  # the error may not come again
         self.stopped = False
 
-    def cost(self, objective: tuple[str, ...]) -> tuple[float, ...] | None:
-        """(least number of samples, milliseconds, their samples' parts); None where it takes no part."""
+    def cost(self, objective: tuple[str, ...]) -> float | None:
+        """Milliseconds; None where it has none of the parts, or an error."""
         parts = [part for part in objective if part in self.parts]
         if self.error is not None or not parts or any(not self._values(part) for part in parts):
             return None
@@ -237,7 +239,12 @@ class _Runner:
         return math.hypot(*(spread_of(self._values(part), noise) for part in objective if part in self.parts))
 
     def least(self, objective: tuple[str, ...]) -> int:
+        """Samples of the part that has the fewest."""
         return min(len(self.samples[part]) for part in objective if part in self.parts)
+
+    def long(self, objective: tuple[str, ...]) -> bool:
+        """Whether a run takes so long that another costs more than it tells."""
+        return any(self.samples[part] and self.samples[part][0] > _LONG for part in objective if part in self.parts)
 
     def _values(self, part: str) -> Sequence[float]:
         return self.samples.get(part) or ([self.warm[part]] if part in self.warm else [])
@@ -282,7 +289,7 @@ class _Heat:
 
     @property
     def _not_reached(self) -> str:
-        return f"not measured: its share of the budget of {self.budget_s:g} s was spent"
+        return f"{NOT_REACHED}: its share of the budget of {self.budget_s:g} s was spent"
 
     def _warm_up(self, runner: _Runner, contest: Contest) -> None:
         entrant = runner.entrant
@@ -369,8 +376,7 @@ class _Heat:
         few, rivals = [], []
         for runner, cost in costs.items():
             count = runner.least(objective)
-            long = runner.samples and count and min(v[0] for v in runner.samples.values() if v) > _LONG
-            if cost > _WIDE * costs[best] and (long or count >= min(2, self.repeats)):
+            if cost > _WIDE * costs[best] and (runner.long(objective) or count >= min(2, self.repeats)):
                 continue
             if count < self.repeats:
                 few.append(runner)

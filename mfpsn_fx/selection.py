@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 from torch import fx, nn
 
+from mfpsn_fx.kernels.contests import NOT_REACHED
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
@@ -233,8 +234,11 @@ def _notes(neuron, measured: Measured | None):
         yield "inside a leaf"
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
-    for candidate in measured.candidates if measured else ():
-        if candidate.error is not None and not candidate.error.startswith("not applicable"):
+    failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]
+    if late := [f"{c.kernel} ({c.layout})" for c in failed if c.error.startswith(NOT_REACHED)]:
+        yield f"not reached within the budget: {', '.join(late)}"
+    for candidate in failed:
+        if not candidate.error.startswith(("not applicable", NOT_REACHED)):
             yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"
 
 

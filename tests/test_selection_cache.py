@@ -86,7 +86,10 @@ class TestKept:
             assert bool(samples) is again, options
 
     def test_more_time_than_was_short(self, samples):
-        convert(budget_s=0)
+        table = mfpsn_fx.selection(convert(budget_s=0))
+        assert {row.kernel for row in table.rows} == {"shifted-add"}
+        assert "not reached within the budget: " in table.rows[0].notes[-1]
+        assert "vmap-mm (time_last)" in table.rows[0].notes[-1]
         samples.clear()
         convert(budget_s=0)
         assert not samples
