@@ -30,10 +30,12 @@ from mfpsn_fx.passes import (
     InsertConversions,
     ObserveInputs,
     Pipeline,
+    PlanLayout,
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
 )
+from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
@@ -95,7 +97,8 @@ def planning_pipeline(
         [
             PropagateShapes(args, kwargs),
             Autoselect(layout, _plain(kernels), repeats, progress),
-            InsertConversions(layout),
+            PlanLayout(layout, _plain(kernels), repeats, progress),
+            InsertConversions(),
             CancelConversions(),
             BindKernels(_plain(kernels)),
         ],
@@ -133,7 +136,9 @@ def convert(
             the graph, the default kernels run, and :func:`plan` can do the rest later.
         order: k, the taps of each neuron.
         dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
-        layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
+        layout: ``"auto"``: the best for every stretch of the network, conversions included, as measured;
+            ``"uniform"``: one for all, the better one; ``"time_first"``, ``"time_last"``: that one;
+            ``"keep"``: as it is. See ``docs/layout.md``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
         calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
@@ -159,8 +164,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
-    if layout != "auto":
-        layout = str(Layout.parse(layout))
+    if layout not in RULES:
+        Layout.parse(layout)  # it says which there are
     if isinstance(kernels, str) and kernels != "auto":
         get_kernel(kernels)
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:

@@ -18,6 +18,8 @@ from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
+from .operator_layouts import register_operator_layout, unregister_operator_layout
+from .plan_layout import PlanLayout
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
 from .roll_up import RollUp
@@ -40,6 +42,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PipelineError",
+    "PlanLayout",
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
@@ -50,4 +53,6 @@ __all__ = [
     "conversion_nodes",
     "neurons",
     "receptive_field",
+    "register_operator_layout",
+    "unregister_operator_layout",
 ]

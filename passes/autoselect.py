@@ -1,28 +1,26 @@
-"""Measure every applicable kernel under both layouts, and choose (paper, algorithm 1)."""
+"""Measure every applicable kernel under both layouts (paper, algorithm 1)."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
-import torch
 from torch import fx
 from tqdm import tqdm
 
-from mfpsn_fx.kernels.layout import Layout, to_layout
+from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels
-from mfpsn_fx.kernels.timing import measure, time_kernel
-from mfpsn_fx.model.record import Candidate, Measured, Plan
+from mfpsn_fx.kernels.timing import time_kernel
+from mfpsn_fx.model.record import Candidate, Measured
 
 from .base import Pass, Result
-from .convert_layout import LAYOUT, remove_conversions
-from .layout_labels import conversions, label_nodes
-from .neurons import Neuron, input_meta, neurons
+from .convert_layout import remove_conversions
+from .neurons import Neuron, neurons
 
 __all__ = ["Autoselect", "candidates_for", "forced_kernel"]
 
 MEASURED = "mfpsn_measured"  # gm.meta: neuron name -> Measured
 PLAN = "mfpsn_plan"  # gm.meta: Plan
+SPENT = "mfpsn_spent"  # gm.meta: (seconds, repeats) of the measurement
 
 
 def forced_kernel(choice: str | dict[str, str], name: str) -> str | None:
@@ -53,16 +51,16 @@ def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] 
 
 
 class Autoselect(Pass):
-    """Time forward and backward of each neuron with each kernel in each layout, and note the choice.
+    """Time forward and backward of each neuron with each kernel in each layout, and note the times.
 
-    The graph is unchanged; what was found is left for ``insert_conversions`` and ``bind_kernels``. Each time is the
-    mean of the last m of 2m+1 runs, device-synchronised. A layout's total is the sum of its fastest kernels and of
-    the conversions that it needs; the layout with the smaller total is chosen. A kernel that raises is recorded with
-    its error and not chosen. Identical layers are measured once. The vanilla way is always measured, for comparison.
+    The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
+    ``plan_layout`` and ``bind_kernels``. Each time is the mean of the last m of 2m+1 runs, device-synchronised. A
+    kernel that raises is recorded with its error and not chosen. Identical layers are measured once. The vanilla way
+    is always measured, for comparison.
 
     Args:
-        layout: ``"auto"``, the one to which the choice is restricted, or ``"keep"``: each neuron's own, no conversions
-            added or removed.
+        layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each
+            neuron's own, no conversions removed.
         kernels: ``"auto"``, one name for all, or a mapping from layer to name.
         repeats: m.
         progress: show a progress bar; None: if the terminal is one.
@@ -85,7 +83,7 @@ class Autoselect(Pass):
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
         self.keep = layout == "keep"
-        self.layouts = tuple(Layout) if layout in ("auto", "keep") else (Layout.parse(layout),)
+        self.layouts = tuple(Layout) if layout in ("auto", "uniform", "keep") else (Layout.parse(layout),)
         self.kernels, self.repeats, self.progress = kernels, repeats, progress
 
     def call(self, gm: fx.GraphModule) -> Result:
@@ -104,13 +102,13 @@ class Autoselect(Pass):
         for neuron in found:
             shape, dtype, device = neuron.meta
             results = tuple(memo[self._key(neuron, job)] for job in jobs[neuron.name])
+            shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
             measured[neuron.name] = Measured(
                 shape, str(dtype).removeprefix("torch."), str(device), self._marked(neuron, results)
             )
-        plan = self._choose(gm, found, measured)
-        gm.meta[MEASURED], gm.meta[PLAN], gm.meta[LAYOUT] = measured, plan, plan.layout
-        gm.meta[PLAN] = dataclasses.replace(plan, seconds=time.perf_counter() - started)
-        return Result(gm, [f"{layout}: {ms:.3f} ms" for layout, ms in plan.totals])
+        gm.meta[MEASURED] = measured
+        gm.meta[SPENT] = (time.perf_counter() - started, self.repeats)
+        return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
     def _jobs(self, neuron: Neuron) -> list[tuple[Layout, Kernel]]:
         jobs = [
@@ -151,52 +149,6 @@ class Autoselect(Pass):
     def _eligible(self, neuron: Neuron, candidate: Candidate) -> bool:
         forced = forced_kernel(self.kernels, neuron.name)
         return Layout.parse(candidate.layout) in self._layouts_of(neuron) and forced in (None, candidate.kernel)
-
-    def _choose(self, gm: fx.GraphModule, found: list[Neuron], measured: dict[str, Measured]) -> Plan:
-        totals, alone, moved = {}, {}, {}
-        for layout in ("keep",) if self.keep else self.layouts:
-            cost = 0.0
-            for neuron in found:
-                best = self._best(neuron, measured[neuron.name], layout)
-                if best is None:
-                    cost = float("inf")
-                    break
-                cost += cost_of(best)
-            alone[str(layout)] = cost
-            moved[str(layout)] = (0, 0.0) if self.keep else self._conversion_cost(gm, layout)
-            totals[str(layout)] = cost + moved[str(layout)][1]
-        layout = min(totals, key=totals.get)
-        if totals[layout] == float("inf"):
-            raise ValueError(
-                f"no single layout serves every layer with the kernels asked for ({self.kernels!r}); "
-                "choose other kernels, or layout='auto'"
-            )
-        finite = lambda table: tuple((k, v) for k, v in table.items() if v != float("inf"))  # noqa: E731
-        return Plan(layout, finite(totals), finite(alone), *moved[layout], repeats=self.repeats)
-
-    def _best(self, neuron: Neuron, measured: Measured, layout: Layout | str) -> Candidate | None:
-        """The candidate that ``neuron`` would run if ``layout`` were the network's; None if none works."""
-        own = self.keep or neuron.node is None
-        return fastest(measured, neuron.layout if own else layout, kernel=forced_kernel(self.kernels, neuron.name))
-
-    def _conversion_cost(self, gm: fx.GraphModule, layout: Layout) -> tuple[int, float]:
-        """How many conversions ``layout`` needs, and their milliseconds forward and backward."""
-        needed = conversions(gm, label_nodes(gm, layout))
-        memo: dict[tuple, float] = {}
-        total = 0.0
-        for conversion in needed:
-            meta = input_meta(conversion.producer)
-            if meta is None:
-                continue
-            if meta not in memo:
-                shape, dtype, device = meta
-                x = torch.zeros(shape, dtype=dtype, device=device)
-                y = to_layout(x, "time_first", "time_last")
-                there = measure(lambda x=x: to_layout(x, "time_first", "time_last"), self.repeats, device)
-                back = measure(lambda y=y: to_layout(y, "time_last", "time_first"), self.repeats, device)
-                memo[meta] = there + back  # forward one way, backward the other
-            total += memo[meta]
-        return len(needed), total
 
 
 def cost_of(candidate: Candidate) -> float:
