@@ -42,9 +42,7 @@ def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     name = getattr(node.target, "__name__", "")
     dunder = name.endswith("__")
-    return (
-        node.target in _OPERATORS or node.kwargs.get("inplace", False) is True or (name.endswith("_") and not dunder)
-    )
+    return node.target in _OPERATORS or node.kwargs.get("inplace", False) is True or (name.endswith("_") and not dunder)
 
 
 def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:

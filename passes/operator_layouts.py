@@ -17,7 +17,14 @@ from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_method
 from .neurons import input_meta
 from .time_dims import DimsRule, dims_rule
 
-__all__ = ["Operator", "describe", "is_spikes", "known_time_last", "register_operator_layout", "unregister_operator_layout"]
+__all__ = [
+    "Operator",
+    "describe",
+    "is_spikes",
+    "known_time_last",
+    "register_operator_layout",
+    "unregister_operator_layout",
+]
 
 _NEUTRAL_MODULES = (
     nn.ReLU, nn.Identity, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6,
@@ -206,9 +213,7 @@ def _applies(node: fx.Node, change: Callable[[fx.Node], bool]) -> bool:
 
 def _not_elementwise(node: fx.Node) -> str | None:
     """Why ``node`` is not the same in any order of dims; None if it is."""
-    if any(name in node.kwargs for name in _MOVES_MEMORY) or any(
-        isinstance(a, torch.memory_format) for a in node.args
-    ):
+    if any(name in node.kwargs for name in _MOVES_MEMORY) or any(isinstance(a, torch.memory_format) for a in node.args):
         return "it sets the order of memory"
     own = input_meta(node)
     if own is None:

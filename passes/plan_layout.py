@@ -167,9 +167,7 @@ class PlanLayout(Pass):
     def _late(times: _Times, way: Labelling) -> dict[str, str]:
         """The time-last nodes by name, with the forms of layers."""
         return {
-            node.name: times.methods.get(node, AS_IS)
-            for node, label in way.labels.items()
-            if label is Layout.TIME_LAST
+            node.name: times.methods.get(node, AS_IS) for node, label in way.labels.items() if label is Layout.TIME_LAST
         }
 
     @staticmethod

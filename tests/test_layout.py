@@ -43,9 +43,9 @@ class TestCut:
         labels = best_labels(nodes, tensors)
         every = (
             total_cost(nodes, tensors, dict(zip(nodes, choice, strict=True)))
-            for choice in itertools.product(*[
-                [layout for layout in Layout if nodes[name].under(layout) is not None] for name in nodes
-            ])
+            for choice in itertools.product(
+                *[[layout for layout in Layout if nodes[name].under(layout) is not None] for name in nodes]
+            )
         )
         assert total_cost(nodes, tensors, labels) == min(every)
 

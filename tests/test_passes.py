@@ -101,13 +101,13 @@ class TestConversions:
         pipeline = Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])
         pipeline(gm)
         assert torch.equal(gm(x), expected)
-        # x once for three readers, the sum before linear, linear's result for the last addition, the end
-        assert len(conversion_nodes(gm)) == 4
+        # x once for three readers, and the end; the linear layer runs time-last
+        assert len(conversion_nodes(gm)) == 2
         assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 3
         assert gm.graph is not None
         again = InsertConversions("time_last")(gm)
         assert torch.equal(again.graph_module(x), expected)
-        assert len(conversion_nodes(gm)) == 4
+        assert len(conversion_nodes(gm)) == 2
         InsertConversions("time_first")(gm)
         assert conversion_nodes(gm) == []
         assert torch.equal(gm(x), expected)
@@ -188,21 +188,24 @@ class TestAutoselect:
     def test_the_smaller_total_wins(self, gm, example, monkeypatch):
         """With costs that favour it, time-last is chosen, conversions counted."""
         from mfpsn_fx.kernels.timing import Times
-        from mfpsn_fx.passes import autoselect
+        from mfpsn_fx.passes import autoselect, stateless_times
 
         def fake(problem, name, repeats, alpha):
             cheap = problem.layout == "time_last" and name == "conv2d"
             return Times(1.0, 1.0, 1.0) if cheap else Times(50.0, 50.0, 50.0)
 
         monkeypatch.setattr(autoselect, "time_kernel", fake)
-        monkeypatch.setattr(autoselect, "measure", lambda run, repeats, device: 5.0)
+        monkeypatch.setattr(stateless_times, "measure", lambda run, repeats, device: 5.0)
         gm = conversion_pipeline((example,), repeats=1, progress=False)(gm)
         table = mfpsn_fx.selection(gm)
         assert {(r.layout, r.kernel) for r in table.rows} == {("time_last", "conv2d")}
-        assert dict(table.neuron_totals_ms) == {"time_first": 300.0, "time_last": 6.0}
-        assert dict(table.totals_ms) == {"time_first": 300.0, "time_last": 6.0 + 6 * 10.0}
+        # six layers and the mean over time; of conversions the example's alone, which has no gradient
+        assert dict(table.neuron_totals_ms) == {"time_first": 300.0, "time_last": 6.0, "plan": 6.0}
+        assert dict(table.totals_ms) == {"time_first": 300.0 + 35, "time_last": 6.0 + 35 + 5, "plan": 6.0 + 35 + 5}
+        assert dict(table.conversion_totals_ms) == {"time_first": 0.0, "time_last": 5.0, "plan": 5.0}
+        assert (table.layout, table.conversions, table.conversion_bytes) == ("time_last", 1, 4 * example.numel())
         assert {r.ratio for r in table.rows} == {50.0}
-        monkeypatch.setattr(autoselect, "measure", lambda run, repeats, device: 500.0)
+        monkeypatch.setattr(stateless_times, "measure", lambda run, repeats, device: 500.0)
         planning_pipeline((example,), repeats=1, progress=False)(gm)
         assert {r.layout for r in mfpsn_fx.selection(gm).rows} == {"time_first"}
 
