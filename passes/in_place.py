@@ -46,8 +46,8 @@ def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in _OPERATORS or node.kwargs.get("inplace", False) is True or (name.endswith("_") and not dunder)
 
 
-def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
-    """All nodes that make or read memory which some node writes into, but where nobody could tell.
+def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that make or read a tensor of ``timed`` in memory which some node writes into, unless nobody can tell.
 
     Nobody can tell in a chain: memory that a layer made, whose one reader writes into it or passes it on, and so on.
     """
@@ -78,8 +78,8 @@ def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
     for members in groups.values():
         if not writers.intersection(members) or _is_chain(gm, members):
             continue
-        bound.update(members)
-        bound.update(user for member in members for user in member.users)
+        for member in timed.intersection(members):
+            bound.update((member, *member.users))
     return bound
 
 
