@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 import re
+import types
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from mfpsn_fx.passes import (
     conversion_nodes,
     neurons,
     stateless_times,
+    verify_plan,
 )
 from mfpsn_fx.passes.convert_layout import PLANNED
 from mfpsn_fx.passes.layout_cut import Costs, Tensor, best_labels, crossings, total_cost
@@ -305,9 +307,10 @@ def networks(draw):
     for index in range(draw(st.integers(2, 9))):
         a, b = (draw(st.sampled_from(names)) for _ in "ab")
         line = draw(st.sampled_from([
-            "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
-            "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
-            "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
+            "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b",
+            "torch.cat((a, b), 2)[:, :, :3]", "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
+            "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)",
+            "a.add_(b * 0.5)",
         ]))  # fmt: skip
         text = line.replace("{i}", str(index))
         for word, name in (("a", a), ("b", b)):
@@ -602,3 +605,81 @@ class TestDynamo:
         assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 2
         assert len(conversion_nodes(gm)) == 2
         torch.testing.assert_close(model.b.running_mean, other.b.running_mean)
+
+
+class TestVerify:
+    def clock(self, monkeypatch, ms):
+        """Steps of each network take what ``ms`` says of its neurons' layouts, with a little noise."""
+
+        def step(gm, run, args, kwargs, devices):
+            layouts = "".join("l" if n.layout == "time_last" else "f" for n in neurons(gm))
+            run(*args)
+            index = 0
+            while True:
+                index += 1
+                yield ms(layouts) + 0.01 * (index % 3)
+
+        monkeypatch.setattr(verify_plan, "_step", step)
+
+    @pytest.mark.parametrize(
+        ("first", "used", "words"),
+        [
+            (9.0, "mixed", "plan is the fastest, as predicted"),
+            (4.995, "mixed", "time_first is ahead of plan by 0.005 ms, within the spread"),
+            (3.0, "time_first", "time_first is faster than plan by 2.000 ms, more than the spread of 0.010 ms"),
+        ],
+    )
+    def test_the_better_one_is_used(self, converted, monkeypatch, first, used, words):
+        gm, x = converted
+        expected = gm.eval()(x)
+        self.clock(monkeypatch, lambda layouts: {"fffff": first, "lllll": 12.0}.get(layouts, 5.0))
+        planned(gm, x, monkeypatch, mixed, verify=True)
+        table = mfpsn_fx.selection(gm)
+        assert table.layout == used
+        assert [(mode, name) for mode, name, _, _ in table.verified_ms] == [
+            ("eager", "plan"), ("eager", "time_first"), ("eager", "time_last"),
+        ]  # fmt: skip
+        assert words in table.verdict
+        assert table.verdict in table.table()
+        assert f"measured eager, time_first: {first + 0.01:.3f} ms" in table.table()
+        assert table.conversions == len(conversion_nodes(gm)) == (0 if used == "time_first" else table.conversions)
+        assert {row.layout for row in table.rows} == ({"time_first"} if used == "time_first" else set(map(str, Layout)))
+        assert mfpsn_fx.Selection.from_json(table.to_json()) == table
+        torch.testing.assert_close(gm(x), expected)
+
+    def test_for_real(self, converted, monkeypatch):
+        """Nothing of the network moves, and all three are measured."""
+        gm, x = converted
+        gm.train()
+        before = copy.deepcopy(gm.state_dict())
+        state = torch.get_rng_state()
+        planned(gm, x, monkeypatch, mixed, verify="eager")
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
+        table = mfpsn_fx.selection(gm)
+        assert len(table.verified_ms) == 3
+        assert all(ms > 0 and spread >= 0 for _, _, ms, spread in table.verified_ms)
+        assert table.verdict.startswith("end to end (eager)")
+        assert all(p.grad is None for p in gm.parameters())
+
+    def test_compiled_decides(self, converted, monkeypatch):
+        gm, x = converted
+        monkeypatch.setattr(torch, "compile", lambda gm: types.SimpleNamespace(gm=gm, compiled=True))
+
+        def step(gm, run, args, kwargs, devices):
+            compiled = getattr(run, "compiled", False)
+            layouts = {str(n.layout) for n in neurons(gm)}
+            while True:
+                yield 1.0 if (layouts == {"time_last"}) == compiled else 3.0
+
+        monkeypatch.setattr(verify_plan, "_step", step)
+        planned(gm, x, monkeypatch, mixed, verify="compiled")
+        table = mfpsn_fx.selection(gm)
+        assert [mode for mode, _, _, _ in table.verified_ms] == ["eager"] * 3 + ["compiled"] * 3
+        assert table.layout == "time_last"
+        assert table.verdict.startswith("end to end (compiled) time_last is faster")
+
+    def test_unknown_way(self, converted):
+        gm, x = converted
+        with pytest.raises(ValueError, match="unknown way to verify 'fast'"):
+            mfpsn_fx.plan(gm, x, verify="fast")
