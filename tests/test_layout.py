@@ -300,18 +300,20 @@ def passed(gm, *xs, layout="time_last"):
     return gm
 
 
+LINES = (
+    "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
+    "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
+    "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
+)  # fmt: skip
+
+
 @st.composite
 def networks(draw):
     """A network of neurons, layers, joins, views and writes in place, as lines; and which nodes to have time-last."""
     lines, names = [], ["x", "y"]
     for index in range(draw(st.integers(2, 9))):
         a, b = (draw(st.sampled_from(names)) for _ in "ab")
-        line = draw(st.sampled_from([
-            "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b",
-            "torch.cat((a, b), 2)[:, :, :3]", "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
-            "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)",
-            "a.add_(b * 0.5)",
-        ]))  # fmt: skip
+        line = draw(st.sampled_from(LINES))
         text = line.replace("{i}", str(index))
         for word, name in (("a", a), ("b", b)):
             text = re.sub(rf"(?<![\w.]){word}(?=[\s,).\[]|$)", name, text)
