@@ -435,7 +435,16 @@ def _kept(cache: SelectionCache | None, contest: Contest, budget_s: float, repea
 
 def _from_rank_0(run: Callable[[], Results], contests: Sequence[Contest]) -> Results:
     """Rank 0's results on every rank: all choose alike, and no rank's measuring disturbs another's."""
-    names = [[contest.name, [entrant.name for entrant in contest.entrants]] for contest in contests]
+    names = [f"{contest.name} ({', '.join(entrant.name for entrant in contest.entrants)})" for contest in contests]
+    told: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, json.dumps(names))
+    for rank, text in enumerate(told):  # looked at on every rank: none may wait for one that has raised
+        if (theirs := json.loads(text)) != (first := json.loads(told[0])):
+            raise RuntimeError(
+                f"rank 0 measures for all ranks, but rank {rank} has other layers or kernels: "
+                f"{'; '.join(sorted(set(first) ^ set(theirs))[:3]) or 'in another order'}. Convert the same network, "
+                "with the same kernels, on every rank"
+            )
     box: list[str | None] = [None]
     failed = None
     if torch.distributed.get_rank() == 0:
@@ -443,22 +452,14 @@ def _from_rank_0(run: Callable[[], Results], contests: Sequence[Contest]) -> Res
             results = run()
             records = [_record(outcomes, 0, 0.0, False)["outcomes"] for outcomes in results.outcomes]
             counts = [results.measured, results.kept, results.noise]
-            box = [json.dumps({"names": names, "records": records, "counts": counts})]
+            box = [json.dumps({"records": records, "counts": counts})]
         except Exception as error:  # the others wait: they must hear of it
             failed = error
             box = [json.dumps({"failed": f"{type(error).__name__}: {error}"})]
     torch.distributed.broadcast_object_list(box, src=0)
     if failed is not None:
         raise failed
-    told = json.loads(box[0])
-    if "failed" in told:
-        raise RuntimeError(f"rank 0 could not measure: {told['failed']}")
-    if told["names"] != names:
-        ours = {json.dumps(name) for name in names}
-        theirs = {json.dumps(name) for name in told["names"]}
-        raise RuntimeError(
-            f"rank 0 measures for all ranks, but rank {torch.distributed.get_rank()} has other layers or kernels: "
-            f"{', '.join(sorted(ours ^ theirs)[:3]) or 'in another order'}; convert the same network, with the same "
-            "kernels, on every rank"
-        )
-    return Results(tuple(_outcomes(record) for record in told["records"]), *told["counts"])
+    results = json.loads(box[0])
+    if "failed" in results:
+        raise RuntimeError(f"rank 0 could not measure: {results['failed']}")
+    return Results(tuple(_outcomes(record) for record in results["records"]), *results["counts"])

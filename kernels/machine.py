@@ -90,14 +90,19 @@ def sources_hash() -> str:
 def source_of(thing: object) -> str | None:
     """A hash of the source of ``thing``'s class and of the classes it derives from, as far as they are not ours.
 
-    ``""`` if all are ours (:func:`sources_hash` covers them), None where the source of one cannot be found.
+    ``""`` if all are ours or PyTorch's (:func:`machine` covers them), None where the source of one cannot be found.
     """
+    return _source_of(type(thing))
+
+
+@functools.lru_cache(maxsize=256)
+def _source_of(cls: type) -> str | None:
     digest, met = hashlib.sha256(), False
-    for cls in type(thing).__mro__[:-1]:
-        if cls.__module__.startswith("mfpsn_fx.kernels."):
+    for base in cls.__mro__[:-1]:
+        if base.__module__.startswith(("mfpsn_fx.kernels.", "torch.")):
             continue
         try:
-            digest.update(inspect.getsource(cls).encode() + b"\0")
+            digest.update(inspect.getsource(base).encode() + b"\0")
         except (OSError, TypeError):
             return None
         met = True

@@ -31,10 +31,14 @@ from mfpsn_fx.passes import (
     InsertConversions,
     ObserveInputs,
     Pipeline,
+    PlanLayout,
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
+    VerifyPlan,
 )
+from mfpsn_fx.passes.autoselect import check_budget
+from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
@@ -64,6 +68,7 @@ def conversion_pipeline(
     budget_s: float = 30.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
@@ -80,7 +85,7 @@ def conversion_pipeline(
     if args or kwargs:
         passes += planning_pipeline(
             args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-            cache=cache, selection=selection,
+            cache=cache, selection=selection, verify=verify,
         ).passes  # fmt: skip
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
@@ -98,21 +103,26 @@ def planning_pipeline(
     budget_s: float = 30.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
     if selection is not None and (layout != "auto" or kernels != "auto"):
         raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
     choices = None if selection is None else choices_of(selection)
-    return Pipeline(
-        [
-            PropagateShapes(args, kwargs),
-            Autoselect(layout, _plain(kernels), repeats, progress, budget_s=budget_s, cache=cache, choices=choices),
-            InsertConversions(layout),
-            CancelConversions(),
-            BindKernels(_plain(kernels)),
-        ],
-        given=("neurons",),
-    )
+    measuring = {"repeats": repeats, "progress": progress, "cache": cache}
+    budget_s = check_budget(budget_s)
+    share = 1.0 if layout == "time_first" else 0.6  # of the budget, for neurons: time-first no other layer has a choice
+    passes = [
+        PropagateShapes(args, kwargs),
+        Autoselect(layout, _plain(kernels), choices=choices, budget_s=share * budget_s, **measuring),
+        PlanLayout(layout, _plain(kernels), budget_s=(1 - share) * budget_s, **measuring),
+        InsertConversions(),
+        CancelConversions(),
+        BindKernels(_plain(kernels)),
+    ]
+    if verify is not False:
+        passes.append(VerifyPlan(args, kwargs, verify, _plain(kernels), repeats, progress))
+    return Pipeline(passes, given=("neurons",))
 
 
 def convert(
@@ -136,6 +146,7 @@ def convert(
     budget_s: float = 30.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -148,7 +159,9 @@ def convert(
             the graph, the default kernels run, and :func:`plan` can do the rest later.
         order: k, the taps of each neuron.
         dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
-        layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
+        layout: ``"auto"``: the best for every stretch of the network, conversions included, as measured;
+            ``"uniform"``: one for all, the better one; ``"time_first"``, ``"time_last"``: that one;
+            ``"keep"``: as it is. See ``docs/layout.md``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
         calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
@@ -166,6 +179,8 @@ def convert(
         cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
         selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
             measuring; layers that it does not fit are named in a warning and measured.
+        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True`` or
+            ``"eager"``, or ``"compiled"`` for both; if the plan lost by more than the noise, the better one is used.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -178,8 +193,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
-    if layout != "auto":
-        layout = str(Layout.parse(layout))
+    if layout not in RULES:
+        Layout.parse(layout)  # it says which there are
     if isinstance(kernels, str) and kernels != "auto":
         get_kernel(kernels)
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -190,10 +205,13 @@ def convert(
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
     if selection is not None and not has_example:
         raise ValueError("selection= needs an example input: layers are matched by its shapes")
+    if verify is not False and not has_example:
+        raise ValueError("verify needs an example input: what is measured runs on it")
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
         repeats=repeats, progress=progress, budget_s=budget_s, cache=cache, selection=selection,
+        verify=verify,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -238,6 +256,7 @@ def plan(
     budget_s: float = 30.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
@@ -255,7 +274,7 @@ def plan(
     _check_example(example_args, kwargs)
     gm = planning_pipeline(
         example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-        cache=cache, selection=selection,
+        cache=cache, selection=selection, verify=verify,
     )(gm)  # fmt: skip
     gm.meta.clear()
     return gm

@@ -1,34 +1,52 @@
-"""Measure every applicable kernel under both layouts, and choose (paper, algorithm 1)."""
+"""Measure every applicable kernel under both layouts (paper, algorithm 1)."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 
 import torch
 from torch import fx
 
-from mfpsn_fx.kernels.contests import Contest, Outcome, beats, run_contests
+from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, conversion_contest, kernel_contest
+from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL, Kernel, get_kernel, kernels
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
-from mfpsn_fx.model.record import Candidate, Measured, Plan
+from mfpsn_fx.model.record import Candidate, Measured
 
 from .base import Pass, Result
-from .convert_layout import LAYOUT, remove_conversions
-from .layout_labels import conversions, label_nodes
-from .neurons import Neuron, input_meta, input_strides, neurons
+from .convert_layout import remove_conversions
+from .neurons import Neuron, neurons
 from .replay import Choice, replayed
 
 __all__ = ["Autoselect", "candidates_for", "forced_kernel"]
 
 MEASURED = "mfpsn_measured"  # gm.meta: neuron name -> Measured
 PLAN = "mfpsn_plan"  # gm.meta: Plan
+SPENT = "mfpsn_spent"  # gm.meta: Spent
+CACHE = "mfpsn_cache"  # gm.meta: the SelectionCache of this run, which says once what is wrong with it
 VANILLA = "vanilla-conv1d"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What measuring took: seconds, ways measured now and known from earlier, the machine's noise, fewest samples."""
+
+    seconds: float = 0.0
+    measured: int = 0
+    kept: int = 0
+    noise: float | None = None
+    repeats: int = 0
+
+    def plus(self, seconds: float, results: Results) -> Spent:
+        """Together with another round of measuring."""
+        noise = max((n for n in (self.noise, results.noise) if n is not None), default=None)
+        return Spent(
+            self.seconds + seconds, self.measured + results.measured, self.kept + results.kept, noise, self.repeats
+        )
 
 
 def forced_kernel(choice: str | dict[str, str], name: str) -> str | None:
@@ -52,6 +70,13 @@ def check_choice(choice: str | dict[str, str], names: list[str]) -> None:
         get_kernel(choice)
 
 
+def check_budget(budget_s: float) -> float:
+    """``budget_s``; ``ValueError`` unless it is a number of at least 0."""
+    if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s >= 0:
+        raise ValueError(f"budget_s must be a number of seconds, at least 0, found {budget_s!r}")
+    return float(budget_s)
+
+
 def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] = "auto") -> list[Kernel]:
     """The kernels to be measured for ``neuron`` under ``layout``: all registered ones, or the one forced."""
     forced = forced_kernel(choice, neuron.name)
@@ -59,19 +84,18 @@ def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] 
 
 
 class Autoselect(Pass):
-    """Time forward and backward of each neuron with each kernel in each layout, and note the choice.
+    """Time forward and backward of each neuron with each kernel in each layout, and note the times.
 
-    The graph is unchanged; what was found is left for ``insert_conversions`` and ``bind_kernels``. Kernels are measured
-    in turn on data with the strides and dtype of the layer's input, until it is clear which is the fastest
-    (:func:`~mfpsn_fx.kernels.contests.run_contests`; ``docs/measurement.md``). A layout's total is the sum of its
-    fastest kernels and of the conversions that it needs; the layout with the smaller total is chosen, time-last only
-    where it wins by more than the spread. A kernel that raises is recorded with its error and not chosen. Identical
-    layers are measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla
-    way is always measured, for comparison.
+    The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
+    ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
+    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
+    ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
+    measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
+    always measured, for comparison.
 
     Args:
-        layout: ``"auto"``, the one to which the choice is restricted, or ``"keep"``: each neuron's own, no conversions
-            added or removed.
+        layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each
+            neuron's own, no conversions removed.
         kernels: ``"auto"``, one name for all, or a mapping from layer to name.
         repeats: the fewest samples of a kernel that may be chosen.
         progress: show a progress bar; None: if the terminal is one.
@@ -100,16 +124,15 @@ class Autoselect(Pass):
     ) -> None:
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
-        if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s >= 0:
-            raise ValueError(f"budget_s must be a number of seconds, at least 0, found {budget_s!r}")
         self.keep = layout == "keep"
-        self.layouts = tuple(Layout) if layout in ("auto", "keep") else (Layout.parse(layout),)
+        self.layouts = tuple(Layout) if layout in ("auto", "uniform", "keep") else (Layout.parse(layout),)
         self.kernels, self.repeats, self.progress = kernels, repeats, progress
-        self.budget_s, self.cache = float(budget_s), cache
+        self.budget_s, self.cache = check_budget(budget_s), cache
         self.choices = None if choices is None else dict(choices)
 
     def call(self, gm: fx.GraphModule) -> Result:
         started = time.perf_counter()
+        gm.meta[CACHE] = SelectionCache.of_user() if self.cache else None
         if not self.keep:
             remove_conversions(gm)
         found = neurons(gm)
@@ -120,15 +143,15 @@ class Autoselect(Pass):
         if self.choices is not None:
             measured |= replayed(found, self.choices, {neuron.name: self._layouts_of(neuron) for neuron in found})
         entered = {n.name: self._enter(n, pools, contests) for n in found if n.name not in measured}
-        moves = {} if self.keep else self._moves(gm, pools, contests)
         results = run_contests(
             contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
-            cache=SelectionCache.of_user() if self.cache else None,
+            cache=gm.meta[CACHE],
         )  # fmt: skip
         for neuron in found:
             if neuron.name in measured:
                 continue
             shape, _, device = neuron.meta
+            shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
             places, refused = entered[neuron.name]
             candidates = [
                 _candidate(layout, name, outcome)
@@ -141,14 +164,9 @@ class Autoselect(Pass):
                 str(device),
                 self._marked(neuron, (*candidates, *refused)),
             )
-        move_ms = {meta: results.outcomes[index]["to_layout"].ms(*TRAINING) for meta, index in moves.items()}
-        plan = self._choose(gm, found, measured, move_ms)
-        seconds = time.perf_counter() - started
-        plan = dataclasses.replace(
-            plan, seconds=seconds, noise=results.noise, measured=results.measured, kept=results.kept
-        )
-        gm.meta[MEASURED], gm.meta[PLAN], gm.meta[LAYOUT] = measured, plan, plan.layout
-        return Result(gm, [f"{layout}: {ms:.3f} ms" for layout, ms in plan.totals])
+        gm.meta[MEASURED] = measured
+        gm.meta[SPENT] = Spent(repeats=self.repeats).plus(time.perf_counter() - started, results)
+        return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
     def _enter(
         self, neuron: Neuron, pools: dict[torch.device, Pool], contests: list[Contest]
@@ -194,21 +212,6 @@ class Autoselect(Pass):
         """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
         return (neuron.layout,) if self.keep or neuron.node is None else self.layouts
 
-    def _moves(self, gm: fx.GraphModule, pools: dict[torch.device, Pool], contests: list[Contest]) -> dict[tuple, int]:
-        """Contests for the conversions that a layout needs, added to ``contests``: tensor -> index."""
-        moves: dict[tuple, int] = {}
-        for layout in self.layouts:
-            for conversion in conversions(gm, label_nodes(gm, layout)):
-                meta = input_meta(conversion.producer)
-                if meta is None or meta in moves:
-                    continue
-                shape, dtype, device = meta
-                moves[meta] = len(contests)
-                pool, name = pools.setdefault(device, Pool(device)), f"conversion behind {conversion.producer.name}"
-                strides = input_strides(conversion.producer)
-                contests.append(conversion_contest(shape, dtype, pool, name=name, strides=strides))
-        return moves
-
     def _marked(self, neuron: Neuron, results: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         if any(c.error is None and self._eligible(neuron, c) for c in results):
             return results
@@ -218,52 +221,6 @@ class Autoselect(Pass):
     def _eligible(self, neuron: Neuron, candidate: Candidate) -> bool:
         forced = forced_kernel(self.kernels, neuron.name)
         return Layout.parse(candidate.layout) in self._layouts_of(neuron) and forced in (None, candidate.kernel)
-
-    def _choose(
-        self,
-        gm: fx.GraphModule,
-        found: list[Neuron],
-        measured: dict[str, Measured],
-        move_ms: dict[tuple, float | None],
-    ) -> Plan:
-        totals, alone, moved, spread = {}, {}, {}, {}
-        for layout in ("keep",) if self.keep else self.layouts:
-            cost, spread[str(layout)] = 0.0, 0.0
-            for neuron in found:
-                best = self._best(neuron, measured[neuron.name], layout)
-                if best is None:
-                    cost = float("inf")
-                    break
-                cost += cost_of(best)
-                spread[str(layout)] = math.hypot(spread[str(layout)], spread_of(best) or 0.0)
-            alone[str(layout)] = cost
-            moved[str(layout)] = (0, 0.0) if self.keep else self._conversion_cost(gm, layout, move_ms)
-            totals[str(layout)] = cost + moved[str(layout)][1]
-        layout = min(totals, key=totals.get)
-        first = str(Layout.TIME_FIRST)
-        if first in totals and not beats(totals[layout], spread[layout], totals[first], spread[first]):
-            layout = first
-        if totals[layout] == float("inf"):
-            raise ValueError(
-                f"no single layout serves every layer with the kernels asked for ({self.kernels!r}); "
-                "choose other kernels, or layout='auto'"
-            )
-        finite = lambda table: tuple((k, v) for k, v in table.items() if v != float("inf"))  # noqa: E731
-        return Plan(layout, finite(totals), finite(alone), *moved[layout], repeats=self.repeats)
-
-    def _best(self, neuron: Neuron, measured: Measured, layout: Layout | str) -> Candidate | None:
-        """The candidate that ``neuron`` would run if ``layout`` were the network's; None if none works."""
-        own = self.keep or neuron.node is None
-        return fastest(measured, neuron.layout if own else layout, kernel=forced_kernel(self.kernels, neuron.name))
-
-    def _conversion_cost(
-        self, gm: fx.GraphModule, layout: Layout, move_ms: dict[tuple, float | None]
-    ) -> tuple[int, float]:
-        """How many conversions ``layout`` needs, and their milliseconds forward and backward."""
-        needed = conversions(gm, label_nodes(gm, layout))
-        costs = [move_ms.get(input_meta(conversion.producer), 0.0) for conversion in needed]
-        # one that could not be measured, for want of memory, cannot be afforded
-        return len(needed), sum(float("inf") if cost is None else cost for cost in costs)
 
 
 def _candidate(layout: Layout, kernel: str, outcome: Outcome) -> Candidate:

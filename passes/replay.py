@@ -56,6 +56,7 @@ class Choice:
     def measured(self, neuron: Neuron) -> Measured:
         """What measuring ``neuron`` would have found if nothing else could serve it."""
         shape, _, device = neuron.meta
+        shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
         training = Candidate(self.layout, self.kernel, self.forward_ms, self.backward_ms)
         if self.kernel == self.eval_kernel:
             candidates = (dataclasses.replace(training, eval_ms=self.eval_ms),)

@@ -26,7 +26,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate  
 
 from mfpsn_fx.kernels import fold  # noqa: E402
 from mfpsn_fx.kernels.contests import Outcome, Results  # noqa: E402
-from mfpsn_fx.passes import autoselect  # noqa: E402
+from mfpsn_fx.passes import autoselect, stateless_times  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, st
     """``distorted(times, conversion, noise)``: a clock that shows what it is told.
 
     ``times(problem, kernel)`` gives milliseconds of forward, backward and evaluation, ``problem`` having the attributes
-    of an entrant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way,
-    and ``noise`` the machine's. Returned is a list that fills with what was asked for.
+    of an entrant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way, and of a
+    layer, and ``noise`` the machine's. Returned is a list that fills with what was asked for.
     """
 
     def distort(times, conversion=0.01, noise=0.0):
@@ -55,6 +55,8 @@ def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, st
 
         def outcome(entrant):
             problem = types.SimpleNamespace(**entrant.key)
+            if problem.op == "layer":
+                return Outcome({"training": (conversion,)}, noise=noise)
             if problem.op == "to_layout":
                 return Outcome({"forward": (conversion,), "backward": (conversion,)}, noise=noise)
             problem.shape = tuple(problem.shape)
@@ -65,7 +67,8 @@ def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, st
         def run_contests(contests, **options):
             return Results(tuple({e.name: outcome(e) for e in contest.entrants} for contest in contests))
 
-        monkeypatch.setattr(autoselect, "run_contests", run_contests)
+        for module in (autoselect, stateless_times):
+            monkeypatch.setattr(module, "run_contests", run_contests)
         return asked
 
     return distort

@@ -449,8 +449,8 @@ def test_rank_0_measures_for_all(tmp_path):
     first, second = first[0].splitlines(), second[0].splitlines()
     assert first[0] == second[0]
     assert "'0', 'time" in first[0]
-    assert first[1] == "converted"
-    assert "RuntimeError: rank 0 measures for all ranks, but rank 1 has other layers or kernels" in second[1]
+    assert first[1] == second[1]
+    assert "RuntimeError: rank 0 measures for all ranks, but rank 1 has other layers or kernels: 2, time" in second[1]
     assert first[2].startswith("ZeroDivisionError")
     assert second[2] == "RuntimeError: rank 0 could not measure: ZeroDivisionError: division by zero"
 

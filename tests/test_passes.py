@@ -102,13 +102,13 @@ class TestConversions:
         pipeline = Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])
         pipeline(gm)
         assert torch.equal(gm(x), expected)
-        # x once for three readers, the sum before linear, linear's result for the last addition, the end
-        assert len(conversion_nodes(gm)) == 4
+        # x once for three readers, and the end; the linear layer runs time-last
+        assert len(conversion_nodes(gm)) == 2
         assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 3
         assert gm.graph is not None
         again = InsertConversions("time_last")(gm)
         assert torch.equal(again.graph_module(x), expected)
-        assert len(conversion_nodes(gm)) == 4
+        assert len(conversion_nodes(gm)) == 2
         InsertConversions("time_first")(gm)
         assert conversion_nodes(gm) == []
         assert torch.equal(gm(x), expected)
@@ -203,8 +203,11 @@ class TestAutoselect:
         gm = conversion_pipeline((example,), repeats=1, progress=False)(gm)
         table = mfpsn_fx.selection(gm)
         assert {(r.layout, r.kernel) for r in table.rows} == {("time_last", "conv2d")}
-        assert dict(table.neuron_totals_ms) == {"time_first": 300.0, "time_last": 6.0}
-        assert dict(table.totals_ms) == {"time_first": 300.0, "time_last": 6.0 + 6 * 10.0}
+        # six layers and the mean over time; of conversions the example's alone, which has no gradient
+        assert dict(table.neuron_totals_ms) == {"time_first": 300.0, "time_last": 6.0, "plan": 6.0}
+        assert dict(table.totals_ms) == {"time_first": 300.0 + 35, "time_last": 6.0 + 35 + 5, "plan": 6.0 + 35 + 5}
+        assert dict(table.conversion_totals_ms) == {"time_first": 0.0, "time_last": 5.0, "plan": 5.0}
+        assert (table.layout, table.conversions, table.conversion_bytes) == ("time_last", 1, 4 * example.numel())
         assert {r.ratio for r in table.rows} == {50.0}
         distorted(fake, conversion=500.0)
         planning_pipeline((example,), repeats=1, progress=False)(gm)

@@ -398,7 +398,7 @@ class TestReplay:
         distorted(lambda problem, name: [1.0 if name == "vmap-mm" else 9.0] * 3)
         data = json.loads(mfpsn_fx.selection(convert(layout="time_first")).to_json())
         first, second = data["rows"]
-        distorted(lambda problem, name: [1.0 if name == "conv2d" else 2.0 if name == "fused-cpp" else 9.0] * 3)
+        distorted(lambda problem, name: [2.0 if name == "fused-cpp" else 9.0] * 3)
         for changes, message in (
             ({"layer": "9"}, "0: the selection does not have it"),
             ({"order": 3}, "0: k = 3 in the selection, 2 here"),
