@@ -120,10 +120,9 @@ class PlanLayout(Pass):
                 "choose other kernels, or layout='auto'"
             )
         chosen = "plan" if self.layout == "auto" else min(ways, key=lambda name: ways[name].cost)
-        if self.layout == "uniform" and "time_first" in ways:
-            chosen = (
-                "time_first" if self._clear(times, ways["time_first"], ways[chosen]) is ways["time_first"] else chosen
-            )
+        first = ways.get("time_first")
+        if self.layout == "uniform" and self._clear(times, first, ways[chosen]) is first:
+            chosen = "time_first"
         planned = {name: self._late(times, way) for name, way in ways.items()}
         gm.meta[PLANNED] = planned[chosen]
         gm.meta[ALTERNATIVES] = planned
