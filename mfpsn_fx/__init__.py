@@ -23,7 +23,14 @@ from mfpsn_fx.model.batches import Batch
 from mfpsn_fx.model.masked_norm import MaskedBatchNorm, mask_batch_norms
 from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.model.synchronised import SynchronisedBatchNorm, synchronise_statistics
-from mfpsn_fx.passes import ConversionError, Pass, Pipeline, PipelineError
+from mfpsn_fx.passes import (
+    ConversionError,
+    Pass,
+    Pipeline,
+    PipelineError,
+    register_operator_layout,
+    unregister_operator_layout,
+)
 
 from .backend import backend
 from .calibration import Calibration, calibrate, calibration
@@ -80,10 +87,12 @@ __all__ = [
     "print_selection",
     "recompute_statistics",
     "register_kernel",
+    "register_operator_layout",
     "register_source",
     "register_surrogate",
     "selection",
     "synchronise_statistics",
+    "unregister_operator_layout",
     "unregister_source",
     "valid_steps",
 ]

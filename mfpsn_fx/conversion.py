@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -31,14 +32,19 @@ from mfpsn_fx.passes import (
     InsertConversions,
     ObserveInputs,
     Pipeline,
+    PlanLayout,
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
+    VerifyPlan,
 )
+from mfpsn_fx.passes.autoselect import check_budget
+from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of, unwrapped
+from .replay import choices_of
+from .selection import Selection, graph_of, unwrapped
 from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
@@ -61,6 +67,10 @@ def conversion_pipeline(
     fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
@@ -76,7 +86,8 @@ def conversion_pipeline(
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         planning = planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
+            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+            cache=cache, selection=selection, verify=verify,
         )  # fmt: skip
         passes += planning.inserted(FoldNorms(), after="propagate_shapes") if fold_norms else planning
     elif kernels != "auto":
@@ -92,18 +103,29 @@ def planning_pipeline(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
-    return Pipeline(
-        [
-            PropagateShapes(args, kwargs),
-            Autoselect(layout, _plain(kernels), repeats, progress),
-            InsertConversions(layout),
-            CancelConversions(),
-            BindKernels(_plain(kernels)),
-        ],
-        given=("neurons",),
-    )
+    if selection is not None and (layout != "auto" or kernels != "auto"):
+        raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
+    choices = None if selection is None else choices_of(selection)
+    measuring = {"repeats": repeats, "progress": progress, "cache": cache}
+    budget_s = check_budget(budget_s)
+    share = 1.0 if layout == "time_first" else 0.6  # of the budget, for neurons: time-first no other layer has a choice
+    passes = [
+        PropagateShapes(args, kwargs),
+        Autoselect(layout, _plain(kernels), choices=choices, budget_s=share * budget_s, **measuring),
+        PlanLayout(layout, _plain(kernels), budget_s=(1 - share) * budget_s, **measuring),
+        InsertConversions(),
+        CancelConversions(),
+        BindKernels(_plain(kernels)),
+    ]
+    if verify is not False:
+        passes.append(VerifyPlan(args, kwargs, verify, _plain(kernels), repeats, progress))
+    return Pipeline(passes, given=("neurons",))
 
 
 def convert(
@@ -125,6 +147,10 @@ def convert(
     fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -137,7 +163,9 @@ def convert(
             the graph, the default kernels run, and :func:`plan` can do the rest later.
         order: k, the taps of each neuron.
         dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
-        layout: ``"auto"`` (measured), ``"time_first"`` or ``"time_last"``.
+        layout: ``"auto"``: the best for every stretch of the network, conversions included, as measured;
+            ``"uniform"``: one for all, the better one; ``"time_first"``, ``"time_last"``: that one;
+            ``"keep"``: as it is. See ``docs/layout.md``.
         kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
         init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
         calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
@@ -151,8 +179,14 @@ def convert(
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
         fold_norms: with an example, let neurons apply the batch norms in front of them on load
             (:class:`mfpsn_fx.passes.FoldNorms`): the same network, with one tensor less for each.
-        repeats: m of autoselect.
+        repeats: the fewest samples of a kernel that may be chosen.
         progress: show progress bars; None: if the terminal is one.
+        budget_s: seconds to measure kernels for, all layers together.
+        cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
+        selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
+            measuring; layers that it does not fit are named in a warning and measured.
+        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True`` or
+            ``"eager"``, or ``"compiled"`` for both; if the plan lost by more than the noise, the better one is used.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -165,8 +199,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
-    if layout != "auto":
-        layout = str(Layout.parse(layout))
+    if layout not in RULES:
+        Layout.parse(layout)  # it says which there are
     if isinstance(kernels, str) and kernels != "auto":
         get_kernel(kernels)
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -175,10 +209,15 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    if selection is not None and not has_example:
+        raise ValueError("selection= needs an example input: layers are matched by its shapes")
+    if verify is not False and not has_example:
+        raise ValueError("verify needs an example input: what is measured runs on it")
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        fold_norms=fold_norms, repeats=repeats, progress=progress,
+        fold_norms=fold_norms, repeats=repeats, progress=progress, budget_s=budget_s, cache=cache,
+        selection=selection, verify=verify,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -220,6 +259,10 @@ def plan(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
@@ -235,7 +278,10 @@ def plan(
     if not (example_args or kwargs):
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
     _check_example(example_args, kwargs)
-    gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
+    gm = planning_pipeline(
+        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+        cache=cache, selection=selection, verify=verify,
+    )(gm)  # fmt: skip
     gm.meta.clear()
     return gm
 

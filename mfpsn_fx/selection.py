@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
+from mfpsn_fx.kernels.contests import NOT_REACHED
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
@@ -46,14 +47,28 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """All rows, the totals under each layout, the conversions in the graph, and what stayed unconverted."""
+    """All rows, the totals under each layout, the conversions in the graph, and what stayed unconverted.
+
+    Totals are milliseconds of forward and backward of the whole network, as predicted; ``verified_ms`` holds what was
+    measured end to end: (mode, name as in the totals, milliseconds, spread). ``conversion_bytes`` is the size of the
+    tensors that are converted in one forward. ``pinned``: (operator, why, how many) of what stays time-first.
+    """
 
     rows: tuple[Row, ...]
     totals_ms: tuple[tuple[str, float], ...] = ()
     neuron_totals_ms: tuple[tuple[str, float], ...] = ()
     conversions: int = 0
+    conversion_totals_ms: tuple[tuple[str, float], ...] = ()
+    conversion_bytes: int = 0
+    layout: str = ""
+    pinned: tuple[tuple[str, str, int], ...] = ()
+    verified_ms: tuple[tuple[str, str, float, float], ...] = ()
+    verdict: str = ""
     autoselect_s: float | None = None
     repeats: int | None = None
+    noise: float | None = None
+    measured: int | None = None
+    kept: int | None = None
     unconverted: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
@@ -81,7 +96,7 @@ class Selection:
                 )
                 for row in data.pop("rows")
             )
-            pairs = ("totals_ms", "neuron_totals_ms", "unconverted")
+            pairs = ("totals_ms", "neuron_totals_ms", "conversion_totals_ms", "pinned", "verified_ms", "unconverted")
             return cls(rows, **{k: tuple(map(tuple, v)) if k in pairs else v for k, v in data.items()})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this is not a selection written by to_json: {error}") from error
@@ -123,19 +138,32 @@ class Selection:
 
     def _footer(self) -> list[str]:
         lines = []
-        alone = dict(self.neuron_totals_ms)
-        for layout, total in self.totals_ms:
+        alone, between = dict(self.neuron_totals_ms), dict(self.conversion_totals_ms)
+        for name, total in self.totals_ms:
+            neurons_ms, conversions_ms = alone.get(name, total), between.get(name, 0.0)
             lines.append(
-                f"total {layout}: {total:.3f} ms forward and backward "
-                f"(neurons {alone.get(layout, total):.3f}, conversions {total - alone.get(layout, total):.3f})"
+                f"total {name}: {total:.3f} ms forward and backward (neurons {neurons_ms:.3f}, "
+                f"other layers {total - neurons_ms - conversions_ms:.3f}, conversions {conversions_ms:.3f})"
             )
-        lines.append(f"layout conversions inserted: {self.conversions}")
+        if self.layout:
+            lines.append(f"layout chosen: {self.layout}")
+        lines.append(f"layout conversions inserted: {self.conversions} ({self.conversion_bytes} bytes)")
+        lines += [f"measured {mode}, {name}: {ms:.3f} ms ± {spread:.3f}" for mode, name, ms, spread in self.verified_ms]
+        if self.verdict:
+            lines.append(self.verdict)
+        lines += [f"stays time-first: {count} x {name}: {why}" for name, why, count in self.pinned]
         if self.autoselect_s is not None:
-            lines.append(f"autoselect took {self.autoselect_s:.2f} s (mean of the last {self.repeats} runs each)")
+            lines.append(f"autoselect took {self.autoselect_s:.2f} s ({self._how()})")
         else:
             lines.append("nothing measured yet: mfpsn_fx.plan(model, *example_args) measures and chooses")
         lines += [f"not converted: {path}: {reason}" for path, reason in self.unconverted]
         return lines
+
+    def _how(self) -> str:
+        now = f"{self.measured} ways measured" if self.measured else "nothing measured"
+        kept = f", {self.kept} known from earlier" if self.kept else ""
+        noise = f"; this machine's noise: {self.noise:.1%}" if self.noise is not None else ""
+        return f"{now}{kept}, medians{noise}"
 
     def __str__(self) -> str:
         return self.table()
@@ -162,8 +190,17 @@ def selection(model: nn.Module) -> Selection:
         totals_ms=plan.totals if plan else (),
         neuron_totals_ms=plan.neuron_totals if plan else (),
         conversions=len(conversion_nodes(gm)),
+        conversion_totals_ms=plan.conversion_totals if plan else (),
+        conversion_bytes=plan.conversion_bytes if plan else 0,
+        layout=plan.layout if plan else "",
+        pinned=plan.pinned if plan else (),
+        verified_ms=plan.verified if plan else (),
+        verdict=plan.verdict if plan else "",
         autoselect_s=plan.seconds if plan else None,
         repeats=plan.repeats if plan else None,
+        noise=plan.noise if plan else None,
+        measured=plan.measured if plan else None,
+        kept=plan.kept if plan else None,
         unconverted=tuple(_unconverted(gm)),
     )
 
@@ -232,8 +269,11 @@ def _notes(neuron, measured: Measured | None):
         yield "inside a leaf"
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
-    for candidate in measured.candidates if measured else ():
-        if candidate.error is not None and not candidate.error.startswith("not applicable"):
+    failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]
+    if late := [f"{c.kernel} ({c.layout})" for c in failed if c.error.startswith(NOT_REACHED)]:
+        yield f"not reached within the budget: {', '.join(late)}"
+    for candidate in failed:
+        if not candidate.error.startswith(("not applicable", NOT_REACHED)):
             yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"
 
 

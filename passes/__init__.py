@@ -19,12 +19,15 @@ from .convert_layout import CancelConversions, InsertConversions, conversion_nod
 from .fold_norms import FoldNorms, folded_norms, unfold_norms
 from .initialise_neurons import InitialiseNeurons
 from .neurons import Neuron, neurons
+from .operator_layouts import register_operator_layout, unregister_operator_layout
+from .plan_layout import PlanLayout
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
 from .roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
+from .verify_plan import VerifyPlan
 
 __all__ = [
     "AssignDilations",
@@ -42,6 +45,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PipelineError",
+    "PlanLayout",
     "PropagateShapes",
     "ReplaceNeurons",
     "Result",
@@ -49,9 +53,12 @@ __all__ = [
     "RollUpError",
     "SeparateUses",
     "SnapWeights",
+    "VerifyPlan",
     "conversion_nodes",
     "folded_norms",
     "neurons",
     "receptive_field",
+    "register_operator_layout",
     "unfold_norms",
+    "unregister_operator_layout",
 ]

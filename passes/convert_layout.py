@@ -1,33 +1,38 @@
-"""Insert layout conversions for the chosen layout, and cancel those that undo each other."""
+"""Write the chosen layouts into the graph, with the conversions between them; cancel those that undo each other."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout, to_layout
 
 from .base import Pass, Result
-from .layout_labels import conversions, label_nodes
-from .neurons import neurons
+from .layout_graph import LayoutGraph, layout_graph
+from .layout_labels import Conversion, conversions_for, tensor_bytes, uncosted
+from .time_last_regions import into_time_last, is_conversion, remove_conversions
 
-__all__ = ["CancelConversions", "InsertConversions", "conversion_nodes"]
+__all__ = ["PLANNED", "CancelConversions", "InsertConversions", "conversion_nodes", "remove_conversions"]
 
-LAYOUT = "mfpsn_layout"  # gm.meta: the layout that autoselect chose
+PLANNED = "mfpsn_layouts"  # gm.meta: time-last nodes by name -> the form of a layer; None: all stays as it is
 
 
 def conversion_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The layout conversions that stand in the graph."""
-    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is to_layout]
+    return [node for node in gm.graph.nodes if is_conversion(node)]
 
 
 class InsertConversions(Pass):
-    """Run the neurons in one layout; convert at the network's ends and around layers written for time-first.
+    """Have each node run in the layout that was planned for it, with conversions in between.
 
-    Before: ``conv -> lif -> relu -> conv2``. After (time-last): ``conv -> to_layout -> lif(layout="time_last") ->
-    relu -> to_layout -> conv2``. Conversions from an earlier run are taken out first, so it can be repeated.
+    Before: ``conv -> lif -> view -> linear``. After (``conv`` and ``lif`` time-last): ``to_layout ->
+    run_time_last(conv, method) -> lif(layout="time_last") -> to_layout -> view -> linear``. A conversion serves all
+    readers of a tensor. What an earlier run did is taken out first, so it can be repeated.
 
     Args:
-        layout: ``"time_first"``, ``"time_last"``, or ``"auto"`` for the one that autoselect found.
+        layout: ``"auto"`` for what ``plan_layout`` chose (time-first if it did not run); ``"time_first"`` or
+            ``"time_last"`` for all that can, without regard to time.
     """
 
     name = "insert_conversions"
@@ -38,71 +43,64 @@ class InsertConversions(Pass):
         self.layout = layout if layout == "auto" else str(Layout.parse(layout))
 
     def call(self, gm: fx.GraphModule) -> Result:
-        chosen = gm.meta.get(LAYOUT, Layout.TIME_FIRST) if self.layout == "auto" else self.layout
-        layout, changes = Layout.parse(chosen), []
-        changes += [f"removed {name}" for name in remove_conversions(gm)]
-        labels = label_nodes(gm, layout)
-        for neuron in neurons(gm):
-            if neuron.node is not None and neuron.layout is not layout:
-                changes.append(f"{neuron.name}: {neuron.layout} -> {layout}")
-                neuron.layout = layout
-        for producer, source, target, readers in conversions(gm, labels):
-            with gm.graph.inserting_after(producer):
-                new = gm.graph.call_function(to_layout, (producer, str(source), str(target)))
-            if (meta := producer.meta.get("mfpsn_tensor")) is not None:
-                # a node's meta tells the shape as it is written in the source, time first
-                new.meta["mfpsn_tensor"] = (target.shape_from(_shape(producer, source), source), *meta[1:])
-            for reader in readers:
-                reader.replace_input_with(producer, new)
-            changes.append(f"{new.name}: {producer.name} {source} -> {target}, read by {len(readers)}")
-        _relabel_shapes(labels)
+        planned: Mapping[str, str] | None = gm.meta.get(PLANNED, {}) if self.layout == "auto" else {}
+        if planned is None:
+            return Result(gm)
+        changes = [f"removed {name}" for name in remove_conversions(gm)]
+        graph = layout_graph(gm)
+        if self.layout == "auto":
+            labels = _labels(graph, planned)
+            conversions = conversions_for(graph, labels)
+        else:
+            labelling = uncosted(graph, Layout.parse(self.layout))
+            labels, conversions = labelling.labels, labelling.conversions
+        late = [node for node, label in labels.items() if label is Layout.TIME_LAST]
+        for node in late:
+            changes.append(f"{node.name}: time_first -> time_last")
+            if node in graph.neurons:
+                graph.neurons[node].layout = Layout.TIME_LAST
+            elif graph.operators[node].kind in ("layer", "dims"):
+                method = planned.get(node.name, "")
+                into_time_last(gm, node, method if method in graph.operators[node].methods else "")
+        changes += [_insert(gm, conversion) for conversion in conversions]
+        for node in late:
+            meta = node.meta.get("mfpsn_tensor")
+            if node in graph.tensors and meta is not None:
+                node.meta["mfpsn_tensor"] = (Layout.TIME_LAST.shape_from(meta[0], Layout.TIME_FIRST), *meta[1:])
+        if conversions:
+            changes.append(f"inserted {len(conversions)} conversions of {sum(c.bytes for c in conversions)} bytes")
         gm.graph.lint()
         gm.recompile()
         return Result(gm, changes)
 
 
-def _shape(node: fx.Node, label: Layout) -> tuple[int, ...]:
-    return label.shape_from(node.meta["mfpsn_tensor"][0], Layout.TIME_FIRST)
+def _labels(graph: LayoutGraph, planned: Mapping[str, str]) -> dict[fx.Node, Layout]:
+    """The labels that were planned, where the graph is still such that they can be had."""
+    free = ("neuron", "neutral", "layer", "dims")
+    labels = {}
+    for node in graph.operators:
+        site = graph.site(node)
+        late = site.name in planned and graph.operators[site].kind in free
+        labels[node] = Layout.TIME_LAST if late else Layout.TIME_FIRST
+    return labels
 
 
-def _relabel_shapes(labels: dict[fx.Node, Layout]) -> None:
-    for node, label in labels.items():
-        meta = node.meta.get("mfpsn_tensor")
-        if label is not Layout.TIME_FIRST and meta is not None:
-            node.meta["mfpsn_tensor"] = (_shape(node, label), *meta[1:])
-
-
-def remove_conversions(gm: fx.GraphModule) -> list[str]:
-    """Take all conversions out and set the neurons to time-first, shapes with them; returns the nodes' names."""
-    removed = []
-    late = label_of_existing(gm)
-    for node in late:
-        if (meta := node.meta.get("mfpsn_tensor")) is not None:
-            node.meta["mfpsn_tensor"] = (Layout.TIME_FIRST.shape_from(meta[0], Layout.TIME_LAST), *meta[1:])
-    for node in conversion_nodes(gm):
-        node.replace_all_uses_with(node.args[0])
-        removed.append(node.name)
-        gm.graph.erase_node(node)
-    for neuron in neurons(gm):
-        if neuron.node is not None and neuron.layout is Layout.TIME_LAST:
-            neuron.layout = Layout.TIME_FIRST
-    return removed
-
-
-def label_of_existing(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose tensors are time-last as the graph stands."""
-    late: set[fx.Node] = set()
-    ours = {neuron.node: neuron.layout for neuron in neurons(gm)}
-    for node in gm.graph.nodes:
-        if node in ours:
-            is_late = ours[node] is Layout.TIME_LAST
-        elif node.op == "call_function" and node.target is to_layout:
-            is_late = Layout.parse(node.args[2]) is Layout.TIME_LAST
-        else:
-            is_late = node.op != "output" and any(a in late for a in node.all_input_nodes)
-        if is_late:
-            late.add(node)
-    return list(late)
+def _insert(gm: fx.GraphModule, conversion: Conversion) -> str:
+    """Put the conversion behind its producer; shapes are those of time-first still. Returns what was done."""
+    producer, source, target, readers = (
+        conversion.producer, conversion.source, conversion.target, conversion.readers
+    )  # fmt: skip
+    if producer.op == "placeholder":
+        place = gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder"))
+    else:
+        place = gm.graph.inserting_after(producer)
+    with place:
+        new = gm.graph.call_function(to_layout, (producer, str(source), str(target)))
+    if (meta := producer.meta.get("mfpsn_tensor")) is not None:
+        new.meta["mfpsn_tensor"] = (target.shape_from(meta[0], Layout.TIME_FIRST), *meta[1:])
+    for reader in readers:
+        reader.replace_input_with(producer, new)
+    return f"{new.name}: {producer.name} {source} -> {target}, {conversion.bytes} bytes, read by {len(readers)}"
 
 
 class CancelConversions(Pass):
@@ -121,8 +119,7 @@ class CancelConversions(Pass):
                 before = node.args[0]
                 inverse = (
                     isinstance(before, fx.Node)
-                    and before.op == "call_function"
-                    and before.target is to_layout
+                    and is_conversion(before)
                     and before.args[1] == node.args[2]
                     and before.args[2] == node.args[1]
                 )
@@ -131,7 +128,7 @@ class CancelConversions(Pass):
                 elif node.args[1] == node.args[2]:
                     node.replace_all_uses_with(before)
                 if not node.users:
-                    changes.append(f"removed {node.name}")
+                    changes.append(f"removed {node.name}, {tensor_bytes(node)} bytes")
                     gm.graph.erase_node(node)
                     again = True
         gm.graph.lint()

@@ -1,31 +1,23 @@
-"""Which nodes run in which layout when one is chosen for the network, and the conversions that takes."""
+"""Labels of a network's nodes: the layout of each, and the conversions between them."""
 
 from __future__ import annotations
 
-import operator
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
 
-from .neurons import input_meta, neurons
+from .layout_cut import Costs, Tensor, best_labels, crossings, total_cost
+from .layout_graph import LayoutGraph
+from .neurons import input_meta
 
-__all__ = ["Conversion", "conversions", "label_nodes"]
-
-_NEUTRAL_MODULES = (nn.ReLU, nn.Identity, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU)
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-_NEUTRAL_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, *_IN_PLACE,
-    torch.add, torch.sub, torch.mul, torch.div, torch.relu, torch.sigmoid, torch.tanh, torch.clamp,
-    F.relu, F.gelu, F.silu, F.sigmoid, F.tanh,
-}  # fmt: skip
-_NEUTRAL_METHODS = {"add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "clamp", "float", "double", "detach"}
+__all__ = ["Conversion", "Labelling", "conversions_for", "one_layout", "solve", "tensor_bytes", "uncosted"]
 
 
-class Conversion(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Conversion:
     """One conversion of ``producer``'s tensor for all of its readers in layout ``target``."""
 
     producer: fx.Node
@@ -33,49 +25,96 @@ class Conversion(NamedTuple):
     target: Layout
     readers: tuple[fx.Node, ...]
 
-
-def _neutral(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Elementwise on tensors of one shape: the same values in any order of dims."""
-    if node.op == "call_module":
-        module = gm.get_submodule(node.target)
-        known = type(module) in _NEUTRAL_MODULES and not getattr(module, "inplace", False)
-    elif node.op == "call_function":
-        known = node.target in _NEUTRAL_FUNCTIONS and not node.kwargs.get("inplace", False)
-        if node.target in _IN_PLACE and isinstance(node.args[0], fx.Node):
-            # what it alters must be no one else's: a converted copy would keep the alteration to itself
-            known = known and len(node.args[0].users) == 1 and node.args[0].op != "placeholder"
-    else:
-        known = node.op == "call_method" and node.target in _NEUTRAL_METHODS
-    if not known:
-        return False
-    own = input_meta(node)
-    shapes = [input_meta(a) for a in node.all_input_nodes]
-    return own is not None and len(own[0]) >= 3 and all(s is not None and s[0] == own[0] for s in shapes)
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor that is converted."""
+        return tensor_bytes(self.producer)
 
 
-def label_nodes(gm: fx.GraphModule, layout: Layout) -> dict[fx.Node, Layout]:
-    """Label of every node's tensor if ``layout`` is chosen for the network.
+@dataclasses.dataclass(frozen=True)
+class Labelling:
+    """The layout of each node that has one, what it costs, and the conversions that it needs; costs in nanoseconds."""
 
-    Neurons take it, elementwise nodes take it behind a node that has it, and everything else is written for
-    time-first and stays there.
+    labels: dict[fx.Node, Layout]
+    cost: int
+    conversion_cost: int
+    conversions: tuple[Conversion, ...]
+
+
+def tensor_bytes(node: fx.Node) -> int:
+    """Bytes of the tensor that ``node`` makes; 0 where its shape is not known."""
+    meta = input_meta(node)
+    if meta is None:
+        return 0
+    count = 1
+    for size in meta[0]:
+        count *= size
+    return count * meta[1].itemsize
+
+
+def solve(
+    graph: LayoutGraph,
+    costs: Mapping[fx.Node, Costs],
+    conversion_costs: Mapping[fx.Node, tuple[int, int]],
+) -> Labelling:
+    """The labels that cost least.
+
+    Args:
+        graph: from :func:`layout_graph`.
+        costs: of neurons and layers; other nodes cost nothing. Nodes that are pinned stay time-first whatever it says.
+        conversion_costs: of the tensor that a node makes, to time-last and to time-first.
+
+    Raises:
+        ValueError: a node cannot run in any layout that it may have.
     """
-    labels = dict.fromkeys(gm.graph.nodes, Layout.TIME_FIRST)
-    if layout is Layout.TIME_FIRST:
-        return labels
-    ours = {neuron.node for neuron in neurons(gm)}
-    for node in gm.graph.nodes:
-        if node in ours or (_neutral(gm, node) and any(labels[a] is layout for a in node.all_input_nodes)):
-            labels[node] = layout
-    return labels
+    nodes = {}
+    for node, operator in graph.operators.items():
+        site = graph.site(node)
+        if site is node:
+            known = costs.get(node, Costs())
+            free = operator.kind in ("neuron", "neutral", "layer", "dims")
+            nodes[node] = known if free else Costs(known.time_first, None)
+    tensors = []
+    for producer, readers in graph.tensors.items():
+        own = graph.site(producer)
+        others = tuple(dict.fromkeys(site for r in readers if (site := graph.site(r)) is not own))
+        tensors.append(Tensor(own, others, *conversion_costs.get(producer, (0, 0))))
+    sites = best_labels(nodes, tensors)
+    labels = {node: sites[graph.site(node)] for node in graph.operators}
+    return Labelling(
+        labels,
+        total_cost(nodes, tensors, sites),
+        sum(tensors[c.index].cost_to(c.target) for c in crossings(tensors, sites)),
+        conversions_for(graph, labels),
+    )
 
 
-def conversions(gm: fx.GraphModule, labels: dict[fx.Node, Layout]) -> list[Conversion]:
+def conversions_for(graph: LayoutGraph, labels: Mapping[fx.Node, Layout]) -> tuple[Conversion, ...]:
     """The conversions that ``labels`` need, each shared by its readers."""
-    inputs = {neuron.node: neuron.input for neuron in neurons(gm)}
     needed = []
-    for node, label in labels.items():
-        # of what a neuron reads only X has a layout: a mask stays (T, N)
-        readers = tuple(user for user in node.users if labels[user] is not label and inputs.get(user, node) is node)
-        if readers:
-            needed.append(Conversion(node, label, label.other, readers))
-    return needed
+    for producer, readers in graph.tensors.items():
+        source = labels[producer]
+        if others := tuple(r for r in readers if labels[r] is not source):
+            needed.append(Conversion(producer, source, source.other, others))
+    return tuple(needed)
+
+
+def one_layout(graph: LayoutGraph, costs: Mapping[fx.Node, Costs], layout: Layout) -> dict[fx.Node, Costs]:
+    """``costs`` with every neuron and every layer that can held to ``layout``.
+
+    Functions and elementwise nodes are left free: they go with their neighbours.
+    """
+    if layout is Layout.TIME_FIRST:
+        return {node: Costs(costs.get(node, Costs()).time_first, None) for node in graph.operators}
+    held = dict(costs)
+    for node, operator in graph.operators.items():
+        known = costs.get(node, Costs())
+        if operator.kind == "neuron" or (operator.kind == "layer" and known.time_last is not None):
+            held[node] = Costs(None, known.time_last)
+    return held
+
+
+def uncosted(graph: LayoutGraph, layout: Layout) -> Labelling:
+    """All in ``layout``, nothing measured: of the places where conversions may stand, those with the fewest bytes."""
+    size = {producer: (tensor_bytes(producer),) * 2 for producer in graph.tensors}
+    return solve(graph, one_layout(graph, {}, layout), size)

@@ -138,10 +138,11 @@ def test_kernel_mapping(net, example):
     assert {r.layer: r.kernel for r in mfpsn_fx.selection(converted).rows}["features.4"] == "vanilla-conv1d"
 
 
-def test_conversions_stand_around_time_last_neurons(net, example):
+def test_a_time_last_network_is_converted_at_its_ends(net, example):
     converted = quick(net, example, layout="time_last")
-    assert len(conversion_nodes(converted)) == 6
-    assert mfpsn_fx.selection(converted).conversions == 6
+    # at the example only: the mean over time leaves nothing to be converted back
+    assert [n.args[0].op for n in conversion_nodes(converted)] == ["placeholder"]
+    assert mfpsn_fx.selection(converted).conversions == 1
     mfpsn_fx.plan(converted, example, layout="time_first", repeats=1, progress=False)
     assert conversion_nodes(converted) == []
     assert {row.layout for row in mfpsn_fx.selection(converted).rows} == {"time_first"}
@@ -149,9 +150,14 @@ def test_conversions_stand_around_time_last_neurons(net, example):
 
 def test_planning_twice_changes_nothing(net, example):
     converted = quick(net, example, layout="time_last", kernels="shifted-add")
-    code = re.sub(r"to_layout_\d+", "to_layout", converted.code)
+
+    def code():  # but for numbers in names, and which of a layer's two forms was the faster
+        return re.sub(r"_\d+|'(wide|fold|matmul)'", "", converted.code)
+
+    before = code()
+    assert before.count("run_time_last(") == 6
     mfpsn_fx.plan(converted, example, layout="time_last", kernels="shifted-add", repeats=1, progress=False)
-    assert re.sub(r"to_layout_\d+", "to_layout", converted.code) == code
+    assert code() == before
 
 
 class TestRoundTrips:

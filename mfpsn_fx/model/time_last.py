@@ -1,0 +1,218 @@
+"""Layers without a memory on time-last tensors ``(N, C, *, T)`` (paper, appendix B).
+
+The layer module itself stays as it is, under its own name, with its parameters, statistics and mode; only how it is
+called changes: ``run_time_last(layer, x, method)`` in the place of ``layer(x)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .source import qualified_name
+
+__all__ = ["has_hooks", "register_forms", "run_time_last", "time_last_methods", "unregister_forms"]
+
+Form = Callable[[nn.Module, Tensor], Tensor]
+
+_SPIKINGJELLY = "spikingjelly.activation_based.layer."
+_DIMS = {"1d": 1, "2d": 2, "3d": 3}
+
+
+def run_time_last(layer: nn.Module, x: Tensor, method: str = "") -> Tensor:
+    """What ``layer`` makes of a sequence, for a sequence in time-last layout.
+
+    Args:
+        layer: a layer with a time-last form: those of :func:`time_last_methods`.
+        x: (N, C, *, T), where ``layer(x)`` would take (T, N, C, *).
+        method: ``"wide"``: the layer of one dim more, with size and stride 1 in T. ``"fold"``: T folded into the
+            batch and back, which is what ``torch.vmap`` over T comes down to, in operations that ``torch.export``
+            can follow. ``"matmul"`` (linear layers) and ``"direct"`` (the others): no dims are moved. ``""``: the
+            first that the layer has.
+
+    Returns:
+        (N, C', *', T), contiguous.
+
+    Raises:
+        ValueError: the layer has no such form.
+    """
+    if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again
+        if isinstance(x, fx.Proxy):
+            layer = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
+        return handle_torch_function(run_time_last, (x,), layer, x, method)
+    forms = _forms(layer)
+    if not forms or method not in ("", *forms):
+        found = f"it has {', '.join(map(repr, forms))}" if forms else "it has none"
+        raise ValueError(f"{type(layer).__name__} has no time-last form {method!r}: {found}")
+    return forms[method or next(iter(forms))](layer, x).contiguous()
+
+
+def time_last_methods(layer: nn.Module) -> tuple[str, ...]:
+    """The ways in which ``layer``, set as it is, can run on time-last tensors; none for a layer that cannot."""
+    return tuple(_forms(layer))
+
+
+def has_hooks(m: nn.Module) -> bool:
+    """Whether calling ``m`` does more than its class's forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
+
+
+_OWN: dict[str, dict[str, Form]] = {}  # of users, by qualified class name
+
+
+def register_forms(name: str, forms: Mapping[str, Form]) -> None:
+    """Give layers of the class with qualified name ``name`` time-last forms, each called with (layer, x)."""
+    _OWN[name] = dict(forms)
+
+
+def unregister_forms(name: str) -> None:
+    """Take back what :func:`register_forms` gave."""
+    _OWN.pop(name, None)
+
+
+def _forms(layer: nn.Module) -> dict[str, Form]:
+    name = qualified_name(type(layer))
+    if name in _OWN:
+        return _OWN[name]
+    if name.startswith(_SPIKINGJELLY):
+        if getattr(layer, "step_mode", "m") != "m":
+            return {}
+        return _forms_of_kind(type(layer).__name__, layer)
+    if type(layer) is nn.Linear:
+        return {"matmul": _linear, "fold": _linear_folded}
+    if type(layer) is nn.Flatten:
+        return {"direct": _flatten} if layer.start_dim >= 2 and _end(layer) else {}
+    return {}
+
+
+def _forms_of_kind(kind: str, layer: nn.Module) -> dict[str, Form]:
+    """Of SpikingJelly's layers in step mode 'm', which are torch.nn's with T folded into the batch."""
+    dims = _DIMS.get(kind[-2:], 0)
+    if kind in ("Conv1d", "Conv2d", "Conv3d"):
+        wide = {"wide": _conv} if dims < 3 and layer.padding_mode == "zeros" else {}
+    elif kind in ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"):
+        wide = {"wide": _conv_transpose} if dims < 3 else {}
+    elif kind in ("MaxPool1d", "MaxPool2d", "MaxPool3d"):
+        if layer.return_indices:
+            return {}
+        wide = {"wide": _max_pool} if dims < 3 else {}
+    elif kind in ("AvgPool1d", "AvgPool2d", "AvgPool3d"):
+        wide = {"wide": _avg_pool} if dims < 3 else {}
+    elif kind in ("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"):
+        wide = {"wide": _adaptive_avg_pool} if dims < 3 else {}
+    elif kind in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
+        return {"direct": _batch_norm}
+    elif kind == "Linear":
+        return {"matmul": _linear, "fold": _linear_folded}
+    elif kind == "Flatten":
+        return {"direct": _flatten} if layer.start_dim >= 1 and _end(layer) else {}
+    elif kind in ("Dropout", "Dropout2d"):
+        return {"direct": _dropout}
+    elif kind in ("GroupNorm", "Upsample"):
+        wide = {}
+    else:
+        return {}
+    return {**wide, "fold": _folded}
+
+
+def _plain(layer: nn.Module) -> Form:
+    """The forward of torch.nn's layer, which knows no step mode."""
+    return getattr(nn, type(layer).__name__).forward
+
+
+def _folded(layer: nn.Module, x: Tensor) -> Tensor:
+    batch, steps = x.shape[0], x.shape[-1]
+    y = _plain(layer)(layer, x.movedim(-1, 0).flatten(0, 1))
+    return y.unflatten(0, (steps, batch)).movedim(0, -1)
+
+
+def _wide(value: int | tuple[int | None, ...] | str | None, last: int, layer: nn.Module) -> tuple[int, ...] | str:
+    """A setting of the layer for one dim more, in which it is ``last``."""
+    if isinstance(value, str):  # padding "same" or "valid": nothing to be padded along a kernel of 1
+        return value
+    dims = _DIMS[type(layer).__name__[-2:]]
+    return (*(value if isinstance(value, tuple) else (value,) * dims), last)
+
+
+def _conv(layer: nn.Module, x: Tensor) -> Tensor:
+    conv = F.conv2d if x.ndim == 4 else F.conv3d
+    stride, padding, dilation = (
+        _wide(value, last, layer) for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
+    )
+    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, dilation, layer.groups)
+
+
+def _conv_transpose(layer: nn.Module, x: Tensor) -> Tensor:
+    conv = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
+    stride, padding, beyond, dilation = (
+        _wide(value, last, layer)
+        for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.output_padding, 0), (layer.dilation, 1))
+    )
+    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, beyond, layer.groups, dilation)
+
+
+def _max_pool(layer: nn.Module, x: Tensor) -> Tensor:
+    pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
+    size, stride, padding, dilation = (
+        _wide(value, last, layer)
+        for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
+    )
+    return pool(x, size, stride, padding, dilation, layer.ceil_mode)
+
+
+def _avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
+    size, stride, padding = (
+        _wide(value, last, layer) for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
+    )
+    if x.ndim == 4:
+        return F.avg_pool2d(x, size, stride, padding, layer.ceil_mode, layer.count_include_pad)
+    return F.avg_pool3d(
+        x, size, stride, padding, layer.ceil_mode, layer.count_include_pad, getattr(layer, "divisor_override", None)
+    )
+
+
+def _adaptive_avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
+    pool = F.adaptive_avg_pool2d if x.ndim == 4 else F.adaptive_avg_pool3d
+    return pool(x, _wide(layer.output_size, x.shape[-1], layer))
+
+
+def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """Statistics go over N, * and T: T may as well be the end of the last dim of *."""
+    norm = _plain(layer)
+    if x.ndim == 3:
+        return norm(layer, x)
+    return norm(layer, x.flatten(-2)).unflatten(-1, x.shape[-2:])
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    y = torch.matmul(layer.weight, x)
+    return y if layer.bias is None else y + layer.bias.unsqueeze(-1)
+
+
+def _linear_folded(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x.transpose(-1, -2), layer.weight, layer.bias).transpose(-1, -2)
+
+
+def _end(layer: nn.Module) -> bool:
+    """Whether a flatten ends where T is not."""
+    return layer.end_dim == -1 or layer.end_dim >= layer.start_dim
+
+
+def _flatten(layer: nn.Module, x: Tensor) -> Tensor:
+    # SpikingJelly's counts dims of one step's (N, C, *), torch.nn's those of the sequence (T, N, C, *)
+    before = 0 if qualified_name(type(layer)).startswith(_SPIKINGJELLY) else 1
+    return x.flatten(layer.start_dim - before, -2 if layer.end_dim == -1 else layer.end_dim - before)
+
+
+def _dropout(layer: nn.Module, x: Tensor) -> Tensor:
+    """One mask for all steps, kept until the network is reset, as SpikingJelly has it."""
+    if not layer.training:
+        return x
+    if layer.mask is None:
+        layer.mask = layer.create_mask(x[..., 0].contiguous())
+    return x * layer.mask.unsqueeze(-1)

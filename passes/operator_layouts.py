@@ -1,0 +1,237 @@
+"""What is known of operators' layouts: neutral, with a form for each layout, or pinned to time-first."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.source import is_source, qualified_name
+from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_methods, unregister_forms
+
+from .neurons import input_meta
+from .time_dims import DimsRule, dims_rule
+
+__all__ = [
+    "Operator",
+    "describe",
+    "is_spikes",
+    "known_time_last",
+    "register_operator_layout",
+    "unregister_operator_layout",
+]
+
+_NEUTRAL_MODULES = (
+    nn.ReLU, nn.Identity, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Mish, nn.LogSigmoid, nn.Threshold,
+    nn.Dropout, nn.AlphaDropout,
+)  # fmt: skip
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_NAMES = (
+    "add", "sub", "mul", "div", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "pow", "square", "sign", "relu", "sigmoid",
+    "tanh", "clamp", "where", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "detach", "clone", "zeros_like",
+    "ones_like", "logical_and", "logical_or", "logical_not", "round", "floor", "ceil", "reciprocal", "erf",
+)  # fmt: skip
+_NEUTRAL_FUNCTIONS = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.abs, operator.pos,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
+    operator.invert, *_IN_PLACE,
+    *(getattr(torch, name) for name in _NAMES),
+    F.relu, F.gelu, F.silu, F.sigmoid, F.tanh, F.elu, F.selu, F.leaky_relu, F.relu6, F.hardtanh, F.hardswish,
+    F.hardsigmoid, F.softplus, F.softsign, F.mish, F.logsigmoid, F.dropout,
+}  # fmt: skip
+_NEUTRAL_METHODS = {
+    *_NAMES, "add_", "sub_", "mul_", "div_", "relu_", "clamp_", "neg_",
+    "float", "double", "half", "bfloat16", "bool", "int", "long", "to", "type_as", "contiguous",
+}  # fmt: skip
+_MOVES_MEMORY = {"memory_format", "out", "layout"}
+_OWN: dict[object, str] = {}  # of users: qualified class name, function, or (method,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """How a node takes the layouts.
+
+    Attributes:
+        kind: ``"neuron"``; ``"neutral"``: the same in any order of dims; ``"layer"``: a module with time-last forms;
+            ``"dims"``: a function whose dims are mapped; ``"pinned"``: stays time-first; ``"end"``: an input,
+            parameter or output of the graph, pinned by nature.
+        name: for messages.
+        why: of what is pinned.
+        methods: the time-last forms of a layer.
+        rule: of a function that names dims.
+    """
+
+    kind: str
+    name: str = ""
+    why: str = ""
+    methods: tuple[str, ...] = ()
+    rule: DimsRule | None = None
+
+
+def register_operator_layout(
+    target: type[nn.Module] | str | Callable,
+    kind: str,
+    forms: Mapping[str, Callable[[nn.Module, Tensor], Tensor]] | None = None,
+) -> None:
+    """Tell the planner how an operator takes time-last tensors; replaces what was known of it.
+
+    Args:
+        target: a module class or its qualified name, a function, or a method such as ``torch.Tensor.cumsum``. Classes
+            match exactly: a subclass may compute something else.
+        kind: ``"neutral"``: elementwise, the same values in any order of dims (tensors of lower rank than the result
+            still pin a call of it). ``"forms"``: module classes only; ``forms`` computes on time-last tensors what
+            the module does on time-first ones. ``"pinned"``: stays time-first.
+        forms: method name → function of (module, x), with x (N, C, *, T) and a result in the same layout. All are
+            measured. They must leave the module's parameters where they are, and keep its mode.
+
+    Raises:
+        TypeError: ``target`` is none of these.
+        ValueError: an unknown kind, forms without kind ``"forms"`` or the reverse, or forms for a function.
+    """
+    if kind not in ("neutral", "forms", "pinned"):
+        raise ValueError(f"unknown kind {kind!r}: choose 'neutral', 'forms' or 'pinned'")
+    if (kind == "forms") != bool(forms):
+        raise ValueError("kind 'forms' needs forms={name: function(module, x)}, and no other kind takes them")
+    key = _key(target)
+    if kind == "forms":
+        if not isinstance(key, str):
+            raise ValueError(f"time-last forms are for module classes, found {target!r}: wrap the function in a module")
+        if "" in forms:
+            raise ValueError("a form needs a name that is not empty")
+        register_forms(key, forms)
+    elif isinstance(key, str):
+        unregister_forms(key)
+    _OWN[key] = kind
+
+
+def unregister_operator_layout(target: type[nn.Module] | str | Callable) -> None:
+    """Take back what :func:`register_operator_layout` said of ``target``.
+
+    Raises:
+        ValueError: nothing was said of it.
+    """
+    key = _key(target)
+    if key not in _OWN:
+        raise ValueError(f"{target!r} was not registered")
+    del _OWN[key]
+    if isinstance(key, str):
+        unregister_forms(key)
+
+
+def _key(target: object) -> object:
+    if isinstance(target, str):
+        if "." not in target:
+            raise TypeError(f"{target!r} is no qualified class name, such as 'package.module.Class'")
+        return target
+    if isinstance(target, type):
+        if not issubclass(target, nn.Module):
+            raise TypeError(f"{target.__name__} is no module class")
+        return qualified_name(target)
+    name = getattr(target, "__name__", "")
+    if callable(target) and name and getattr(Tensor, name, None) is target:
+        return (name,)
+    if callable(target):
+        return target
+    raise TypeError(f"an operator is a module class, its qualified name or a function, found {target!r}")
+
+
+def describe(gm: fx.GraphModule, node: fx.Node) -> Operator:
+    """What is known of the operator at ``node``, which is no neuron; shapes must be propagated."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return Operator("end", node.op)
+    if node.op == "call_module":
+        return _module(gm.get_submodule(node.target), node)
+    method = node.op == "call_method"
+    name = f".{node.target}()" if method else getattr(node.target, "__name__", str(node.target))
+    own = _OWN.get((node.target,) if method else node.target)
+    if own == "pinned":
+        return Operator("pinned", name, "registered as pinned")
+    if own == "neutral" or node.target in (_NEUTRAL_METHODS if method else _NEUTRAL_FUNCTIONS):
+        why = _not_elementwise(node)
+        return Operator("neutral", name) if why is None else Operator("pinned", name, why)
+    if is_spikes(node):  # of the bare op's three results, the one with a T axis
+        return Operator("neutral", name)
+    rule = dims_rule(node)
+    if rule is None:
+        return Operator("pinned", name, "unknown operator")
+    if not _applies(node, rule.to_last):
+        return Operator("pinned", name, "its dims involve T, or are not known")
+    return Operator("dims", name, rule=rule)
+
+
+def known_time_last(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node``, fed with time-last tensors, is an operator that the planner may have left there.
+
+    Asked of graphs whose shapes may be unknown.
+    """
+    if node.op == "call_module":
+        module = gm.get_submodule(node.target)
+        return type(module) in _NEUTRAL_MODULES or _OWN.get(qualified_name(type(module))) == "neutral"
+    if node.op not in ("call_function", "call_method"):
+        return False
+    method = node.op == "call_method"
+    own = _OWN.get((node.target,) if method else node.target)
+    if own is not None:
+        return own == "neutral"
+    if node.target in (_NEUTRAL_METHODS if method else _NEUTRAL_FUNCTIONS):
+        return True
+    rule = dims_rule(node)
+    return rule is not None and _applies(node, rule.to_first)
+
+
+def _module(module: nn.Module, node: fx.Node) -> Operator:
+    name = type(module).__name__
+    own = _OWN.get(qualified_name(type(module)))
+    if own == "pinned":
+        return Operator("pinned", name, "registered as pinned")
+    if has_hooks(module):
+        return Operator("pinned", name, "bears hooks")
+    if own == "neutral" or type(module) in _NEUTRAL_MODULES:
+        why = _not_elementwise(node)
+        return Operator("neutral", name) if why is None else Operator("pinned", name, why)
+    methods = time_last_methods(module)
+    if methods and len(node.args) == 1 and not node.kwargs:
+        return Operator("layer", name, methods=methods)
+    if any(isinstance(m, MulFreePSN) or is_source(m) for m in module.modules()):
+        return Operator("pinned", name, "a leaf with neurons inside")
+    return Operator("pinned", name, "unknown layer")
+
+
+def _applies(node: fx.Node, change: Callable[[fx.Node], bool]) -> bool:
+    args, kwargs = node.args, node.kwargs
+    try:
+        return change(node)
+    finally:
+        node.args, node.kwargs = args, kwargs
+
+
+def _not_elementwise(node: fx.Node) -> str | None:
+    """Why ``node`` is not the same in any order of dims; None if it is."""
+    if any(name in node.kwargs for name in _MOVES_MEMORY) or any(isinstance(a, torch.memory_format) for a in node.args):
+        return "it sets the order of memory"
+    own = input_meta(node)
+    if own is None:
+        return "the shape of its result is not known"
+    for argument in node.all_input_nodes:
+        meta = input_meta(argument)
+        if meta is not None and len(meta[0]) not in (0, len(own[0])):
+            return f"it broadcasts a tensor of rank {len(meta[0])} to rank {len(own[0])}"
+    return None
+
+
+def is_spikes(node: fx.Node) -> bool:
+    """Whether ``node`` takes the spikes out of what the bare op returns (Dynamo's graphs)."""
+    return (
+        node.op == "call_function"
+        and node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "call_function"
+        and node.args[0].target in (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default)
+        and node.args[1] == 0
+    )
