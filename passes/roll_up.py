@@ -115,6 +115,8 @@ class _Recorder(fx.Interpreter):
                 result = _lifted(chain.stepping, module, value)
             else:
                 result = chain.stepping.first(module, value)
+        elif n.target is operator.getitem and self.env[n.args[0]] is None:  # a state, in a list of them not given
+            result = None
         else:
             result = super().run_node(n)
         self.made[n.name] = result

@@ -68,6 +68,26 @@ class _Shaped(fx.Proxy):
         return iter([self[index] for index in range(len(self._meta))])
 
 
+class _Given(fx.Proxy):
+    """An argument that is no tensor, such as a list of states: what is put into it is what is read there again."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["_put"] = {}
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self._put[key] = value
+
+    def __getitem__(self, key: object) -> object:
+        return self._put[key] if key in self._put else super().__getitem__(key)
+
+    def structure(self) -> object:
+        """As it is now, if something was put into it."""
+        if all(isinstance(key, int) for key in self._put):
+            return [self[key] for key in range(max(self._put) + 1)]
+        return dict(self._put)
+
+
 class _StepTracer(_LeafTracer):
     def __init__(self, leaves: dict[str, str] | None = None, example: Mapping | None = None) -> None:
         super().__init__(leaves)
@@ -154,7 +174,12 @@ class _StepTracer(_LeafTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node in self.metas:
             return _Shaped(node, self, self.metas[node])
+        if node.op == "placeholder":
+            return _Given(node, self)
         return super().proxy(node)
+
+    def create_arg(self, a):
+        return super().create_arg(a.structure() if isinstance(a, _Given) and a._put else a)
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
