@@ -172,7 +172,8 @@ class _Reader:
         self.called: dict[fx.Node, tuple[int, int | None]] = {}
         self.fed_back: set[fx.Node] = set()  # placeholders that carry a state in
         self.drawn: dict[tuple, int] = {}
-        self.static_draws: dict[tuple, int] = {}
+        self.draw_keys: dict[fx.Node, int] = {}  # nodes that do the same to the same have the same
+        self.static_draws: dict[int, int] = {}
         self.shown: dict[str, object] = {}
         self.filled: dict[str, list[_Slice]] = {}  # tensors made before the loop, written to step by step
 
@@ -445,17 +446,17 @@ class _Reader:
 
     def _count_static_draws(self) -> None:
         """How often each random op on something constant is met: T times is once a step."""
+        made: dict[tuple, int] = {}
         for node in self.gm.graph.nodes:
+            args, kwargs = self._mapped(node, lambda n: Ref(self.draw_keys[n]))
+            key = (node.op, node.target, self._key(args), self._key(kwargs))
+            self.draw_keys[node] = made.setdefault(key, len(made))
             if is_random(self.gm, node):
-                key = self._draw_key(node)
-                self.static_draws[key] = self.static_draws.get(key, 0) + 1
-
-    def _draw_key(self, node: fx.Node) -> tuple:
-        return (node.op, node.target, str(node.args), str(node.kwargs))
+                self.static_draws[made[key]] = self.static_draws.get(made[key], 0) + 1
 
     def _drawn_each_step(self, node: fx.Node, args: tuple, kwargs: dict) -> object | None:
         """A random op on the same input at every step (rate coding): the steps are the order of the draws."""
-        key = self._draw_key(node)
+        key = self.draw_keys[node]
         if self.static_draws[key] == 1 or not node.all_input_nodes:
             return None
         if self.static_draws[key] != self.slices.steps:
