@@ -129,6 +129,11 @@ class _StepTracer(_LeafTracer):
         return self.create_proxy("call_function", unfold_time, (inner(folded), steps), {})
 
     def create_node(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            raise _Untraceable(
+                self.inside[-1] if self.inside else "",
+                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
+            )
         node = super().create_node(*args, **kwargs)
         if node.op == "placeholder" and node.target in self.example:
             value = self.example[node.target]
@@ -274,7 +279,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
         raise NotSteppedError(f"{name} bears hooks, which a graph of all steps at once would call once: remove them")
     leaves: dict[str, str] = {}
     concrete = _concrete(model, example)
-    with preserved_rng():
+    with preserved_rng(), torch.enable_grad():
         while True:
             graphs, tracers, scratches = [], [], []
             owner = None
