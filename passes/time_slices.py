@@ -172,6 +172,8 @@ class _Reader:
         self.called: dict[fx.Node, tuple[int, int | None]] = {}
         self.fed_back: set[fx.Node] = set()  # placeholders that carry a state in
         self.drawn: dict[tuple, int] = {}
+        self.output_uses: dict[fx.Node, int] = {}  # in how many places each is returned, and how many were met
+        self.returned: dict[fx.Node, int] = {}
         self.draw_keys: dict[fx.Node, int] = {}  # nodes that do the same to the same have the same
         self.static_draws: dict[int, int] = {}
         self.shown: dict[str, object] = {}
@@ -358,6 +360,9 @@ class _Reader:
         self._check_in_place()
         for node in self.gm.graph.nodes:
             if node.op == "output":
+                for leaf in _leaves(node.args[0]):
+                    if isinstance(leaf, fx.Node):
+                        self.output_uses[leaf] = self.output_uses.get(leaf, 0) + 1
                 self.slices.output = self._output(node.args[0])
             else:
                 self.values[node] = self._read(node)
@@ -750,7 +755,9 @@ class _Reader:
                 self._returned_output(value, name, position, node)
                 for position, name in enumerate(chain.stepping.outputs)
             )  # fmt: skip
-        if self.one_step and isinstance(value, _Slice) and self._is_handed_on(value):
+        self.returned[node] = self.returned.get(node, 0) + 1
+        again = self.returned[node] < self.output_uses.get(node, 1)  # of several places the last is the state's
+        if self.one_step and isinstance(value, _Slice) and not again and self._is_handed_on(value):
             return None
         return self._whole(value)
 
@@ -767,6 +774,13 @@ class _Reader:
             return False
         chain = self.slices.chains[expr.args[2]]
         stepping = chain.stepping
+        position = stepping.outputs.index("spikes") if "spikes" in stepping.outputs else None
+        spikes = [u for call in chain.calls for u in call.users if u.target is operator.getitem]
+        fires = any(u.users for u in spikes if u.args[1] == position) or any(
+            u.op == "output" for call in chain.calls for u in call.users
+        )
+        if not fires:  # nobody looks at its spikes: the membrane is what it is for
+            return False
         return bool(stepping.states) and not (stepping.reads_out or stepping.outputs[0] == "membrane")
 
 

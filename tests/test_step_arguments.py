@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import norse.torch as norse
 import pytest
 import snntorch
 import torch
 from torch import nn
 
 import mfpsn_fx
+from mfpsn_fx import ConversionError
 from mfpsn_fx.passes import RollUpError
 
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}
@@ -105,3 +107,45 @@ def test_a_state_that_does_not_come_back():
 
     with pytest.raises(RollUpError, match="lif2: its state goes in as 'mem2' and is not returned"):
         mfpsn_fx.convert(Lost(), torch.randn(4, 2, 3), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("returned", "places"),
+    [
+        (lambda spk, mem1, mem2: (mem2, mem1), (0,)),
+        (lambda spk, mem1, mem2: (mem2, (mem1, mem2)), (0,)),
+        (lambda spk, mem1, mem2: (spk, mem2, (mem1, mem2)), (1,)),
+        (lambda spk, mem1, mem2: (spk, mem1, mem2), ()),
+    ],
+)
+def test_membranes_that_are_read_out(returned, places, caplog):
+    """A membrane is a readout where nobody looks at the spikes, or where it is returned beside its own state."""
+
+    class Read(Layers):
+        def forward(self, x, mem1=None, mem2=None):
+            return returned(*self.step(x, mem1, mem2))
+
+    x = torch.randn(4, 2, 3)
+    out = mfpsn_fx.convert(Read(), x, **QUICK)(x)
+    for place in places:
+        assert out[place].shape == (4, 2, 4)
+        assert "lif2: its membrane is read out without its reset" in caplog.text
+    if not places:
+        assert out[1:] == (None, None)
+
+
+def test_a_network_of_one_neuron():
+    x = 3 * torch.randn(4, 2, 3)
+    for neuron in (snntorch.Leaky(beta=0.9), snntorch.Leaky(beta=0.9, init_hidden=True), norse.LIFCell()):
+        ours = mfpsn_fx.convert(neuron, x, **QUICK)
+        assert ours(x).shape == x.shape
+        assert [row.source for row in mfpsn_fx.selection(ours).rows] == [type(neuron).__name__]
+
+
+def test_membranes_alone():
+    class Membrane(Layers):
+        def forward(self, x, mem=None):
+            return self.lif1(self.fc1(x), mem)[1]
+
+    with pytest.raises(ConversionError, match="its membranes are read out, and none of its spikes"):
+        mfpsn_fx.convert(Membrane(), torch.randn(4, 2, 3), **QUICK)
