@@ -93,3 +93,34 @@ def test_no_grad_within_a_forward():
         mfpsn_fx.convert(Frozen(nn.Identity()), torch.randn(4, 2, 3), **QUICK)
     with torch.no_grad():
         assert isinstance(mfpsn_fx.convert(Behind(nn.Identity()), torch.randn(4, 2, 3), **QUICK), torch.fx.GraphModule)
+
+
+@pytest.mark.parametrize("make", [lambda x, *shape: x.new_zeros(*shape), lambda x, *shape: torch.zeros(*shape)])
+@pytest.mark.parametrize("along", [0, 1])
+def test_written_step_by_step(make, along):
+    """out[t] = … and out[:, t] = … into zeros like the input, which are not there any more."""
+
+    class Written(Behind):
+        fault = None
+
+        def forward(self, x):
+            mem, out = self.lif.reset_mem(), make(x, *((4, x.shape[1], 4) if along == 0 else (x.shape[1], 4, 4)))
+            for t in range(4):
+                spike, mem = self.lif(self.layer(self.fc(x[t])), mem)
+                if self.fault == "early" and t == 2:
+                    spike = spike + out.sum()
+                at = 3 - t if self.fault == "backwards" else t
+                if along == 0:
+                    out[at] = spike
+                else:
+                    out[:, at] = spike
+            return out
+
+    net, x = Written(nn.Identity()), 3 * torch.randn(4, 2, 3)
+    unrolled, one_step = capture_steps(net, (x,))
+    ours = RollUp((x,), one_step=one_step)(unrolled).graph_module
+    assert torch.equal(ours(x), net(x))
+    assert ours(torch.cat([x, x], 1)).shape[1 - along] == 4
+    for net.fault in ("backwards", "early"):
+        with pytest.raises(ConversionError, match=r"torch\.stack it|is not like step 0"):
+            mfpsn_fx.convert(net, x, **QUICK)

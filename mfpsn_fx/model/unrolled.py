@@ -64,6 +64,9 @@ class _Shaped(fx.Proxy):
     def __len__(self) -> int:
         return len(self._meta)
 
+    def __setitem__(self, key: object, value: object) -> None:
+        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+
     def __iter__(self) -> Iterator:
         return iter([self[index] for index in range(len(self._meta))])
 
