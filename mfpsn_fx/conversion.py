@@ -17,8 +17,10 @@ from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.capture import capture, copied, said_of
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.over_time import OverTime
 from mfpsn_fx.model.source import source_paths
 from mfpsn_fx.model.step_mode import to_multi_step
+from mfpsn_fx.model.stepping import is_stepping
 from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
@@ -222,6 +224,8 @@ def convert(
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
     model = unwrapped(model)
+    if is_stepping(model):  # a neuron that is the whole network
+        model = nn.Sequential(OverTime(model))
     _check_model(model)
     _check_example(example_args, kwargs)
     stepped = has_steps(model)
@@ -243,7 +247,8 @@ def convert(
                 gm = pipeline(example_args, kwargs)(gm)
             _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
-            raise ConversionError(f"no neuron of {type(model).__name__} could be converted")
+            only = "; its membranes are read out, and none of its spikes" if stepped else ""
+            raise ConversionError(f"no neuron of {type(model).__name__} could be converted{only}")
         if inplace:
             _swap_into(subject, gm)
     gm.meta.clear()

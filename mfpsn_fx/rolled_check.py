@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from mfpsn_fx.model.capture import copied, preserved_rng
+from mfpsn_fx.model.state_arguments import StateArguments, state_arguments
 from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
+from mfpsn_fx.model.unrolled import NotSteppedError
 from mfpsn_fx.passes.roll_up import WITHOUT_RESET
 from mfpsn_fx.passes.time_slices import RollUpError, is_random
 
@@ -25,9 +28,9 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
     """Run both, in evaluation and in float64, on the example, on values that are drawn, and with one sample more.
 
     What a graph does not show (an operation in place whose result is not used, an attribute that is read or written
-    between steps, the example's batch size as a number) shows here. Not compared: networks that draw random numbers,
-    membranes that are read out without their reset, and single steps that take their states as arguments, which
-    nothing but the training loop hands on.
+    between steps, the example's batch size as a number) shows here. A single step that takes its states as arguments
+    is given those that its last call returned. Not compared: networks that draw random numbers, and membranes that
+    are read out without their reset.
 
     Args:
         rolled: with the source's own neurons in it, resets and all.
@@ -41,16 +44,19 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
     if any(n.op != "call_module" and is_random(rolled, n) for n in rolled.graph.nodes):
         return
     given = [n.target for n in rolled.graph.nodes if n.op == "placeholder"]
-    if one_step and set(inspect.signature(model.forward).parameters) - set(given):
-        return
     name = type(model).__name__
+    try:
+        states = _states(model, example, given) if one_step else None
+    except NotSteppedError as error:
+        _log.warning("%s was not compared with its rolled-up graph, which may differ: %s", name, error)
+        return
     with preserved_rng(), torch.no_grad(), _Wide():
         torch.manual_seed(0)
         values = {k: _double(v) for k, v in example.items()}
         drawn = [{k: _drawn(v, factor) if k in given else v for k, v in values.items()} for factor in (1, 4, 16)]
         for inputs in (values, *drawn):
             try:
-                found = _difference(rolled, model, inputs, given, one_step)
+                found = _difference(rolled, model, inputs, given, one_step, states)
             except _RolledError as error:
                 found = f"it does not run: {error}"
             if found is not None:
@@ -62,7 +68,9 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
                 )
         larger = [_one_sample_more(rolled, inputs, one_step) for inputs in drawn]
         try:
-            each = (_difference(rolled, model, inputs, given, one_step) for inputs in larger if inputs is not None)
+            each = (
+                _difference(rolled, model, inputs, given, one_step, states) for inputs in larger if inputs is not None
+            )
             found = next((difference for difference in each if difference is not None), None)
         except _RolledError as error:
             _log.warning(
@@ -121,11 +129,16 @@ def _one_sample_more(rolled: fx.GraphModule, inputs: dict[str, object], one_step
 
 
 def _difference(
-    rolled: fx.GraphModule, model: nn.Module, inputs: dict[str, object], given: list[str], one_step: bool
+    rolled: fx.GraphModule,
+    model: nn.Module,
+    inputs: dict[str, object],
+    given: list[str],
+    one_step: bool,
+    states: StateArguments | None,
 ) -> str | None:
     """The first output that differs, in words; None where all are the same, or the source itself fails."""
     try:
-        expected = _run_source(model, inputs, one_step)
+        expected = _run_source(model, inputs, one_step, states)
     except Exception as error:  # not in float64, or not at this size: it cannot be asked
         _log.debug("%s does not run beside its rolled-up graph: %s", type(model).__name__, error)
         return None
@@ -149,19 +162,42 @@ def _difference(
     return None
 
 
-def _run_source(model: nn.Module, inputs: dict[str, object], one_step: bool) -> object:
+def _states(model: nn.Module, example: Mapping[str, object], given: list[str]) -> StateArguments | None:
+    """How its states go round, if it takes them as arguments."""
+    if not set(inspect.signature(model.forward).parameters) - set(given):
+        return None
+    states = state_arguments(model, example)
+    for argument, layer in states.lost.items():
+        raise RollUpError(
+            f"{layer}: its state goes in as {argument!r} and is not returned, so that no step can hand it to the next: "
+            "return it beside the output"
+        )
+    return states
+
+
+def _run_source(model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None) -> object:
     source = copied(model).eval().double()
     for m in source.modules():
         if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
             stepping.reset(m)
     if not one_step:
         return source(**{k: _cloned(v) for k, v in inputs.items()})
+    held = {} if states is None else {name: states.first(name) for name in states.links}
+    held = {k: v for k, v in held.items() if k in inputs or not _has_default(model, k)}
+    inputs = {k: v for k, v in inputs.items() if k not in held}
     steps = min(len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim)
     results = []
     for t in range(steps):
-        result = source(**{k: _cloned(v[t]) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()})
-        results.append(result)
+        each = {k: _cloned(v[t]) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+        result = source(**each, **held)
+        results.append(pytree.tree_map(_cloned, result))  # a state may be changed in place by the next step
+        held = {} if states is None else states.following(result)
     return results
+
+
+def _has_default(model: nn.Module, name: str) -> bool:
+    parameter = inspect.signature(model.forward).parameters[name]
+    return parameter.default is not parameter.empty
 
 
 def _cloned(value: object) -> object:

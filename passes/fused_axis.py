@@ -56,6 +56,37 @@ class FusedAxis:
                 "of a batch, or looks at their number. Make it work on each sample by itself"
             )
 
+    def mixes_in_training(self, expr: Expr) -> bool:
+        """Whether in training, where it normalises, a layer's output for a sample depends on the other samples.
+
+        The layer runs twice on the fused axis, with the same draws, and with its first sample changed: outputs for the
+        others must stay.
+        """
+        node = expr.at[0]
+        try:
+            with torch.no_grad(), preserved_rng():
+                torch.manual_seed(0)
+                drawn: list[list[object]] = []
+                fused = _zipped(
+                    (node.args, node.kwargs), (expr.args, expr.kwargs), lambda a, ref: self._draw(a, ref, drawn)
+                )
+                inputs = [t for t in _tensors(fused) if t.ndim]
+                samples = {len(t) for t in inputs}
+                changed = map_aggregate(fused, _first_changed)
+                results = []
+                for args, kwargs in (fused, changed):
+                    torch.manual_seed(1)
+                    module = copied(self.gm.get_submodule(node.target)).train()
+                    results.append(_tensors(module(*args, **kwargs)))
+        except Exception:  # in evaluation it ran; in training it cannot be asked
+            return False
+        before, after = results
+        return len(samples) == 1 and any(
+            len(a) in samples and not _close(a[1:], b[1:])
+            for a, b in zip(before, after, strict=True)
+            if a.ndim and b.shape == a.shape
+        )
+
     def _alike(self, expr: Expr, node: fx.Node) -> bool:
         drawn: list[list[object]] = []  # for each argument that is a value: what it is at each step
         fused = _zipped((node.args, node.kwargs), (expr.args, expr.kwargs), lambda a, ref: self._draw(a, ref, drawn))
@@ -139,6 +170,12 @@ def _random(value: object, step: int) -> object:
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     return torch.randn_like(value) if value.is_floating_point() else value.roll(step, 0)
+
+
+def _first_changed(value: object) -> object:
+    if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
+        return value
+    return torch.cat([3 * value[:1] + 5, value[1:]])
 
 
 def _joined(parts: list) -> object:

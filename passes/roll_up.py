@@ -115,6 +115,8 @@ class _Recorder(fx.Interpreter):
                 result = _lifted(chain.stepping, module, value)
             else:
                 result = chain.stepping.first(module, value)
+        elif n.target is operator.getitem and self.env[n.args[0]] is None:  # a state, in a list of them not given
+            result = None
         else:
             result = super().run_node(n)
         self.made[n.name] = result
@@ -243,6 +245,7 @@ class _Emitter:
                 self._check_channels(expr)
             elif expr.op == "call_module":
                 self._check_memory(expr)
+        fused = FusedAxis(self.gm, self.slices, self.recorded, self._carries_batch)
         if "batch_statistics" not in self.accept:
             found = list(self.gm.meta.get("mfpsn_batch_layers", ()))
             for index in sorted(needed):
@@ -254,13 +257,17 @@ class _Emitter:
                         for path, m in module.named_modules()
                         if has_batch_statistics(m)
                     ]
+                    own = any(
+                        not type(m).__module__.startswith("torch.nn.") for m in module.modules()
+                    )  # those are known
+                    if own and expr.timed and self.slices.full(index) and fused.mixes_in_training(expr):
+                        found.append(expr.target)
             if found:
                 raise RollUpError(
                     f"{', '.join(dict.fromkeys(found))}: normalised with the statistics of one step's batch of N, and "
                     "would be with those of all T·N samples; pass accept=('batch_statistics',) to convert if that is "
                     "meant"
                 )
-        fused = FusedAxis(self.gm, self.slices, self.recorded, self._carries_batch)
         for index in sorted(needed):
             known = exprs[index].op in ("neuron", "of_sequence", "repeat")
             if exprs[index].timed and not known and self.slices.full(index):

@@ -90,6 +90,13 @@ class _State:
     position: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """A tensor that only some steps have been written into."""
+
+    name: str
+
+
 @dataclasses.dataclass
 class Chain:
     """One neuron through all steps: its calls, linked by the state that each hands to the next."""
@@ -172,9 +179,12 @@ class _Reader:
         self.called: dict[fx.Node, tuple[int, int | None]] = {}
         self.fed_back: set[fx.Node] = set()  # placeholders that carry a state in
         self.drawn: dict[tuple, int] = {}
-        self.static_draws: dict[tuple, int] = {}
+        self.output_uses: dict[fx.Node, int] = {}  # in how many places each is returned, and how many were met
+        self.returned: dict[fx.Node, int] = {}
+        self.draw_keys: dict[fx.Node, int] = {}  # nodes that do the same to the same have the same
+        self.static_draws: dict[int, int] = {}
         self.shown: dict[str, object] = {}
-        self.filled: dict[str, list[_Slice]] = {}  # tensors made before the loop, written to step by step
+        self.filled: dict[str, list[tuple[_Slice, int]]] = {}  # tensors made before the loop, written to step by step
 
     # -- neurons through time
 
@@ -338,6 +348,11 @@ class _Reader:
             if value.start is None:
                 return total
             return Ref(self._intern("call_function", operator.add, (Ref(value.start), total), timed=False, name="add"))
+        if isinstance(value, _Half):
+            raise RollUpError(
+                f"{value.name} is read before all its steps have been written into it: append to a list and "
+                "torch.stack it"
+            )
         if isinstance(value, (_Call, _State)):
             chain = self.slices.chains[value.chain]
             raise RollUpError(
@@ -357,6 +372,9 @@ class _Reader:
         self._check_in_place()
         for node in self.gm.graph.nodes:
             if node.op == "output":
+                for leaf in _leaves(node.args[0]):
+                    if isinstance(leaf, fx.Node):
+                        self.output_uses[leaf] = self.output_uses.get(leaf, 0) + 1
                 self.slices.output = self._output(node.args[0])
             else:
                 self.values[node] = self._read(node)
@@ -445,17 +463,17 @@ class _Reader:
 
     def _count_static_draws(self) -> None:
         """How often each random op on something constant is met: T times is once a step."""
+        made: dict[tuple, int] = {}
         for node in self.gm.graph.nodes:
+            args, kwargs = self._mapped(node, lambda n: Ref(self.draw_keys[n]))
+            key = (node.op, node.target, self._key(args), self._key(kwargs))
+            self.draw_keys[node] = made.setdefault(key, len(made))
             if is_random(self.gm, node):
-                key = self._draw_key(node)
-                self.static_draws[key] = self.static_draws.get(key, 0) + 1
-
-    def _draw_key(self, node: fx.Node) -> tuple:
-        return (node.op, node.target, str(node.args), str(node.kwargs))
+                self.static_draws[made[key]] = self.static_draws.get(made[key], 0) + 1
 
     def _drawn_each_step(self, node: fx.Node, args: tuple, kwargs: dict) -> object | None:
         """A random op on the same input at every step (rate coding): the steps are the order of the draws."""
-        key = self._draw_key(node)
+        key = self.draw_keys[node]
         if self.static_draws[key] == 1 or not node.all_input_nodes:
             return None
         if self.static_draws[key] != self.slices.steps:
@@ -475,33 +493,46 @@ class _Reader:
         """``out[t] = …`` into a tensor made before the loop: by the last step it is the steps, stacked."""
         tensor, index, value = node.args
         value = self.values.get(value) if isinstance(value, fx.Node) else None
-        steps = [i for i in index if i != slice(None)] if isinstance(index, tuple) else [index]
-        first = index[0] if isinstance(index, tuple) else index
-        done = self.filled.setdefault(tensor.target, [])
+        parts = list(index) if isinstance(index, tuple) else [index]
+        steps = [i for i in parts if isinstance(i, int)]
+        dim = next((d for d, i in enumerate(parts) if isinstance(i, int)), 0)
+        before = self.filled.setdefault(tensor.name if tensor.op != "get_attr" else tensor.target, [])
         if (
-            tensor.op != "get_attr"
+            not (tensor.op == "get_attr" or tensor.target in _MAKES_ZEROS)
             or not isinstance(value, _Slice)
-            or steps != [first]
-            or first != len(done)
-            or value.step != first
-            or any(other.index != value.index for other in done)
+            or len(steps) != 1
+            or any(i != slice(None) for i in parts if not isinstance(i, int))
+            or steps[0] != len(before)
+            or value.step != steps[0]
+            or any((other.index, at) != (value.index, dim) for other, at in before)
         ):
             raise RollUpError(
-                f"{node.format_node()} writes into a tensor in another way than out[t] = what belongs to step t; "
-                "append to a list and torch.stack it"
+                f"{node.format_node()} writes into a tensor in another way than out[t] or out[:, t] = what belongs to "
+                "step t; append to a list and torch.stack it"
             )
-        done.append(value)
+        before.append((value, dim))
+        if tensor.op == "get_attr":  # of which each mention has a node of its own
+            return
+        written = len(before) == self.slices.steps == self.shown[tensor.name].shape[dim]
+        self.values[tensor] = self._steps_along(before[0][0].index, dim) if written else _Half(tensor.name)
 
     def _filled(self, path: str) -> _Whole:
         done = self.filled[path]
         owner, _, name = path.rpartition(".")
-        length = len(getattr(self.gm.get_submodule(owner), name))
+        length = getattr(self.gm.get_submodule(owner), name).shape[done[0][1]]
         if len(done) != self.slices.steps or length != self.slices.steps:
             raise RollUpError(
                 f"a tensor of length {length} is read when {len(done)} of {self.slices.steps} steps have been written "
                 "into it: append to a list and torch.stack it"
             )
-        return _Whole(self._intern("sequence", None, (Ref(done[0].index),), timed=False))
+        return self._steps_along(done[0][0].index, done[0][1])
+
+    def _steps_along(self, index: int, dim: int) -> _Whole:
+        """All slices of a value, stacked along ``dim``."""
+        whole = Ref(self._intern("sequence", None, (Ref(index),), timed=False))
+        if dim != 0:
+            whole = Ref(self._intern("call_function", torch.movedim, (whole, 0, dim), timed=False, name="movedim"))
+        return _Whole(whole.index)
 
     def _check_in_place(self) -> None:
         """A tensor from before the loop that is changed in place and met again would be met unchanged."""
@@ -716,9 +747,7 @@ class _Reader:
             index, target = lengthened.args[0].index, torch.stack
         whole = Ref(self._intern("sequence", None, (Ref(index),), timed=False))
         if target is torch.stack:
-            if dim != 0:
-                whole = Ref(self._intern("call_function", torch.movedim, (whole, 0, dim), timed=False, name="movedim"))
-            return _Whole(whole.index)
+            return self._steps_along(index, dim)
         if dim < 0:
             return None
         moved = whole
@@ -749,7 +778,9 @@ class _Reader:
                 self._returned_output(value, name, position, node)
                 for position, name in enumerate(chain.stepping.outputs)
             )  # fmt: skip
-        if self.one_step and isinstance(value, _Slice) and self._is_handed_on(value):
+        self.returned[node] = self.returned.get(node, 0) + 1
+        again = self.returned[node] < self.output_uses.get(node, 1)  # of several places the last is the state's
+        if self.one_step and isinstance(value, _Slice) and not again and self._is_handed_on(value):
             return None
         return self._whole(value)
 
@@ -766,6 +797,13 @@ class _Reader:
             return False
         chain = self.slices.chains[expr.args[2]]
         stepping = chain.stepping
+        position = stepping.outputs.index("spikes") if "spikes" in stepping.outputs else None
+        spikes = [u for call in chain.calls for u in call.users if u.target is operator.getitem]
+        fires = any(u.users for u in spikes if u.args[1] == position) or any(
+            u.op == "output" for call in chain.calls for u in call.users
+        )
+        if not fires:  # nobody looks at its spikes: the membrane is what it is for
+            return False
         return bool(stepping.states) and not (stepping.reads_out or stepping.outputs[0] == "membrane")
 
 

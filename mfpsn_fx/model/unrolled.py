@@ -64,8 +64,31 @@ class _Shaped(fx.Proxy):
     def __len__(self) -> int:
         return len(self._meta)
 
+    def __setitem__(self, key: object, value: object) -> None:
+        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+
     def __iter__(self) -> Iterator:
         return iter([self[index] for index in range(len(self._meta))])
+
+
+class _Given(fx.Proxy):
+    """An argument that is no tensor, such as a list of states: what is put into it is what is read there again."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
+        super().__init__(node, tracer)
+        self.__dict__["_put"] = {}
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self._put[key] = value
+
+    def __getitem__(self, key: object) -> object:
+        return self._put[key] if key in self._put else super().__getitem__(key)
+
+    def structure(self) -> object:
+        """As it is now, if something was put into it."""
+        if all(isinstance(key, int) for key in self._put):
+            return [self[key] for key in range(max(self._put) + 1)]
+        return dict(self._put)
 
 
 class _StepTracer(_LeafTracer):
@@ -109,6 +132,11 @@ class _StepTracer(_LeafTracer):
         return self.create_proxy("call_function", unfold_time, (inner(folded), steps), {})
 
     def create_node(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            raise _Untraceable(
+                self.inside[-1] if self.inside else "",
+                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
+            )
         node = super().create_node(*args, **kwargs)
         if node.op == "placeholder" and node.target in self.example:
             value = self.example[node.target]
@@ -154,7 +182,12 @@ class _StepTracer(_LeafTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node in self.metas:
             return _Shaped(node, self, self.metas[node])
+        if node.op == "placeholder":
+            return _Given(node, self)
         return super().proxy(node)
+
+    def create_arg(self, a):
+        return super().create_arg(a.structure() if isinstance(a, _Given) and a._put else a)
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
@@ -249,7 +282,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
         raise NotSteppedError(f"{name} bears hooks, which a graph of all steps at once would call once: remove them")
     leaves: dict[str, str] = {}
     concrete = _concrete(model, example)
-    with preserved_rng():
+    with preserved_rng(), torch.enable_grad():
         while True:
             graphs, tracers, scratches = [], [], []
             owner = None
