@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pathlib
 import pickle
 import re
 import types
@@ -500,19 +501,15 @@ class TestOperators:
             def forward(self, x):
                 return self.b(self.scale(self.a(x)))
 
-        class Leaves(torch.fx.Tracer):
-            def is_leaf_module(self, m, name):
-                return True
-
-        model = Net().eval()
-        gm = torch.fx.GraphModule(model, Leaves().trace(model))
-        x = torch.randn(4, 2, 3, 5, 5)
-        expected = gm(x)
-        assert len(conversion_nodes(passed(gm, x))) == 4  # unknown, so between two of its own
+        model, x = Net().eval(), torch.randn(4, 2, 3, 5, 5)
+        expected = model(x)
+        seen_through = passed(capture(model)[0], x)
+        assert len(conversion_nodes(seen_through)) == 4  # its product is pinned, so between two of its own
         mfpsn_fx.register_operator_layout(
             Scale, "forms", {"channels": lambda m, x: x * m.factor.view(3, 1, 1, 1)}
         )  # fmt: skip
         try:
+            gm = capture(model)[0]
             assert len(conversion_nodes(passed(gm, x))) == 2
             assert torch.equal(gm(x), expected)
             assert [n.args[2] for n in gm.graph.nodes if n.target is run_time_last] == [""]
@@ -566,6 +563,28 @@ class TestOperators:
             register("Conv2d", "neutral")
         with pytest.raises(ValueError, match="was not registered"):
             mfpsn_fx.unregister_operator_layout(nn.Conv2d)
+
+
+def test_the_manuals_example():
+    """docs/layout.md: an operator of one's own, run in its form."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "layout.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import.*?)```", text, flags=re.DOTALL)
+    names: dict = {"__name__": "manual"}
+    exec(compile(block, "docs/layout.md", "exec"), names)
+    scale = names["ChannelScale"]
+    try:
+        net = nn.Sequential(neuron.LIFNode(step_mode="m"), scale(3), neuron.LIFNode(step_mode="m")).eval()
+        nn.init.uniform_(net[1].factor)
+        x = torch.randn(4, 2, 3, 5, 5)
+        gm = mfpsn_fx.convert(net, x, layout="time_last", kernels="shifted-add", progress=False, repeats=1)
+        assert [n.args[2] for n in gm.graph.nodes if n.target is run_time_last] == ["broadcast"]
+        assert len(conversion_nodes(gm)) == 2
+        found = gm(x)
+        mfpsn_fx.plan(gm, x, layout="time_first", kernels="shifted-add", progress=False, repeats=1)
+        assert torch.equal(gm(x), found)
+    finally:
+        for one in (scale, torch.special.expit, torch.Tensor.cumsum):
+            mfpsn_fx.unregister_operator_layout(one)
 
 
 class TestDynamo:

@@ -16,6 +16,8 @@ from .neuron import MulFreePSN
 from .source import is_source, qualified_name
 from .stepping import is_stepping
 from .time_axis import fold_time, unfold_time
+from .time_last import has_hooks as _has_hooks
+from .time_last import has_own_forms
 
 __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
@@ -48,7 +50,7 @@ class _LeafTracer(fx.Tracer):
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN):
+        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
             return True
         if _has_hooks(m):
             self.leaves[module_qualified_name] = "bears hooks"
@@ -77,11 +79,6 @@ class _LeafTracer(fx.Tracer):
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _has_hooks(m: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
 
 
 def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:

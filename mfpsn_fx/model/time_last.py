@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .source import qualified_name
 
-__all__ = ["has_hooks", "register_forms", "run_time_last", "time_last_methods", "unregister_forms"]
+__all__ = ["has_hooks", "has_own_forms", "register_forms", "run_time_last", "time_last_methods", "unregister_forms"]
 
 Form = Callable[[nn.Module, Tensor], Tensor]
 
@@ -73,6 +73,11 @@ def register_forms(name: str, forms: Mapping[str, Form]) -> None:
 def unregister_forms(name: str) -> None:
     """Take back what :func:`register_forms` gave."""
     _OWN.pop(name, None)
+
+
+def has_own_forms(layer: nn.Module) -> bool:
+    """Whether a user gave layers of this class time-last forms."""
+    return qualified_name(type(layer)) in _OWN
 
 
 def _forms(layer: nn.Module) -> dict[str, Form]:
