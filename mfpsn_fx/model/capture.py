@@ -43,6 +43,24 @@ class _Untraceable(Exception):
         self.path, self.reason = path, reason
 
 
+class _InPlaceProxy(fx.Proxy):
+    """Records ``x += y`` as what it is: FX's own makes an addition of it, which a view of ``x`` does not see."""
+
+
+def _recording(function):
+    def record(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _function in (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
+):  # fmt: skip
+    setattr(_InPlaceProxy, f"__{_function.__name__}__", _recording(_function))
+
+
 class _LeafTracer(fx.Tracer):
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
         super().__init__(autowrap_functions=(fold_time, unfold_time))
@@ -58,6 +76,9 @@ class _LeafTracer(fx.Tracer):
         if type(m).forward is nn.Sequential.forward:  # nothing of its own that could defeat tracing
             return False
         return qualified_name(type(m)).startswith(tuple(f"{package}." for package in _LEAF_PACKAGES))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)

@@ -154,7 +154,7 @@ class _StepTracer(_LeafTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node in self.metas:
             return _Shaped(node, self, self.metas[node])
-        return super().proxy(node)
+        return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
