@@ -204,11 +204,11 @@ def _module(module: nn.Module, node: fx.Node) -> Operator:
 
 
 def _applies(node: fx.Node, change: Callable[[fx.Node], bool]) -> bool:
-    args, kwargs = node.args, node.kwargs
+    target, args, kwargs = node.target, node.args, node.kwargs
     try:
         return change(node)
     finally:
-        node.args, node.kwargs = args, kwargs
+        node.target, node.args, node.kwargs = target, args, kwargs
 
 
 def _not_elementwise(node: fx.Node) -> str | None:
