@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import shape_time_first
 
 from .neurons import input_meta
@@ -225,4 +226,5 @@ _FUNCTIONS = {
     F.log_softmax: _SAME_SHAPE,
     getattr: _rule(_shape, carries=False),
     shape_time_first: _rule(_shape, carries=False),
+    expect_steps: _rule(_size),  # it names one dim, as size does
 }
