@@ -31,6 +31,7 @@ _FRESH = {
     "linear", "conv1d", "conv2d", "conv3d", "batch_norm", "avg_pool1d", "avg_pool2d", "max_pool2d", "neuron",
     "neuron.default", "square", "sqrt", "pow", "maximum", "minimum",
 }  # fmt: skip
+_NO_TENSORS = ("size", "shape", "ndim", "dim", "numel", "dtype", "device", "is_cuda", "requires_grad")
 
 
 def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -58,9 +59,10 @@ def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
             node = root[node]
         return node
 
-    writers = {node for node in gm.graph.nodes if writes_in_place(gm, node)}
+    numbers = _numbers(gm)
+    writers = {node for node in gm.graph.nodes if node not in numbers and writes_in_place(gm, node)}
     for node in gm.graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or node in numbers:
             continue
         if node in writers and node.all_input_nodes:
             # the others it only reads, but a writer that is not called positionally could write into any
@@ -70,6 +72,8 @@ def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
         else:
             targets = node.all_input_nodes
         for target in targets:
+            if target in numbers:
+                continue
             root[find(target)] = find(node)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in gm.graph.nodes:
@@ -81,6 +85,19 @@ def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
         for member in timed.intersection(members):
             bound.update((member, *member.users))
     return bound
+
+
+def _numbers(gm: fx.GraphModule) -> set[fx.Node]:
+    """Shapes, sizes, and what is worked out from them: no memory that anybody could write into."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        asked = (node.op == "call_method" and node.target in _NO_TENSORS) or (
+            node.op == "call_function" and node.target is getattr and node.args[1] in _NO_TENSORS
+        )
+        computed = node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        if asked or (computed and getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")):
+            found.add(node)
+    return found
 
 
 def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import is_source, qualified_name
+from mfpsn_fx.model.time_axis import fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_methods, unregister_forms
 
 from .neurons import input_meta
@@ -157,6 +158,8 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> Operator:
         return Operator("neutral", name) if why is None else Operator("pinned", name, why)
     if is_spikes(node):  # of the bare op's three results, the one with a T axis
         return Operator("neutral", name)
+    if node.target in (fold_time, unfold_time, repeat_in_time):
+        return Operator("pinned", name, "layers stand there that know no T, with T folded into their batch")
     rule = dims_rule(node)
     if rule is None:
         return Operator("pinned", name, "unknown operator")
@@ -204,11 +207,11 @@ def _module(module: nn.Module, node: fx.Node) -> Operator:
 
 
 def _applies(node: fx.Node, change: Callable[[fx.Node], bool]) -> bool:
-    args, kwargs = node.args, node.kwargs
+    target, args, kwargs = node.target, node.args, node.kwargs
     try:
         return change(node)
     finally:
-        node.args, node.kwargs = args, kwargs
+        node.target, node.args, node.kwargs = target, args, kwargs
 
 
 def _not_elementwise(node: fx.Node) -> str | None:

@@ -13,6 +13,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from mfpsn_fx.model.time_axis import expect_steps
+from mfpsn_fx.model.time_last import shape_time_first
+
 from .neurons import input_meta
 
 __all__ = ["DimsRule", "dims_rule"]
@@ -186,6 +189,17 @@ def _rule(change: Callable[[fx.Node, bool], bool], carries: bool = True, free: b
     return DimsRule(lambda n: change(n, True), lambda n: change(n, False), lambda n, late: carries, free)
 
 
+def _shape(node: fx.Node, to_last: bool) -> bool:
+    """``x.shape``: the same numbers in the same order."""
+    if to_last and node.target is getattr and node.args[1] == "shape":
+        node.target, node.args = shape_time_first, (node.args[0],)
+        return True
+    if not to_last and node.target is shape_time_first:
+        node.target, node.args = getattr, (node.args[0], "shape")
+        return True
+    return False
+
+
 def _size(node: fx.Node, to_last: bool) -> bool:
     dim, rank = _get(node, 1, "dim"), _rank(node)
     if not _is_int(dim) or (to_last and rank is None):
@@ -210,4 +224,7 @@ _FUNCTIONS = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _rule(_cat, free=False)),
     F.softmax: _SAME_SHAPE,
     F.log_softmax: _SAME_SHAPE,
+    getattr: _rule(_shape, carries=False),
+    shape_time_first: _rule(_shape, carries=False),
+    expect_steps: _rule(_size),  # it names one dim, as size does
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -159,3 +160,23 @@ def test_step_mode_layers_are_leaves():
     gm, reasons = capture(model)
     assert targets(gm) == ["0", "1", "2"]
     assert reasons == {}
+
+
+def test_writes_in_place_are_captured_as_such():
+    """FX's own tracer makes ``x + y`` of ``x += y``, which a view of ``x`` does not see."""
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            view, count = y.transpose(0, 1), x.shape[0]
+            y += 1
+            count += 2
+            y -= count
+            y **= 2
+            y //= 3
+            return view + y.transpose(0, 1)
+
+    model, x = Writes(), torch.randn(3, 4)
+    gm = capture(model)[0]
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(gm))(x), model(x))

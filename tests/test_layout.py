@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
+import pathlib
 import pickle
 import re
 import types
@@ -300,6 +302,7 @@ LINES = (
     "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
     "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
     "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
+    "add(a, b)",
 )  # fmt: skip
 
 
@@ -321,7 +324,7 @@ def networks(draw):
 
 
 def built(lines):
-    scope = {"torch": torch}
+    scope = {"torch": torch, "add": lambda a, b: operator.iadd(a, b * 0.5)}
     exec("def forward(self, x, y):\n" + "\n".join(f"    {line}" for line in lines), scope)
     model = type("Random", (nn.Module,), {"forward": scope["forward"]})()
     for index in range(len(lines)):
@@ -343,7 +346,7 @@ class TestGraphs:
         run = lambda one: one(*(x.clone() for x in xs))  # noqa: E731
         with torch.no_grad():
             gm = capture(model)[0]
-            expected = run(gm)
+            expected = run(model)
             PropagateShapes(xs)(gm)
             names = [node.name for node in gm.graph.nodes]
             gm.meta[PLANNED] = {name: "" for index, name in enumerate(names) if bits >> (index % 20) & 1}
@@ -407,18 +410,21 @@ class TestGraphs:
             def forward(self, x):
                 out = self.a(x) * 2
                 seen = out.transpose(3, 4)
-                out = out.add_(self.b(x))
-                return self.c(seen) + out
+                out += self.b(x)
+                count = x.shape[0]
+                count += 1
+                return self.c(seen) + out / count
 
-        gm = capture(Writes().eval())[0]
+        model = Writes().eval()
+        gm = capture(model)[0]
         x = torch.randn(4, 2, 3, 5, 5)
-        expected = gm(x)
+        expected = model(x)
         passed(gm, x)
         assert torch.equal(gm(x), expected)
         layouts = {n.name: str(n.layout) for n in neurons(gm)}
         assert layouts == {"a": "time_last", "b": "time_last", "c": "time_first"}
         table = layout_graph(passed(gm, x, layout="time_first")).pinned()
-        assert table[(".add_()", "shares memory that is written in place")] == 1
+        assert table[("iadd", "shares memory that is written in place")] == 1
 
     def test_the_callers_tensor_is_still_written_into(self):
         class Writes(nn.Module):
@@ -427,7 +433,8 @@ class TestGraphs:
                 self.a = mfpsn_fx.MulFreePSN(3)
 
             def forward(self, x):
-                return self.a(x.add_(1))
+                x += 1
+                return self.a(x)
 
         gm = capture(Writes().eval())[0]
         x = torch.randn(4, 2, 3, 5)
@@ -496,26 +503,21 @@ class TestOperators:
             def forward(self, x):
                 return self.b(self.scale(self.a(x)))
 
-        class Leaves(torch.fx.Tracer):
-            def is_leaf_module(self, m, name):
-                return True
-
-        model = Net().eval()
-        gm = torch.fx.GraphModule(model, Leaves().trace(model))
-        x = torch.randn(4, 2, 3, 5, 5)
-        expected = gm(x)
-        assert len(conversion_nodes(passed(gm, x))) == 4  # unknown, so between two of its own
+        model, x = Net().eval(), torch.randn(4, 2, 3, 5, 5)
+        expected = model(x)
+        seen_through = passed(capture(model)[0], x)
+        assert len(conversion_nodes(seen_through)) == 4  # its product is pinned, so between two of its own
         mfpsn_fx.register_operator_layout(
             Scale, "forms", {"channels": lambda m, x: x * m.factor.view(3, 1, 1, 1)}
         )  # fmt: skip
         try:
+            gm = capture(model)[0]
             assert len(conversion_nodes(passed(gm, x))) == 2
             assert torch.equal(gm(x), expected)
             assert [n.args[2] for n in gm.graph.nodes if n.target is run_time_last] == [""]
         finally:
             mfpsn_fx.unregister_operator_layout(Scale)
-        with pytest.raises(ValueError, match="Scale has no time-last form"):
-            gm(x)
+        assert torch.equal(gm(x), expected)  # called as it is, between two conversions
         InsertConversions("time_first")(gm)
         assert torch.equal(gm(x), expected)
 
@@ -562,6 +564,28 @@ class TestOperators:
             register("Conv2d", "neutral")
         with pytest.raises(ValueError, match="was not registered"):
             mfpsn_fx.unregister_operator_layout(nn.Conv2d)
+
+
+def test_the_manuals_example():
+    """docs/layout.md: an operator of one's own, run in its form."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "layout.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import.*?)```", text, flags=re.DOTALL)
+    names: dict = {"__name__": "manual"}
+    exec(compile(block, "docs/layout.md", "exec"), names)
+    scale = names["ChannelScale"]
+    try:
+        net = nn.Sequential(neuron.LIFNode(step_mode="m"), scale(3), neuron.LIFNode(step_mode="m")).eval()
+        nn.init.uniform_(net[1].factor)
+        x = torch.randn(4, 2, 3, 5, 5)
+        gm = mfpsn_fx.convert(net, x, layout="time_last", kernels="shifted-add", progress=False, repeats=1)
+        assert [n.args[2] for n in gm.graph.nodes if n.target is run_time_last] == ["broadcast"]
+        assert len(conversion_nodes(gm)) == 2
+        found = gm(x)
+        mfpsn_fx.plan(gm, x, layout="time_first", kernels="shifted-add", progress=False, repeats=1)
+        assert torch.equal(gm(x), found)
+    finally:
+        for one in (scale, torch.special.expit, torch.Tensor.cumsum):
+            mfpsn_fx.unregister_operator_layout(one)
 
 
 class TestDynamo:

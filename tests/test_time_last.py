@@ -13,6 +13,7 @@ from torch import fx, nn
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import to_layout
 from mfpsn_fx.model import capture
+from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import run_time_last, time_last_methods
 from mfpsn_fx.passes import InsertConversions, Pipeline, PropagateShapes, conversion_nodes, neurons
 from mfpsn_fx.passes.operator_layouts import describe
@@ -106,10 +107,25 @@ def test_methods_by_kind():
     assert time_last_methods(nn.Conv2d(2, 2, 3)) == ()
     assert time_last_methods(layer.MaxPool2d(2, return_indices=True, step_mode="m")) == ()
     assert time_last_methods(nn.Flatten()) == ()  # it would fuse T's neighbour, the batch
-    with pytest.raises(ValueError, match=r"Conv2d has no time-last form 'matmul': it has 'wide', 'fold'"):
-        run_time_last(made("conv2d")[0], torch.zeros(1, 2, 9, 8, 5).double(), "matmul")
-    with pytest.raises(ValueError, match="GRU has no time-last form '': it has none"):
-        run_time_last(nn.GRU(2, 2), torch.zeros(1, 2, 5))
+
+
+def test_a_layer_that_lost_its_form_is_called_as_it_is():
+    """With hooks, a parametrization or another setting since: right all the same, and hooks fire on time-first."""
+    conv, _ = made("conv2d same")
+    x = torch.randn(5, 3, 2, 6, 5, dtype=torch.float64)
+    last, seen = to_layout(x, "time_first", "time_last"), []
+    for change in (
+        lambda: conv.register_forward_hook(lambda m, args, y: seen.append(tuple(args[0].shape))),
+        lambda: nn.utils.parametrizations.weight_norm(conv),
+    ):
+        change()
+        expected = to_layout(conv(x), "time_first", "time_last")
+        torch.testing.assert_close(run_time_last(conv, last, "wide"), expected, rtol=1e-12, atol=1e-13)
+    assert set(seen) == {(5, 3, 2, 6, 5)}
+    other, _ = made("conv2d same")
+    other.padding_mode, other._reversed_padding_repeated_twice = "circular", [1, 2, 1, 2]
+    expected = to_layout(other(x), "time_first", "time_last")
+    torch.testing.assert_close(run_time_last(other, last, "wide"), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_dropout_keeps_its_mask_until_reset():
@@ -152,6 +168,8 @@ FUNCTIONS = {
     "transpose": (lambda a, b: a.transpose(-1, -2).transpose(3, 4), 1),
     "permute": (lambda a, b: a.permute(0, 2, 1, 4, 3) * b.permute((0, 2, 1, 4, 3)), 1),
     "size": (lambda a, b: a * a.size(0) + b / b.size(-1), 1),
+    "a loop's length": (lambda a, b: expect_steps(a, 0, 4) + b, 1),
+    "shape": (lambda a, b: (a * a.shape[0]).mean(0) * b.shape[-1], 0),
     "elementwise": (lambda a, b: torch.where(a > 0, a, b).clamp(min=-1) + torch.maximum(a, b) ** 2, 1),
     "attention of channels": (lambda a, b: a * torch.sigmoid(b.mean((3, 4), keepdim=True)), 1),
 }

@@ -16,6 +16,8 @@ from .neuron import MulFreePSN
 from .source import is_source, qualified_name
 from .stepping import is_stepping
 from .time_axis import fold_time, unfold_time
+from .time_last import has_hooks as _has_hooks
+from .time_last import has_own_forms
 
 __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 
@@ -41,6 +43,24 @@ class _Untraceable(Exception):
         self.path, self.reason = path, reason
 
 
+class _InPlaceProxy(fx.Proxy):
+    """Records ``x += y`` as what it is: FX's own makes an addition of it, which a view of ``x`` does not see."""
+
+
+def _recording(function):
+    def record(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _function in (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
+):  # fmt: skip
+    setattr(_InPlaceProxy, f"__{_function.__name__}__", _recording(_function))
+
+
 class _LeafTracer(fx.Tracer):
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
         super().__init__(autowrap_functions=(fold_time, unfold_time))
@@ -48,7 +68,7 @@ class _LeafTracer(fx.Tracer):
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN):
+        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
             return True
         if _has_hooks(m):
             self.leaves[module_qualified_name] = "bears hooks"
@@ -56,6 +76,9 @@ class _LeafTracer(fx.Tracer):
         if type(m).forward is nn.Sequential.forward:  # nothing of its own that could defeat tracing
             return False
         return qualified_name(type(m)).startswith(tuple(f"{package}." for package in _LEAF_PACKAGES))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
@@ -77,11 +100,6 @@ class _LeafTracer(fx.Tracer):
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _has_hooks(m: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
 
 
 def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:

@@ -13,9 +13,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from mfpsn_fx.kernels.layout import to_layout
+
 from .source import qualified_name
 
-__all__ = ["has_hooks", "register_forms", "run_time_last", "time_last_methods", "unregister_forms"]
+__all__ = [
+    "has_hooks",
+    "has_own_forms",
+    "register_forms",
+    "run_time_last",
+    "shape_time_first",
+    "time_last_methods",
+    "unregister_forms",
+]
 
 Form = Callable[[nn.Module, Tensor], Tensor]
 
@@ -37,18 +47,26 @@ def run_time_last(layer: nn.Module, x: Tensor, method: str = "") -> Tensor:
     Returns:
         (N, C', *', T), contiguous.
 
-    Raises:
-        ValueError: the layer has no such form.
+    A layer that has no such form, or not any more (it has been given hooks, a parametrization, another padding mode,
+    or is sharded), is called as it is, on the sequence converted to time-first and back: hooks fire, and see what they
+    would see otherwise.
     """
     if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again
         if isinstance(x, fx.Proxy):
             layer = x.tracer.create_proxy("get_attr", x.tracer.path_of_module(layer), (), {})
         return handle_torch_function(run_time_last, (x,), layer, x, method)
-    forms = _forms(layer)
-    if not forms or method not in ("", *forms):
-        found = f"it has {', '.join(map(repr, forms))}" if forms else "it has none"
-        raise ValueError(f"{type(layer).__name__} has no time-last form {method!r}: {found}")
-    return forms[method or next(iter(forms))](layer, x).contiguous()
+    forms = {} if has_hooks(layer) else _forms(layer)
+    form = forms.get(method or next(iter(forms), ""))
+    if form is None:
+        return to_layout(layer(to_layout(x, "time_last", "time_first")), "time_first", "time_last")
+    return form(layer, x).contiguous()
+
+
+def shape_time_first(x: Tensor) -> tuple[int, ...]:
+    """The shape that a tensor (N, C, *, T) has as (T, N, C, *)."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(shape_time_first, (x,), x)
+    return (x.shape[-1], *x.shape[:-1])
 
 
 def time_last_methods(layer: nn.Module) -> tuple[str, ...]:
@@ -73,6 +91,11 @@ def register_forms(name: str, forms: Mapping[str, Form]) -> None:
 def unregister_forms(name: str) -> None:
     """Take back what :func:`register_forms` gave."""
     _OWN.pop(name, None)
+
+
+def has_own_forms(layer: nn.Module) -> bool:
+    """Whether a user gave layers of this class time-last forms."""
+    return qualified_name(type(layer)) in _OWN
 
 
 def _forms(layer: nn.Module) -> dict[str, Form]:

@@ -184,7 +184,7 @@ class _StepTracer(_LeafTracer):
             return _Shaped(node, self, self.metas[node])
         if node.op == "placeholder":
             return _Given(node, self)
-        return super().proxy(node)
+        return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
 
     def create_arg(self, a):
         return super().create_arg(a.structure() if isinstance(a, _Given) and a._put else a)
