@@ -31,7 +31,7 @@ from mfpsn_fx.passes import (
     unregister_operator_layout,
 )
 
-from .backend import backend
+from .backend import Backend, backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
 from .monitoring import Monitor, monitor
@@ -45,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATan",
+    "Backend",
     "Batch",
     "Calibration",
     "ConversionError",

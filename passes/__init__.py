@@ -17,6 +17,7 @@ from .calibrate import Calibrate
 from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .initialise_neurons import InitialiseNeurons
+from .lower_conversions import LowerConversions
 from .neurons import Neuron, neurons
 from .operator_layouts import register_operator_layout, unregister_operator_layout
 from .plan_layout import PlanLayout
@@ -37,6 +38,7 @@ __all__ = [
     "ConversionError",
     "InitialiseNeurons",
     "InsertConversions",
+    "LowerConversions",
     "Neuron",
     "ObserveInputs",
     "Pass",
