@@ -5,6 +5,7 @@ A conversion makes a copy; what is written into the copy, or into what it was co
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 from torch import fx, nn
@@ -85,11 +86,14 @@ def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
 def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:
     if members[0].op in ("placeholder", "get_attr") or not _fresh(gm, members[0]):
         return False
-    return all(
-        list(node.users) == [after] and after.args and after.args[0] is node and after.all_input_nodes.count(node) == 1
-        and not any(a is node for a in after.args[1:])
-        for node, after in zip(members, members[1:], strict=False)
-    )  # fmt: skip
+    return all(_only_reader(node, after) for node, after in itertools.pairwise(members))
+
+
+def _only_reader(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether ``reader`` alone reads ``node``, once, as its first argument."""
+    first = reader.args[0] if reader.args else None
+    count = sum(1 for value in (*reader.args, *reader.kwargs.values()) if value is node)
+    return list(node.users) == [reader] and first is node and count == 1
 
 
 def _fresh(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -116,7 +116,8 @@ def _timed(gm: fx.GraphModule, ours: dict[fx.Node, Neuron], operators: dict[fx.N
         changed = False
         for order in (gm.graph.nodes, reversed(gm.graph.nodes)):
             for node in order:
-                changed |= any([mark(other) for other in _alike(node, operators[node], timed)])
+                marked = [mark(other) for other in _alike(node, operators[node], timed)]
+                changed = changed or any(marked)
     return timed
 
 
