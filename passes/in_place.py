@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 
+import torch
 from torch import fx, nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
@@ -79,8 +80,18 @@ def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
         if not writers.intersection(members) or _is_chain(gm, members):
             continue
         bound.update(members)
-        bound.update(user for member in members for user in member.users)
+        bound.update(user for member in members for user in member.users if not _reads_as_vector(user, member))
     return bound
+
+
+def _reads_as_vector(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the bare op ``node`` takes ``value`` for another argument than X, such as its running statistics.
+
+    No conversion stands there; in Dynamo's graphs the statistics are updated in place behind the op.
+    """
+    if node.op != "call_function" or node.target not in (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default):
+        return False
+    return node.args[0] is not value
 
 
 def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:
