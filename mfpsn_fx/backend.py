@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="mfpsn_fx")``: plan layouts, bind the fastest kernels, then hand over to a compiler."""
+"""``torch.compile(model, backend="mfpsn_fx")``: plan layouts, bind the fastest kernels, hand over to a compiler."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Backend:
     def _planned(self, gm: fx.GraphModule) -> fx.GraphModule:
         found = neurons(gm)
         bound = {} if self.replan else {n.node: _kernel(n) for n in found if _kernel(n)}
-        if self.passes is None and len(bound) == len(found) or not found:
+        if not found or (self.passes is None and len(bound) == len(found)):
             return gm
         given = dict(gm.meta)
         if self.passes is not None:
