@@ -34,6 +34,7 @@ from mfpsn_fx.passes import (
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
+    VerifyPlan,
 )
 from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
@@ -61,6 +62,7 @@ def conversion_pipeline(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
     kwargs = dict(kwargs or {})
@@ -76,7 +78,7 @@ def conversion_pipeline(
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress
+            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, verify=verify
         ).passes
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
@@ -91,19 +93,20 @@ def planning_pipeline(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
-    return Pipeline(
-        [
-            PropagateShapes(args, kwargs),
-            Autoselect(layout, _plain(kernels), repeats, progress),
-            PlanLayout(layout, _plain(kernels), repeats, progress),
-            InsertConversions(),
-            CancelConversions(),
-            BindKernels(_plain(kernels)),
-        ],
-        given=("neurons",),
-    )
+    passes = [
+        PropagateShapes(args, kwargs),
+        Autoselect(layout, _plain(kernels), repeats, progress),
+        PlanLayout(layout, _plain(kernels), repeats, progress),
+        InsertConversions(),
+        CancelConversions(),
+        BindKernels(_plain(kernels)),
+    ]
+    if verify is not False:
+        passes.append(VerifyPlan(args, kwargs, verify, _plain(kernels), repeats, progress))
+    return Pipeline(passes, given=("neurons",))
 
 
 def convert(
@@ -124,6 +127,7 @@ def convert(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -152,6 +156,8 @@ def convert(
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
         repeats: m of autoselect.
         progress: show progress bars; None: if the terminal is one.
+        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True`` or
+            ``"eager"``, or ``"compiled"`` for both; if the plan lost by more than the noise, the better one is used.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
@@ -174,10 +180,12 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    if verify is not False and not has_example:
+        raise ValueError("verify needs an example input: what is measured runs on it")
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        repeats=repeats, progress=progress,
+        repeats=repeats, progress=progress, verify=verify,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -219,6 +227,7 @@ def plan(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    verify: bool | str = False,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
@@ -234,7 +243,9 @@ def plan(
     if not (example_args or kwargs):
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
     _check_example(example_args, kwargs)
-    gm = planning_pipeline(example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress)(gm)
+    gm = planning_pipeline(
+        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, verify=verify
+    )(gm)
     gm.meta.clear()
     return gm
 

@@ -27,6 +27,7 @@ from .roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
+from .verify_plan import VerifyPlan
 
 __all__ = [
     "AssignDilations",
@@ -52,6 +53,7 @@ __all__ = [
     "RollUpError",
     "SeparateUses",
     "SnapWeights",
+    "VerifyPlan",
     "conversion_nodes",
     "neurons",
     "receptive_field",

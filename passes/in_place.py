@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import operator
 
-import torch
 from torch import fx, nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
@@ -47,8 +46,8 @@ def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in _OPERATORS or node.kwargs.get("inplace", False) is True or (name.endswith("_") and not dunder)
 
 
-def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
-    """All nodes that make or read memory which some node writes into, but where nobody could tell.
+def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that make or read a tensor of ``timed`` in memory which some node writes into, unless nobody can tell.
 
     Nobody can tell in a chain: memory that a layer made, whose one reader writes into it or passes it on, and so on.
     """
@@ -79,19 +78,9 @@ def bound_by_writes(gm: fx.GraphModule) -> set[fx.Node]:
     for members in groups.values():
         if not writers.intersection(members) or _is_chain(gm, members):
             continue
-        bound.update(members)
-        bound.update(user for member in members for user in member.users if not _reads_as_vector(user, member))
+        for member in timed.intersection(members):
+            bound.update((member, *member.users))
     return bound
-
-
-def _reads_as_vector(node: fx.Node, value: fx.Node) -> bool:
-    """Whether the bare op ``node`` takes ``value`` for another argument than X, such as its running statistics.
-
-    No conversion stands there; in Dynamo's graphs the statistics are updated in place behind the op.
-    """
-    if node.op != "call_function" or node.target not in (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default):
-        return False
-    return node.args[0] is not value
 
 
 def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:

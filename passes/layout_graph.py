@@ -58,7 +58,7 @@ def layout_graph(gm: fx.GraphModule) -> LayoutGraph:
         for node in gm.graph.nodes
     }
     timed = _timed(gm, ours, operators)
-    bound = bound_by_writes(gm)
+    bound = bound_by_writes(gm, timed)
     tensors, touching = {}, set()
     for node in gm.graph.nodes:
         if node not in timed:

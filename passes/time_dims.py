@@ -25,7 +25,7 @@ class DimsRule:
     Attributes:
         to_last, to_first: set the node's arguments; each returns False, the node as it was, where the function has
             no such form (it fuses T with another dim, say).
-        carries_time: whether what the node returns has a T axis, given the node and whether it is in its time-last form.
+        carries_time: whether what the node returns has a T axis, given the node and whether that is in time-last form.
         free: whether it moves no data, so that there is nothing to be measured.
     """
 

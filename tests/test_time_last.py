@@ -10,7 +10,6 @@ import torch
 from spikingjelly.activation_based import layer
 from torch import fx, nn
 
-import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import to_layout
 from mfpsn_fx.model import capture
