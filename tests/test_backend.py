@@ -280,6 +280,48 @@ class TestGraphBreaks:
         assert counters["stats"]["unique_graphs"] == 1
 
 
+class Residual(nn.Module):
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.sn = MulFreePSN(width)
+        self.sn.bind(kernel="fused-cpp")
+
+    def forward(self, x):
+        y = self.sn(self.norm(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))
+        return y + x if y.shape == x.shape else y
+
+
+class TestStrides:
+    def test_inductor_copies_nothing_for_neurons(self, monkeypatch):
+        """It lays convolutions out channels last; a neuron takes what comes. It copies for others, or nothing is shown."""
+        from torch._functorch import config as functorch
+        from torch._inductor import config as inductor
+        from torch._inductor import ir
+        from torch._inductor.virtualized import V
+
+        copied, copy_input = [], ir.ExternKernel.copy_input
+        monkeypatch.setattr(
+            ir.ExternKernel,
+            "copy_input",
+            staticmethod(lambda x: copied.append(str(V.graph.current_node.target)) or copy_input(x)),
+        )
+        model = nn.Sequential(Residual(3, 8), Residual(8, 8), Residual(8, 8)).double()
+        x = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64)
+        plain = copy.deepcopy(model)
+        # what is found in a cache is not lowered again
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            ours = torch.compile(model, backend=Backend(), fullgraph=True)(x)
+            ours.square().sum().backward()
+        assert copied
+        assert not [target for target in copied if "mfpsn" in target]
+        theirs = plain(x)
+        theirs.square().sum().backward()
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
 class TestIdentity:
     def test_another_choice_is_another_graph_to_the_caches(self, tmp_path, monkeypatch):
         """What Inductor keeps on disk is found again under the same choice, and not under another."""
