@@ -33,8 +33,8 @@ _PLACE = "int dilation=1, str layout='time_first', str method='', str layer=''"
 _SURROGATE = "str surrogate='atan', float alpha=2.0"
 _QUANTISER = f"str gradient='straight-through', int min_exponent={MIN_EXPONENT}, int max_exponent={MAX_EXPONENT}"
 
-# Kernels take X with any strides, dense in memory or not, and results have X's. Without the tag Inductor would copy what
-# it has laid out otherwise (channels last, say) to the strides that tracing saw: 7 copies in a step of SEW-ResNet-18.
+# Kernels take X with any strides, and results have X's. Without the tag Inductor copies what it has laid out otherwise
+# (channels last, say) to the strides that tracing saw: 7 copies in a training step of SEW-ResNet-18.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # define/impl, not custom_op: beyond the work itself a call then costs about 0.8 of what it costs through the

@@ -294,7 +294,7 @@ class Residual(nn.Module):
 
 class TestStrides:
     def test_inductor_copies_nothing_for_neurons(self, monkeypatch):
-        """It lays convolutions out channels last; a neuron takes what comes. It copies for others, or nothing is shown."""
+        """It lays convolutions out channels last; a neuron takes what comes. For others it does copy."""
         from torch._functorch import config as functorch
         from torch._inductor import config as inductor
         from torch._inductor import ir
