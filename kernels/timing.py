@@ -1,26 +1,22 @@
-"""How long a kernel takes: device-synchronised, warmed up, on data of its own."""
+"""Clocks: how long a callable takes on a device, and how much that varies on this machine."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .op import neuron
-from .registry import Problem
+__all__ = ["ClockError", "machine_noise", "measure", "sample", "spread_of"]
 
-__all__ = ["Times", "measure", "time_kernel"]
+_NOISE_RUNS = 25
+_BACKWARDS = 100
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Milliseconds; forward (training) and backward are None where a channel has a single value."""
-
-    forward_ms: float | None
-    backward_ms: float | None
-    eval_ms: float
+class ClockError(RuntimeError):
+    """The clock does not go forwards."""
 
 
 def measure(run: Callable[[], object], repeats: int, device: torch.device | str = "cpu") -> float:
@@ -43,63 +39,62 @@ def measure(run: Callable[[], object], repeats: int, device: torch.device | str 
     return total * 1e3 / repeats
 
 
+def sample(
+    run: Callable[[], object],
+    calls: int,
+    device: torch.device,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> float:
+    """Milliseconds of one of ``calls`` calls in a row: by events on CUDA devices, else by a monotonic clock.
+
+    A reading that did not go forwards (a virtual machine that was moved) is thrown away and taken again.
+
+    Raises:
+        ClockError: it never goes forwards.
+    """
+    for _ in range(_BACKWARDS):
+        if device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(device):
+                before.record()
+                for _ in range(calls):
+                    run()
+                after.record()
+            after.synchronize()
+            taken = before.elapsed_time(after)
+        else:
+            _synchronise(device)
+            started = clock()
+            for _ in range(calls):
+                run()
+            _synchronise(device)
+            taken = (clock() - started) / 1e6
+        if taken > 0:
+            return taken / calls
+    raise ClockError(f"the clock of {device} did not go forwards in {_BACKWARDS} runs: nothing can be timed")
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def time_kernel(
-    problem: Problem, name: str, repeats: int, *, alpha: float = 2.0, device: torch.device | None = None
-) -> Times:
-    """Time kernel ``name`` on random data of ``problem``; the global random generators are not touched.
+def spread_of(samples: Sequence[float], noise: float = 0.0) -> float:
+    """Half the width of the interval in which the median of ``samples`` lies with 95 %, from their median deviation.
 
-    Args:
-        problem: shape, dtype, device type, order, dilation and so on.
-        name: a registered kernel.
-        repeats: m; each time is the mean of the last m of 2m+1 runs.
-        alpha: of the surrogate.
-        device: where there are several of the problem's type.
-
-    Raises:
-        Whatever the kernel raises.
+    Few samples deviate little by chance: the relative ``noise`` of single samples on this machine is the least assumed.
     """
-    device = torch.device(problem.device) if device is None else device
-    generator = torch.Generator(device).manual_seed(0)
-    kept = torch.float64 if problem.dtype is torch.float64 else torch.float32
+    middle = statistics.median(samples)
+    sigma = max(1.4826 * statistics.median(abs(value - middle) for value in samples), noise * middle)
+    # 1.2533 = √(π/2): the median's standard error over the mean's, for normal samples
+    return 1.96 * 1.2533 * sigma / math.sqrt(len(samples))
 
-    def normal(*shape: int, dtype: torch.dtype = kept) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=kept).to(dtype)
 
-    x, grad = normal(*problem.shape, dtype=problem.dtype), normal(*problem.shape, dtype=problem.dtype)
-    weight = normal(problem.channels, problem.order)
-    ones, zeros = torch.ones(problem.channels, device=device, dtype=kept), weight.new_zeros(problem.channels)
-    mask = None
-    if problem.masked:
-        mask = torch.ones(problem.steps, problem.batch, dtype=torch.bool, device=device)
-    constants = {
-        "surrogate": problem.surrogate,
-        "alpha": alpha,
-        "gradient": problem.gradient,
-        "dilation": problem.dilation,
-        "layout": str(problem.layout),
-        "method": name,
-    }
-    affine = (ones, zeros) if problem.affine else (None, None)
-
-    def forward(training: bool):
-        return neuron(x, weight, ones, -ones, zeros, ones, *affine, mask, training=training, **constants)
-
-    with torch.no_grad():
-        evaluation = measure(lambda: forward(False), repeats, device)
-        if x.numel() <= problem.channels:
-            return Times(None, None, evaluation)
-        _, mean, var = forward(True)
-        training = measure(lambda: forward(True), repeats, device)
-        backward = measure(
-            lambda: torch.ops.mfpsn.neuron_backward(
-                grad, x, weight, ones, -ones, mean, var, *affine, mask, training=True, **constants
-            ),
-            repeats,
-            device,
-        )
-    return Times(training, backward, evaluation)
+def machine_noise(device: torch.device, clock: Callable[[], int] = time.perf_counter_ns) -> float:
+    """How much single samples of one fixed piece of work vary: 1.4826 times the median deviation over the median."""
+    x = torch.ones(1 << 18, device=device)
+    run = lambda: torch.add(x, 1.0)  # noqa: E731
+    calls = max(1, math.ceil(0.2 / max(sample(run, 1, device, clock), 1e-3)))
+    values = [sample(run, calls, device, clock) for _ in range(_NOISE_RUNS)]
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values) / middle

@@ -1,4 +1,4 @@
-"""The command line: ``python -m mfpsn_fx kernels``, ``build``, ``demo`` and ``compatibility``."""
+"""The command line: ``python -m mfpsn_fx kernels``, ``build``, ``cache``, ``demo`` and ``compatibility``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from tabulate import tabulate
 
 from mfpsn_fx.kernels import Layout, Problem, cpu_build, cuda_build, kernels
+from mfpsn_fx.kernels.selection_cache import SelectionCache
 
 __all__ = ["main"]
 
@@ -51,6 +52,26 @@ def build() -> int:
     return status
 
 
+def cache(clear: bool) -> int:
+    """Say where measured times are kept and how many there are, or remove them; 1 if that fails."""
+    kept = SelectionCache.of_user()
+    if kept is None:
+        print("measured times are not kept: MFPSN_FX_CACHE is off, or there is no home folder")
+        return 0
+    if clear:
+        try:
+            print(f"{kept.folder}: removed {kept.clear()} files")
+        except OSError as error:
+            print(f"cannot clear {kept.folder}: {error}", file=sys.stderr)
+            return 1
+        return 0
+    files = kept.files()
+    hung = sum(path.name.startswith("hung-") for path in files)
+    size = sum(path.stat().st_size for path in files) / 1024
+    print(f"{kept.folder}: {len(files) - hung} contests, {hung} kernels that did not return, {size:.0f} KiB")
+    return 0
+
+
 def demo(arguments: list[str]) -> int:
     """Run ``examples/digits.py`` of this checkout."""
     script = _EXAMPLES / "digits.py"
@@ -74,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("build", help="compile the C++ and CUDA kernels now, rather than on first use")
     commands.add_parser("demo", help="convert, compile and train a network on digits (see --help of the example)",
                         add_help=False)  # fmt: skip
+    times = commands.add_parser("cache", help="show where times of kernels are kept, and how many")
+    times.add_argument("--clear", action="store_true", help="remove them")
     networks = commands.add_parser("compatibility", help="convert, train and compile other libraries' networks")
     networks.add_argument("--markdown", metavar="FILE", help="write the table to FILE as well")
     networks.add_argument("--only", metavar="PATTERN", default="*", help="of library/network, as a shell pattern")
@@ -87,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         from . import compatibility
 
         return compatibility.main(options.only, options.markdown, options.backend)
+    if options.command == "cache":
+        return cache(options.clear)
     if options.command == "build":
         return build()
     print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -36,11 +37,13 @@ from mfpsn_fx.passes import (
     SeparateUses,
     VerifyPlan,
 )
+from mfpsn_fx.passes.autoselect import check_budget
 from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 
-from .selection import graph_of, unwrapped
+from .replay import choices_of
+from .selection import Selection, graph_of, unwrapped
 from .single_step import has_steps, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
@@ -62,6 +65,9 @@ def conversion_pipeline(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`convert` runs on a captured graph; arguments as there."""
@@ -78,8 +84,9 @@ def conversion_pipeline(
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
         passes += planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, verify=verify
-        ).passes
+            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+            cache=cache, selection=selection, verify=verify,
+        ).passes  # fmt: skip
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
     return Pipeline(passes)
@@ -93,13 +100,22 @@ def planning_pipeline(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
 ) -> Pipeline:
     """The passes that :func:`plan` runs on a converted graph; arguments as there."""
+    if selection is not None and (layout != "auto" or kernels != "auto"):
+        raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
+    choices = None if selection is None else choices_of(selection)
+    measuring = {"repeats": repeats, "progress": progress, "cache": cache}
+    budget_s = check_budget(budget_s)
+    share = 1.0 if layout == "time_first" else 0.6  # of the budget, for neurons: time-first no other layer has a choice
     passes = [
         PropagateShapes(args, kwargs),
-        Autoselect(layout, _plain(kernels), repeats, progress),
-        PlanLayout(layout, _plain(kernels), repeats, progress),
+        Autoselect(layout, _plain(kernels), choices=choices, budget_s=share * budget_s, **measuring),
+        PlanLayout(layout, _plain(kernels), budget_s=(1 - share) * budget_s, **measuring),
         InsertConversions(),
         CancelConversions(),
         BindKernels(_plain(kernels)),
@@ -127,6 +143,9 @@ def convert(
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
@@ -154,8 +173,12 @@ def convert(
         gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
         channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
             dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
-        repeats: m of autoselect.
+        repeats: the fewest samples of a kernel that may be chosen.
         progress: show progress bars; None: if the terminal is one.
+        budget_s: seconds to measure kernels for, all layers together.
+        cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
+        selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
+            measuring; layers that it does not fit are named in a warning and measured.
         verify: measure a training step of the planned network and of the uniform ones, end to end: ``True`` or
             ``"eager"``, or ``"compiled"`` for both; if the plan lost by more than the noise, the better one is used.
 
@@ -180,12 +203,15 @@ def convert(
     has_example = bool(example_args or kwargs)
     if layout == "time_last" and not has_example:
         raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    if selection is not None and not has_example:
+        raise ValueError("selection= needs an example input: layers are matched by its shapes")
     if verify is not False and not has_example:
         raise ValueError("verify needs an example input: what is measured runs on it")
     pipeline = functools.partial(
         conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
         calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        repeats=repeats, progress=progress, verify=verify,
+        repeats=repeats, progress=progress, budget_s=budget_s, cache=cache, selection=selection,
+        verify=verify,
     )  # fmt: skip
     check_accept(accept)
     pipeline(example_args, kwargs)  # options are looked at before anything is copied
@@ -227,6 +253,9 @@ def plan(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: bool = True,
+    selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
@@ -244,8 +273,9 @@ def plan(
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
     _check_example(example_args, kwargs)
     gm = planning_pipeline(
-        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, verify=verify
-    )(gm)
+        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
+        cache=cache, selection=selection, verify=verify,
+    )(gm)  # fmt: skip
     gm.meta.clear()
     return gm
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 from torch import fx, nn
 
+from mfpsn_fx.kernels.contests import NOT_REACHED
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
@@ -64,6 +65,9 @@ class Selection:
     verdict: str = ""
     autoselect_s: float | None = None
     repeats: int | None = None
+    noise: float | None = None
+    measured: int | None = None
+    kept: int | None = None
     unconverted: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
@@ -138,11 +142,17 @@ class Selection:
             lines.append(self.verdict)
         lines += [f"stays time-first: {count} x {name}: {why}" for name, why, count in self.pinned]
         if self.autoselect_s is not None:
-            lines.append(f"autoselect took {self.autoselect_s:.2f} s (mean of the last {self.repeats} runs each)")
+            lines.append(f"autoselect took {self.autoselect_s:.2f} s ({self._how()})")
         else:
             lines.append("nothing measured yet: mfpsn_fx.plan(model, *example_args) measures and chooses")
         lines += [f"not converted: {path}: {reason}" for path, reason in self.unconverted]
         return lines
+
+    def _how(self) -> str:
+        now = f"{self.measured} ways measured" if self.measured else "nothing measured"
+        kept = f", {self.kept} known from earlier" if self.kept else ""
+        noise = f"; this machine's noise: {self.noise:.1%}" if self.noise is not None else ""
+        return f"{now}{kept}, medians{noise}"
 
     def __str__(self) -> str:
         return self.table()
@@ -177,6 +187,9 @@ def selection(model: nn.Module) -> Selection:
         verdict=plan.verdict if plan else "",
         autoselect_s=plan.seconds if plan else None,
         repeats=plan.repeats if plan else None,
+        noise=plan.noise if plan else None,
+        measured=plan.measured if plan else None,
+        kept=plan.kept if plan else None,
         unconverted=tuple(_unconverted(gm)),
     )
 
@@ -245,8 +258,11 @@ def _notes(neuron, measured: Measured | None):
         yield "inside a leaf"
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
-    for candidate in measured.candidates if measured else ():
-        if candidate.error is not None and not candidate.error.startswith("not applicable"):
+    failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]
+    if late := [f"{c.kernel} ({c.layout})" for c in failed if c.error.startswith(NOT_REACHED)]:
+        yield f"not reached within the budget: {', '.join(late)}"
+    for candidate in failed:
+        if not candidate.error.startswith(("not applicable", NOT_REACHED)):
             yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"
 
 

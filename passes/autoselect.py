@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Mapping
 
+import torch
 from torch import fx
-from tqdm import tqdm
 
+from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels
-from mfpsn_fx.kernels.timing import time_kernel
+from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
+from mfpsn_fx.kernels.registry import DEFAULT_KERNEL, Kernel, get_kernel, kernels
+from mfpsn_fx.kernels.selection_cache import SelectionCache
+from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.record import Candidate, Measured
 
 from .base import Pass, Result
 from .convert_layout import remove_conversions
 from .neurons import Neuron, neurons
+from .replay import Choice, replayed
 
 __all__ = ["Autoselect", "candidates_for", "forced_kernel"]
 
 MEASURED = "mfpsn_measured"  # gm.meta: neuron name -> Measured
 PLAN = "mfpsn_plan"  # gm.meta: Plan
-SPENT = "mfpsn_spent"  # gm.meta: (seconds, repeats) of the measurement
+SPENT = "mfpsn_spent"  # gm.meta: Spent
+CACHE = "mfpsn_cache"  # gm.meta: the SelectionCache of this run, which says once what is wrong with it
+VANILLA = "vanilla-conv1d"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What measuring took: seconds, ways measured now and known from earlier, the machine's noise, fewest samples."""
+
+    seconds: float = 0.0
+    measured: int = 0
+    kept: int = 0
+    noise: float | None = None
+    repeats: int = 0
+
+    def plus(self, seconds: float, results: Results) -> Spent:
+        """Together with another round of measuring."""
+        noise = max((n for n in (self.noise, results.noise) if n is not None), default=None)
+        return Spent(
+            self.seconds + seconds, self.measured + results.measured, self.kept + results.kept, noise, self.repeats
+        )
 
 
 def forced_kernel(choice: str | dict[str, str], name: str) -> str | None:
@@ -44,6 +70,13 @@ def check_choice(choice: str | dict[str, str], names: list[str]) -> None:
         get_kernel(choice)
 
 
+def check_budget(budget_s: float) -> float:
+    """``budget_s``; ``ValueError`` unless it is a number of at least 0."""
+    if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s >= 0:
+        raise ValueError(f"budget_s must be a number of seconds, at least 0, found {budget_s!r}")
+    return float(budget_s)
+
+
 def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] = "auto") -> list[Kernel]:
     """The kernels to be measured for ``neuron`` under ``layout``: all registered ones, or the one forced."""
     forced = forced_kernel(choice, neuron.name)
@@ -54,16 +87,21 @@ class Autoselect(Pass):
     """Time forward and backward of each neuron with each kernel in each layout, and note the times.
 
     The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
-    ``plan_layout`` and ``bind_kernels``. Each time is the mean of the last m of 2m+1 runs, device-synchronised. A
-    kernel that raises is recorded with its error and not chosen. Identical layers are measured once. The vanilla way
-    is always measured, for comparison.
+    ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
+    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
+    ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
+    measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
+    always measured, for comparison.
 
     Args:
         layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each
             neuron's own, no conversions removed.
         kernels: ``"auto"``, one name for all, or a mapping from layer to name.
-        repeats: m.
+        repeats: the fewest samples of a kernel that may be chosen.
         progress: show a progress bar; None: if the terminal is one.
+        budget_s: seconds to measure for, all layers together.
+        cache: use and keep times in the user's cache.
+        choices: what was chosen elsewhere, by layer: layers that it fits are not measured.
 
     Raises:
         ValueError: unknown layout, kernel or layer; or no kernel works for a layer, with each one's reason.
@@ -79,66 +117,100 @@ class Autoselect(Pass):
         kernels: str | dict[str, str] = "auto",
         repeats: int = 5,
         progress: bool | None = None,
+        *,
+        budget_s: float = 30.0,
+        cache: bool = True,
+        choices: Mapping[str, Choice] | None = None,
     ) -> None:
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
         self.keep = layout == "keep"
         self.layouts = tuple(Layout) if layout in ("auto", "uniform", "keep") else (Layout.parse(layout),)
         self.kernels, self.repeats, self.progress = kernels, repeats, progress
+        self.budget_s, self.cache = check_budget(budget_s), cache
+        self.choices = None if choices is None else dict(choices)
 
     def call(self, gm: fx.GraphModule) -> Result:
         started = time.perf_counter()
+        gm.meta[CACHE] = SelectionCache.of_user() if self.cache else None
         if not self.keep:
             remove_conversions(gm)
         found = neurons(gm)
         check_choice(self.kernels, [neuron.name for neuron in found])
-        jobs = {neuron.name: self._jobs(neuron) for neuron in found}
-        memo: dict[tuple, Candidate] = {}
-        pending = {self._key(neuron, job): (neuron, *job) for neuron in found for job in jobs[neuron.name]}
-        silent = None if self.progress is None else not self.progress
-        for key, (neuron, layout, kernel) in tqdm(pending.items(), desc="autoselect", unit="kernel", disable=silent):
-            memo[key] = self._time(neuron, layout, kernel)
+        pools: dict[torch.device, Pool] = {}
+        contests: list[Contest] = []
         measured = {}
+        if self.choices is not None:
+            measured |= replayed(found, self.choices, {neuron.name: self._layouts_of(neuron) for neuron in found})
+        entered = {n.name: self._enter(n, pools, contests) for n in found if n.name not in measured}
+        results = run_contests(
+            contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
+            cache=gm.meta[CACHE],
+        )  # fmt: skip
         for neuron in found:
-            shape, dtype, device = neuron.meta
-            results = tuple(memo[self._key(neuron, job)] for job in jobs[neuron.name])
+            if neuron.name in measured:
+                continue
+            shape, _, device = neuron.meta
             shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
+            places, refused = entered[neuron.name]
+            candidates = [
+                _candidate(layout, name, outcome)
+                for layout, index in places.items()
+                for name, outcome in results.outcomes[index].items()
+            ]
             measured[neuron.name] = Measured(
-                shape, str(dtype).removeprefix("torch."), str(device), self._marked(neuron, results)
+                shape,
+                str(neuron.dtype).removeprefix("torch."),
+                str(device),
+                self._marked(neuron, (*candidates, *refused)),
             )
         gm.meta[MEASURED] = measured
-        gm.meta[SPENT] = (time.perf_counter() - started, self.repeats)
+        gm.meta[SPENT] = Spent(repeats=self.repeats).plus(time.perf_counter() - started, results)
         return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
-    def _jobs(self, neuron: Neuron) -> list[tuple[Layout, Kernel]]:
-        jobs = [
-            (layout, kernel)
+    def _enter(
+        self, neuron: Neuron, pools: dict[torch.device, Pool], contests: list[Contest]
+    ) -> tuple[dict[Layout, int], list[Candidate]]:
+        """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
+        places, refused = {}, []
+        for layout, names in self._jobs(neuron).items():
+            problem, able = neuron.problem(layout), []
+            for name in names:
+                kernel = get_kernel(name)
+                reason = kernel.refusal(problem) or kernel.refusal(neuron.problem(layout, training=False))
+                if reason is None:
+                    able.append(name)
+                else:
+                    refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
+            if able:
+                places[layout] = len(contests)
+                contests.append(
+                    kernel_contest(
+                        problem,
+                        able,
+                        pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
+                        name=f"{neuron.name}, {layout}",
+                        alpha=neuron.alpha,
+                        strides=neuron.strides(layout),
+                        default=DEFAULT_KERNEL if DEFAULT_KERNEL in able else able[0],
+                    )
+                )
+        return places, refused
+
+    def _jobs(self, neuron: Neuron) -> dict[Layout, list[str]]:
+        """The kernels to be measured for ``neuron``, by layout."""
+        jobs = {
+            layout: [kernel.name for kernel in candidates_for(neuron, layout, self.kernels)]
             for layout in self._layouts_of(neuron)
-            for kernel in candidates_for(neuron, layout, self.kernels)
-        ]
-        vanilla = (Layout.TIME_FIRST, get_kernel("vanilla-conv1d"))
-        return jobs if vanilla in jobs else [*jobs, vanilla]
+        }
+        first = jobs.setdefault(Layout.TIME_FIRST, [])
+        if VANILLA not in first:
+            first.append(VANILLA)
+        return jobs
 
     def _layouts_of(self, neuron: Neuron) -> tuple[Layout, ...]:
         """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
         return (neuron.layout,) if self.keep or neuron.node is None else self.layouts
-
-    @staticmethod
-    def _key(neuron: Neuron, job: tuple[Layout, Kernel]) -> tuple:
-        layout, kernel = job
-        return (neuron.problem(layout), neuron.alpha, layout, kernel.name)
-
-    def _time(self, neuron: Neuron, layout: Layout, kernel: Kernel) -> Candidate:
-        problem = neuron.problem(layout)
-        refusal = kernel.refusal(problem) or kernel.refusal(neuron.problem(layout, training=False))
-        if refusal is not None:
-            return Candidate(str(layout), kernel.name, error=f"not applicable: {refusal}")
-        try:
-            times = time_kernel(problem, kernel.name, self.repeats, alpha=neuron.alpha)
-        except Exception as error:  # whatever a kernel raises is its own and costs it the choice
-            text = (str(error).strip().splitlines() or [""])[0]
-            return Candidate(str(layout), kernel.name, error=f"{type(error).__name__}: {text}")
-        return Candidate(str(layout), kernel.name, times.forward_ms, times.backward_ms, times.eval_ms)
 
     def _marked(self, neuron: Neuron, results: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
         if any(c.error is None and self._eligible(neuron, c) for c in results):
@@ -151,14 +223,49 @@ class Autoselect(Pass):
         return Layout.parse(candidate.layout) in self._layouts_of(neuron) and forced in (None, candidate.kernel)
 
 
+def _candidate(layout: Layout, kernel: str, outcome: Outcome) -> Candidate:
+    if outcome.error is not None:
+        return Candidate(str(layout), kernel, error=outcome.error)
+    return Candidate(
+        str(layout),
+        kernel,
+        outcome.ms("forward"),
+        outcome.ms("backward"),
+        outcome.ms("eval"),
+        spread_ms=outcome.spread_ms(*TRAINING),
+        eval_spread_ms=outcome.spread_ms(*EVALUATION),
+        samples=tuple(outcome.samples.items()),
+    )
+
+
 def cost_of(candidate: Candidate) -> float:
     """Forward and backward; the eval forward where a layer cannot be trained at this shape."""
     return candidate.eval_ms if candidate.training_ms is None else candidate.training_ms
 
 
+def spread_of(candidate: Candidate) -> float | None:
+    """How uncertain :func:`cost_of` is, in milliseconds; None if that is not known."""
+    return candidate.eval_spread_ms if candidate.training_ms is None else candidate.spread_ms
+
+
 def fastest(
     measured: Measured, layout: Layout, *, kernel: str | None = None, evaluation: bool = False
 ) -> Candidate | None:
-    """The fastest candidate under ``layout``, of ``kernel`` if one is named; None if none works."""
-    working = [c for c in measured.candidates if c.layout == layout and c.error is None and kernel in (None, c.kernel)]
-    return min(working, key=(lambda c: c.eval_ms) if evaluation else cost_of, default=None)
+    """The fastest candidate under ``layout``, of ``kernel`` if one is named; None if none works.
+
+    That is the default kernel, unless another is faster by more than the spread of the two.
+    """
+    cost = (lambda c: c.eval_ms) if evaluation else cost_of
+    spread = (lambda c: c.eval_spread_ms) if evaluation else spread_of
+    working = [
+        c
+        for c in measured.candidates
+        if c.layout == layout and c.error is None and kernel in (None, c.kernel) and cost(c) is not None
+    ]
+    if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
+        working = [c for c in working if c.training_ms is not None] or working
+    best = min(working, key=cost, default=None)
+    default = next((c for c in working if c.kernel == DEFAULT_KERNEL), None)
+    if best is None or default is None or beats(cost(best), spread(best), cost(default), spread(default)):
+        return best
+    return default

@@ -58,7 +58,7 @@ class InitialiseNeurons(Pass):
             kept = _sample_response(module)
             changes.append(f"{path}: weight from {module.source.name}, {kept:.0%} of its response's energy in reach")
         if (self.args or self.kwargs) and ours:
-            copied, _, _ = run_copy(gm, (self.args, self.kwargs), _hook_measurement)
+            copied = run_copy(gm, (self.args, self.kwargs), _hook_measurement).graph
             for path, module in ours.items():
                 twin = copied.get_submodule(path)
                 for name in ("gamma", "beta", "running_mean", "running_var"):

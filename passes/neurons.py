@@ -12,10 +12,12 @@ from mfpsn_fx.kernels.registry import Problem
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, shape_together
 from mfpsn_fx.model.neuron import MulFreePSN
 
-__all__ = ["INPUTS", "Neuron", "input_meta", "neurons"]
+__all__ = ["INPUTS", "OPERANDS", "STRIDES", "Neuron", "input_meta", "input_strides", "neurons"]
 
 _OPS = (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default)
 INPUTS = "mfpsn_inputs"  # gm.meta: path -> (shape, dtype, device) at each neuron, in the order of execution
+OPERANDS = "mfpsn_operands"  # gm.meta: path -> (strides, dtype under autocast) at each converted neuron
+STRIDES = "mfpsn_strides"  # node.meta: the strides of its tensor, dims as its shape has them
 
 
 class Neuron:
@@ -61,16 +63,37 @@ class Neuron:
             return self.gm.meta.get(INPUTS, {}).get(self.name)
         return input_meta(self.input)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in which the op takes the input: that of autocast where the neuron runs in it."""
+        meta = self.meta
+        if meta is None:
+            return None
+        operand = self.gm.meta.get(OPERANDS, {}).get(self.name)
+        return meta[1] if operand is None else operand[1]
+
+    def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
+        """The strides with which the input comes under ``layout`` (default: the neuron's own).
+
+        None for contiguous, as a conversion leaves it, and where they are not known.
+        """
+        if layout not in (None, self.layout):
+            return None
+        if self.node is None:
+            operand = self.gm.meta.get(OPERANDS, {}).get(self.name)
+            return None if operand is None else operand[0]
+        return input_strides(self.input)
+
     def problem(self, layout: Layout | None = None, training: bool = True) -> Problem | None:
         """What a kernel would have to compute under ``layout`` (default: the neuron's own); None without a shape."""
         if self.meta is None:
             return None
-        shape, dtype, device = self.meta
+        shape, _, device = self.meta
         layout = self.layout if layout is None else layout
         return Problem(
             layout.shape_from(shape, self.layout),
             layout,
-            dtype,
+            self.dtype,
             device.type,
             self.order,
             self.dilation,
@@ -104,6 +127,11 @@ class _ModuleNeuron(Neuron):
         if found is None or self.module.channel_dims == DEFAULT_DIMS:
             return found
         return (shape_together(found[0], self.module.channel_dims, self.layout), *found[1:])
+
+    def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
+        if self.module.channel_dims != DEFAULT_DIMS:  # what bringing them together makes of strides is not looked at
+            return None
+        return super().strides(layout)
 
     @property
     def masked(self) -> bool:
@@ -165,6 +193,13 @@ class _OpNeuron(Neuron):
     training = property(lambda self: self._constant("training", False))
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        meta = self.meta
+        if meta is None or meta[1] is torch.float64 or not meta[1].is_floating_point:
+            return None if meta is None else meta[1]
+        return _autocast_at(self.node, meta[2].type) or meta[1]
+
+    @property
     def masked(self) -> bool:
         return len(self.node.args) > 8 and self.node.args[8] is not None
 
@@ -216,6 +251,33 @@ def input_meta(node: fx.Node | None) -> tuple[tuple[int, ...], torch.dtype, torc
     if not isinstance(value, torch.Tensor):
         return None
     return tuple(_hint(size) for size in value.shape), value.dtype, value.device
+
+
+def input_strides(node: fx.Node | None) -> tuple[int, ...] | None:
+    """The strides of the tensor that ``node`` makes, as propagated or as Dynamo's fake tensor says."""
+    if node is None:
+        return None
+    if node.meta.get(STRIDES) is not None:
+        return node.meta[STRIDES]
+    value = node.meta.get("example_value")
+    return tuple(_hint(step) for step in value.stride()) if isinstance(value, torch.Tensor) else None
+
+
+def _autocast_at(node: fx.Node, device: str) -> torch.dtype | None:
+    """The dtype of autocast at ``node`` of a graph of Dynamo's, which writes its regions as pairs of calls."""
+    entered: list[fx.Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is torch.amp.autocast_mode._enter_autocast:
+            entered.append(other)
+        elif other.target is torch.amp.autocast_mode._exit_autocast:
+            entered.remove(other.args[0])
+    for region in reversed(entered):
+        place, dtype, enabled, *_ = region.args
+        if place == device:
+            return (dtype or torch.get_autocast_dtype(device)) if enabled else None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _hint(value: object) -> object:

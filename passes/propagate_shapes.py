@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from .base import Pass, Result
-from .neurons import INPUTS, neurons
+from .neurons import INPUTS, OPERANDS, STRIDES, neurons
 from .run_copy import run_copy
 
 __all__ = ["ObserveInputs", "PropagateShapes"]
@@ -30,16 +30,16 @@ class ObserveInputs(Pass):
     def call(self, gm: fx.GraphModule) -> Result:
         if not self.args and not self.kwargs:
             return Result(gm)
-        _, _, gm.meta[INPUTS] = run_copy(gm, (self.args, self.kwargs))
+        gm.meta[INPUTS] = run_copy(gm, (self.args, self.kwargs)).inside
         return Result(gm, [f"{path}: {shape}" for path, (shape, _, _) in gm.meta[INPUTS].items()])
 
 
 class PropagateShapes(Pass):
-    """Note shape, dtype and device of each node's tensor in ``node.meta`` (the graph itself is unchanged).
+    """Note shape, dtype, device and strides of each node's tensor in ``node.meta`` (the graph itself is unchanged).
 
     A copy of the graph runs on the example without gradients; parameters, buffers, states and random generators stay
-    as they are. Neurons inside leaves are noted as well. In Dynamo's graphs the fake tensors that are there serve,
-    and no example is needed.
+    as they are. Neurons inside leaves are noted as well, and under autocast the dtype that each neuron computes in. In
+    Dynamo's graphs the fake tensors that are there serve, and no example is needed.
 
     Args:
         args, kwargs: what the model is called with.
@@ -61,12 +61,12 @@ class PropagateShapes(Pass):
             if unknown:
                 raise ValueError(f"no example was given, and the graph does not know the shapes at {unknown}")
             return Result(gm)
-        _, tensors, inside = run_copy(gm, (self.args, self.kwargs))
+        run = run_copy(gm, (self.args, self.kwargs))
         changes = []
         for node in gm.graph.nodes:
-            found = tensors.get(node.name)
+            found = run.tensors.get(node.name)
             if node.meta.get("mfpsn_tensor") != found:
                 changes.append(f"{node.name}: {found[0] if found else 'no tensor'}")
-            node.meta["mfpsn_tensor"] = found
-        gm.meta[INPUTS] = inside
+            node.meta["mfpsn_tensor"], node.meta[STRIDES] = found, run.strides.get(node.name)
+        gm.meta[INPUTS], gm.meta[OPERANDS] = run.inside, run.operands
         return Result(gm, changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -13,38 +14,55 @@ from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.source import source_paths
 
-__all__ = ["Example", "run_copy"]
+__all__ = ["Example", "Run", "run_copy"]
 
 Example = tuple[tuple, dict]
 
 
+class Run(NamedTuple):
+    """What a run showed.
+
+    Attributes:
+        graph: the copy that ran.
+        tensors: for each node by name, (shape, dtype, device) of its tensor.
+        inside: the same of the input of each neuron, converted or not, by path (``path@2`` for the second call of
+            one), in the order of execution.
+        strides: for each node by name, the strides of its tensor.
+        operands: for each converted neuron, named as in ``inside``, the strides of its input, and the dtype in which
+            its op takes it: that of autocast, where the neuron stands in one.
+    """
+
+    graph: fx.GraphModule
+    tensors: dict[str, tuple]
+    inside: dict[str, tuple]
+    strides: dict[str, tuple[int, ...]]
+    operands: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
 class _Recorder(fx.Interpreter):
-    """Records shape, dtype and device of each node's result, by node name."""
+    """Records shape, dtype, device and strides of each node's result, by node name."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.tensors: dict[str, tuple] = {}
+        self.strides: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node):
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.tensors[n.name] = (tuple(result.shape), result.dtype, result.device)
+            self.strides[n.name] = tuple(result.stride())
         return result
 
 
-def run_copy(
-    gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None = None
-) -> tuple[fx.GraphModule, dict[str, tuple], dict[str, tuple]]:
+def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None = None) -> Run:
     """Run a deep copy of ``gm`` on ``example`` without gradients, random generators preserved.
 
     ``prepare`` may hook the copy first. Neurons run in evaluation, other layers in the mode that they are in.
-
-    Returns:
-        The copy; for each node by name (shape, dtype, device) of its tensor; the same of the input of each neuron,
-        converted or not, by path (``path@2`` for the second call of one), in the order of execution.
     """
     copied = copy.deepcopy(gm)
     inside: dict[str, tuple] = {}
+    operands: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     calls: dict[str, int] = {}
     watched = source_paths(copied)
     for path, module in copied.named_modules():
@@ -52,11 +70,13 @@ def run_copy(
             watched[path] = module.eval()
     for path, module in watched.items():
 
-        def record(_module, args, path=path):
+        def record(module, args, path=path):
             x = args[0]
             calls[path] = calls.get(path, 0) + 1
             name = path if calls[path] == 1 else f"{path}@{calls[path]}"
             inside[name] = (tuple(x.shape), x.dtype, x.device)
+            if isinstance(module, MulFreePSN):
+                operands[name] = (tuple(x.stride()), _autocast(x))
 
         # A user's monitor shall not see this run.
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -69,7 +89,14 @@ def run_copy(
     recorder = _Recorder(copied)
     with torch.no_grad(), preserved_rng():
         recorder.run(*bind_arguments(copied, args, kwargs))
-    return copied, recorder.tensors, inside
+    return Run(copied, recorder.tensors, inside, recorder.strides, operands)
+
+
+def _autocast(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which the neuron's op takes ``x`` here and now."""
+    if x.dtype is torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def bind_arguments(gm: fx.GraphModule, args: tuple, kwargs: dict) -> list:

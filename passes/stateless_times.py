@@ -5,26 +5,30 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from tqdm import tqdm
 
-from mfpsn_fx.kernels.layout import Layout, to_layout
-from mfpsn_fx.kernels.timing import measure
+from mfpsn_fx.kernels.contests import Contest, Entrant, Results, run_contests
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.machine import source_of
+from mfpsn_fx.kernels.neuron_contests import conversion_contest
+from mfpsn_fx.kernels.selection_cache import SelectionCache
+from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 
 from .layout_graph import LayoutGraph
-from .neurons import input_meta
+from .neurons import input_meta, input_strides
 
-__all__ = ["AS_IS", "Way", "carries_gradient", "conversion_times", "layer_times", "ways"]
+__all__ = ["AS_IS", "Times", "Way", "carries_gradient", "stateless_times", "ways"]
 
 _log = logging.getLogger("mfpsn_fx")
+_NEVER = 1e6  # ms
 AS_IS = ""  # the method of a node that is called as it was written
-Meta = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,32 +44,92 @@ class Way:
     training: Callable[[], object]
 
 
-def layer_times(
-    gm: fx.GraphModule, graph: LayoutGraph, repeats: int, progress: bool | None = None
-) -> dict[fx.Node, dict[tuple[Layout, str], float]]:
-    """Milliseconds of forward and backward of each layer in each layout, by each method that works.
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Milliseconds of forward and backward, and their spreads.
 
-    Identical layers are measured once. The network's modules and the random generators are left as they are.
+    ``layers`` holds, for each layer, (time, spread) in each layout by each method that works; ``conversions``, for each
+    tensor, that to time-last and that to time-first, its gradient back included if it has one.
+    """
+
+    layers: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]]
+    conversions: dict[fx.Node, tuple[tuple[float, float], tuple[float, float]]]
+    results: Results
+
+
+def stateless_times(
+    gm: fx.GraphModule,
+    graph: LayoutGraph,
+    repeats: int,
+    progress: bool | None = None,
+    budget_s: float = 30.0,
+    cache: SelectionCache | None = None,
+) -> Times:
+    """Measure each layer in each layout, and each conversion.
+
+    Identical ones are measured once. The network's modules and the random generators are left as they are.
     """
     grads = carries_gradient(gm)
-    jobs: dict[object, fx.Node] = {}
-    keys = {}
+    contests: list[Contest] = []
+    layers: dict[fx.Node, int] = {}
     for node, operator in graph.operators.items():
         if operator.kind == "layer" or (operator.kind == "dims" and not operator.rule.free):
-            keys[node] = _key(gm, node, grads)
-            jobs.setdefault(keys[node], node)
-    found: dict[object, dict[tuple[Layout, str], float]] = {}
-    silent = None if progress is None else not progress
+            layers[node] = len(contests)
+            contests.append(_layer_contest(gm, graph, node, grads))
+    pools: dict[torch.device, Pool] = {}
+    tensors: dict[fx.Node, int] = {}
+    for producer in graph.tensors:
+        shape, dtype, device = input_meta(producer)
+        tensors[producer] = len(contests)
+        pool, name = pools.setdefault(device, Pool(device)), f"conversion behind {producer.name}"
+        contests.append(conversion_contest(shape, dtype, pool, name=name, strides=input_strides(producer)))
     with preserved_rng():
-        for key, node in tqdm(jobs.items(), desc="layers", unit="layer", disable=silent):
-            device = input_meta(_first_input(node))[2]
-            found[key] = times = {}
-            for way in ways(gm, graph, node, grads):
-                try:
-                    times[way.layout, way.method] = measure(way.training, repeats, device)
-                except Exception as error:  # a form that fails is not chosen; the layer as it was written remains
-                    _log.info("%s in %s (%s) failed: %s", node.name, way.layout, way.method or "as it is", error)
-    return {node: found[key] for node, key in keys.items()}
+        results = run_contests(contests, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
+    found: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]] = {}
+    for node, index in layers.items():
+        found[node] = {}
+        for layout, method in _names(graph.operators[node]):
+            outcome = results.outcomes[index][_name(layout, method)]
+            if outcome.error is None:
+                found[node][layout, method] = (outcome.ms("training"), outcome.spread_ms("training"))
+            else:  # a form that fails is not chosen; the layer as it was written remains
+                _log.info("%s in %s (%s) failed: %s", node.name, layout, method or "as it is", outcome.error)
+    moves = {}
+    for producer, index in tensors.items():
+        outcome = results.outcomes[index]["to_layout"]
+        if outcome.error is not None:  # for want of memory: it cannot be afforded
+            moves[producer] = ((_NEVER, 0.0), (_NEVER, 0.0))
+            continue
+        there, back = ((outcome.ms(part), outcome.spread_ms(part)) for part in ("forward", "backward"))
+        both = (there[0] + back[0], math.hypot(there[1], back[1]))
+        moves[producer] = (both, both) if producer in grads else (there, back)
+    return Times(found, moves, results)
+
+
+def _name(layout: Layout, method: str) -> str:
+    return f"{layout} {method}".strip()
+
+
+def _names(operator) -> list[tuple[Layout, str]]:
+    """Layout and method of what :func:`ways` gives, in its order."""
+    if operator.kind == "layer":
+        return [(Layout.TIME_FIRST, AS_IS), *((Layout.TIME_LAST, method) for method in operator.methods)]
+    return [(layout, AS_IS) for layout in Layout]
+
+
+def _layer_contest(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Contest:
+    key, kept = _key(gm, node, grads)
+    entrants = []
+    for layout, method in _names(graph.operators[node]):
+
+        def prepare(layout=layout, method=method):
+            way = next(w for w in ways(gm, graph, node, grads) if (w.layout, w.method) == (layout, method))
+            return {"training": way.training}
+
+        facts = {"op": "layer", **key, "layout": str(layout), "method": method}
+        entrants.append(Entrant(_name(layout, method), facts, prepare, kept))
+    device = input_meta(_first_input(node))[2]
+    return Contest(node.name, tuple(entrants), _name(Layout.TIME_FIRST, AS_IS), device=device)
 
 
 def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Iterator[Way]:
@@ -134,39 +198,37 @@ def _first_input(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def _key(gm: fx.GraphModule, node: fx.Node, grads: set[fx.Node]) -> object:
-    """The same for nodes that take the same time."""
-    met = tuple((input_meta(a), a in grads) for a in node.all_input_nodes)
+def _key(gm: fx.GraphModule, node: fx.Node, grads: set[fx.Node]) -> tuple[dict, bool]:
+    """JSON-able facts that are the same for nodes that take the same time; whether they say enough to be kept."""
+    met = []
+    for a in node.all_input_nodes:
+        meta = input_meta(a)
+        met.append([*map(str, meta), a in grads] if meta is not None else None)
+    facts: dict[str, object] = {"inputs": met}
     if node.op != "call_module":
         places = {a: index for index, a in enumerate(node.all_input_nodes)}
-        return (node.target, str(map_arg((node.args, node.kwargs), lambda a: f"#{places[a]}")), met)
+        facts["arguments"] = str(map_arg((node.args, node.kwargs), lambda a: f"#{places[a]}"))
+        facts["function"] = node.target if node.op == "call_method" else _qualified(node.target)
+        return facts, node.op == "call_method" or _qualified(node.target).split(".")[0] in (
+            "torch",
+            "_operator",
+            "math",
+        )
     layer = gm.get_submodule(node.target)
-    parameters = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in layer.named_parameters())
-    return (type(layer), repr(layer), layer.training, parameters, met)
+    source = source_of(layer)
+    facts |= {
+        "module": _qualified(type(layer)),
+        "settings": repr(layer),
+        "source": source,
+        "training": layer.training,
+        "parameters": [[n, list(p.shape), str(p.dtype), p.requires_grad] for n, p in layer.named_parameters()],
+    }
+    return facts, source is not None
 
 
-def conversion_times(
-    gm: fx.GraphModule, graph: LayoutGraph, repeats: int
-) -> dict[fx.Node, tuple[float, float]]:  # fmt: skip
-    """Milliseconds to convert each tensor to time-last and to time-first, its gradient back included if it has one."""
-    grads, memo, found = carries_gradient(gm), {}, {}
-    for producer in graph.tensors:
-        meta = input_meta(producer)
-        if meta not in memo:
-            memo[meta] = _both_ways(meta, repeats)
-        there, back = memo[meta]
-        found[producer] = (there + back, back + there) if producer in grads else (there, back)
-    return found
-
-
-def _both_ways(meta: Meta, repeats: int) -> tuple[float, float]:
-    shape, dtype, device = meta
-    x = torch.zeros(shape, dtype=dtype, device=device)
-    y = to_layout(x, "time_first", "time_last")
-    return (
-        measure(lambda: to_layout(x, "time_first", "time_last"), repeats, device),
-        measure(lambda: to_layout(y, "time_last", "time_first"), repeats, device),
-    )
+def _qualified(thing: object) -> str:
+    name = getattr(thing, "__qualname__", "") or getattr(thing, "__name__", "") or str(thing)
+    return f"{getattr(thing, '__module__', None) or 'torch'}.{name}"
 
 
 def carries_gradient(gm: fx.GraphModule) -> set[fx.Node]:

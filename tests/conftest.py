@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,12 +25,53 @@ _torchvision_stub()
 from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402
 
 from mfpsn_fx.kernels import fold  # noqa: E402
+from mfpsn_fx.kernels.contests import Outcome, Results  # noqa: E402
+from mfpsn_fx.passes import autoselect, stateless_times  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test meets what a user, or another test, has measured."""
+    monkeypatch.setenv("MFPSN_FX_CACHE", str(tmp_path_factory.mktemp("selections")))
+
+
+@pytest.fixture
+def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, str]]]:
+    """``distorted(times, conversion, noise)``: a clock that shows what it is told.
+
+    ``times(problem, kernel)`` gives milliseconds of forward, backward and evaluation, ``problem`` having the attributes
+    of an entrant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way, and of a
+    layer, and ``noise`` the machine's. Returned is a list that fills with what was asked for.
+    """
+
+    def distort(times, conversion=0.01, noise=0.0):
+        asked = []
+
+        def outcome(entrant):
+            problem = types.SimpleNamespace(**entrant.key)
+            if problem.op == "layer":
+                return Outcome({"training": (conversion,)}, noise=noise)
+            if problem.op == "to_layout":
+                return Outcome({"forward": (conversion,), "backward": (conversion,)}, noise=noise)
+            problem.shape = tuple(problem.shape)
+            asked.append((problem, entrant.name))
+            forward, backward, evaluation = times(problem, entrant.name)
+            return Outcome({"forward": (forward,), "backward": (backward,), "eval": (evaluation,)}, noise=noise)
+
+        def run_contests(contests, **options):
+            return Results(tuple({e.name: outcome(e) for e in contest.entrants} for contest in contests))
+
+        for module in (autoselect, stateless_times):
+            monkeypatch.setattr(module, "run_contests", run_contests)
+        return asked
+
+    return distort
 
 
 @pytest.fixture

@@ -96,19 +96,9 @@ class TestBackend:
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
 
-    def test_it_measures_and_binds(self, monkeypatch):
+    def test_it_measures_and_binds(self, monkeypatch, distorted):
         """A kernel that is made the fastest is the one that runs."""
-        from mfpsn_fx.kernels.timing import Times
-        from mfpsn_fx.passes import autoselect
-
-        calls = []
-
-        def fake(problem, name, repeats, alpha):
-            calls.append((problem.shape, name))
-            cost = 1.0 if name == "vmap-mm" else 9.0
-            return Times(cost, cost, cost)
-
-        monkeypatch.setattr(autoselect, "time_kernel", fake)
+        asked = distorted(lambda problem, name: [1.0 if name == "vmap-mm" else 9.0] * 3)
         graphs = []
         monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: graphs.append(gm) or gm)
         model = nn.Sequential(MulFreePSN(3), MulFreePSN(3, dilation=2))
@@ -121,7 +111,7 @@ class TestBackend:
             assert [n.kernel if mode else n.eval_kernel for n in neurons(graph)] == ["vmap-mm"] * 2
             assert [n.dilation for n in neurons(graph)] == [1, 2]
             assert [n.order for n in neurons(graph)] == [2, 2]
-        assert {shape for shape, _ in calls} == {(6, 5, 3, 4), (5, 3, 4, 6)}  # both layouts
+        assert {problem.shape for problem, _ in asked} == {(6, 5, 3, 4), (5, 3, 4, 6)}  # both layouts
 
     def test_bound_neurons_keep_their_kernels(self, net, example, monkeypatch):
         converted = quick(net, example, layout="time_first", kernels="vanilla-conv1d")

@@ -9,13 +9,11 @@ import torch
 
 import mfpsn_fx
 from mfpsn_fx.kernels import reference, unregister_kernel
-from mfpsn_fx.kernels.timing import Times
-from mfpsn_fx.passes import autoselect
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
 
 
-def test_a_kernel_of_ones_own(monkeypatch, capsys):
+def test_a_kernel_of_ones_own(distorted, capsys):
     """docs/kernels.md: registered, forced, right, and chosen by autoselect once it is the fastest."""
     section = (DOCS / "kernels.md").read_text(encoding="utf-8").split("## A kernel of your own")[1]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
@@ -36,9 +34,7 @@ def test_a_kernel_of_ones_own(monkeypatch, capsys):
         for ours, theirs in zip(found[:4], wanted[:4], strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
         # nothing but the measurement decides: a clock that favours it makes autoselect bind it
-        monkeypatch.setattr(
-            autoselect, "time_kernel", lambda p, name, *_, **__: Times(*[0.1 if name == "two-taps" else 1.0] * 3)
-        )
+        distorted(lambda problem, name: [0.1 if name == "two-taps" else 1.0] * 3)
         model = mfpsn_fx.convert(names["net"], torch.randn(8, 4, 3), progress=False)
         assert [row.kernel for row in mfpsn_fx.selection(model).rows] == ["two-taps"]
     finally:

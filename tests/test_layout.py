@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, to_layout
-from mfpsn_fx.kernels.timing import Times
 from mfpsn_fx.model import capture
 from mfpsn_fx.model.time_last import run_time_last
 from mfpsn_fx.passes import (
@@ -29,10 +28,8 @@ from mfpsn_fx.passes import (
     Pipeline,
     PlanLayout,
     PropagateShapes,
-    autoselect,
     conversion_nodes,
     neurons,
-    stateless_times,
     verify_plan,
 )
 from mfpsn_fx.passes.convert_layout import PLANNED
@@ -132,19 +129,18 @@ def twin(gm):
     return copy.deepcopy(gm)
 
 
-def distort(monkeypatch, cheap):
+def distort(distorted, cheap):
     """Times of neurons and layers as ``cheap(layout, shape) -> ms`` says; a conversion costs 0.5 ms one way."""
 
-    def time_kernel(problem, name, repeats, alpha):
+    def times(problem, name):
         ms = cheap(problem.layout, Layout.TIME_FIRST.shape_from(problem.shape, problem.layout))
-        return Times(ms / 2, ms / 2, ms)
+        return ms / 2, ms / 2, ms
 
-    monkeypatch.setattr(autoselect, "time_kernel", time_kernel)
-    monkeypatch.setattr(stateless_times, "measure", lambda run, repeats, device: 0.5)
+    distorted(times, 0.5)
 
 
-def planned(gm, x, monkeypatch, cheap, **options):
-    distort(monkeypatch, cheap)
+def planned(gm, x, distorted, cheap, **options):
+    distort(distorted, cheap)
     options = {"kernels": "shifted-add", "repeats": 1, "progress": False, **options}
     return mfpsn_fx.plan(gm, x, **options)
 
@@ -168,14 +164,14 @@ def training_step(gm, x):
 
 
 class TestPlan:
-    def test_a_mixed_plan_stands_inside_and_computes_the_same(self, converted, monkeypatch):
+    def test_a_mixed_plan_stands_inside_and_computes_the_same(self, converted, distorted):
         """Issue's own: with costs that favour it, conversions stand inside; outputs and gradients are uniform's."""
         gm, x = converted
         gm, x = gm.double().train(), x.double()
         uniform = twin(gm)
         names, trained = list(gm.state_dict()), [name for name, _ in gm.named_parameters()]
-        planned(gm, x, monkeypatch, mixed)
-        planned(uniform, x, monkeypatch, mixed, layout="time_first")
+        planned(gm, x, distorted, mixed)
+        planned(uniform, x, distorted, mixed, layout="time_first")
         table = mfpsn_fx.selection(gm)
         assert {row.layer: row.layout for row in table.rows} == {
             "sn1": "time_last", "sn2": "time_last", "sn3": "time_first", "sn4": "time_last", "sn5": "time_last",
@@ -200,9 +196,9 @@ class TestPlan:
         torch.testing.assert_close(gm.eval()(x), uniform.eval()(x), rtol=1e-11, atol=1e-12)
         assert not gm.bn1.training
 
-    def test_what_was_inserted_is_what_was_planned(self, converted, monkeypatch):
+    def test_what_was_inserted_is_what_was_planned(self, converted, distorted):
         gm, x = converted
-        planned(gm, x, monkeypatch, mixed)
+        planned(gm, x, distorted, mixed)
         table = mfpsn_fx.selection(gm)
         nodes = conversion_nodes(gm)
         assert table.conversions == len(nodes) > 0
@@ -221,35 +217,35 @@ class TestPlan:
         # each is read once at least, and cancelling finds nothing to do
         assert not CancelConversions()(gm).modified
 
-    def test_again_and_back(self, converted, monkeypatch):
+    def test_again_and_back(self, converted, distorted):
         """Idempotent; replanned to a uniform layout, and to what it was."""
         gm, x = converted
         before = gm.code
         gm.eval()
         expected = gm(x)
-        planned(gm, x, monkeypatch, mixed)
+        planned(gm, x, distorted, mixed)
         shape = lambda: re.sub(r"_\d+", "", gm.code)  # noqa: E731
         once, count = shape(), len(conversion_nodes(gm))
-        planned(gm, x, monkeypatch, mixed)
+        planned(gm, x, distorted, mixed)
         assert shape() == once
         assert len(conversion_nodes(gm)) == count
         again = pickle.loads(pickle.dumps(gm))
         torch.testing.assert_close(again(x), expected)
         for one in (gm, again):
-            planned(one, x, monkeypatch, mixed, layout="time_last")
+            planned(one, x, distorted, mixed, layout="time_last")
             assert {row.layout for row in mfpsn_fx.selection(one).rows} == {"time_last"}
             torch.testing.assert_close(one(x), expected)
-            planned(one, x, monkeypatch, mixed, layout="time_first")
+            planned(one, x, distorted, mixed, layout="time_first")
             assert conversion_nodes(one) == []
             assert torch.equal(one(x), expected)
         after = shape().replace(", layout = 'time_first'", "").replace(", end_dim = 4", "")
         assert after == re.sub(r"_\d+", "", before)
 
-    def test_rules(self, converted, monkeypatch):
+    def test_rules(self, converted, distorted):
         gm, x = converted
         found = {}
         for rule in ("auto", "uniform", "time_first", "time_last"):
-            planned(gm, x, monkeypatch, mixed, layout=rule)
+            planned(gm, x, distorted, mixed, layout=rule)
             found[rule] = mfpsn_fx.selection(gm)
         assert {rule: table.layout for rule, table in found.items()} == {
             "auto": "mixed", "uniform": "time_last", "time_first": "time_first", "time_last": "time_last",
@@ -258,15 +254,15 @@ class TestPlan:
         assert [name for name, _ in found["uniform"].totals_ms] == ["time_first", "time_last"]
         assert found["uniform"].totals_ms == found["auto"].totals_ms[:2]
         code = gm.code
-        planned(gm, x, monkeypatch, mixed, layout="keep")
+        planned(gm, x, distorted, mixed, layout="keep")
         assert gm.code == code
         assert mfpsn_fx.selection(gm).layout == "keep"
         with pytest.raises(ValueError, match="unknown layout 'best'"):
-            planned(gm, x, monkeypatch, mixed, layout="best")
+            planned(gm, x, distorted, mixed, layout="best")
 
-    def test_the_table_tells(self, converted, monkeypatch):
+    def test_the_table_tells(self, converted, distorted):
         gm, x = converted
-        planned(gm, x, monkeypatch, mixed)
+        planned(gm, x, distorted, mixed)
         table = mfpsn_fx.selection(gm)
         text = table.table()
         assert "layout chosen: mixed" in text
@@ -284,10 +280,10 @@ class TestPlan:
         assert totals["plan"] <= min(totals["time_first"], totals["time_last"]) + 1e-9
         torch.testing.assert_close(gm(x), expected)
 
-    def test_compiled(self, converted, monkeypatch):
+    def test_compiled(self, converted, distorted):
         """One graph, no break, with forms and conversions inside."""
         gm, x = converted
-        planned(gm, x, monkeypatch, mixed)
+        planned(gm, x, distorted, mixed)
         gm.drop.p = 0.0
         expected, wanted = training_step(twin(gm), x)
         found, grads = training_step(torch.compile(gm, backend="aot_eager", fullgraph=True), x)
@@ -300,18 +296,20 @@ def passed(gm, *xs, layout="time_last"):
     return gm
 
 
+LINES = (
+    "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
+    "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
+    "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
+)  # fmt: skip
+
+
 @st.composite
 def networks(draw):
     """A network of neurons, layers, joins, views and writes in place, as lines; and which nodes to have time-last."""
     lines, names = [], ["x", "y"]
     for index in range(draw(st.integers(2, 9))):
         a, b = (draw(st.sampled_from(names)) for _ in "ab")
-        line = draw(st.sampled_from([
-            "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b",
-            "torch.cat((a, b), 2)[:, :, :3]", "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
-            "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)",
-            "a.add_(b * 0.5)",
-        ]))  # fmt: skip
+        line = draw(st.sampled_from(LINES))
         text = line.replace("{i}", str(index))
         for word, name in (("a", a), ("b", b)):
             text = re.sub(rf"(?<![\w.]){word}(?=[\s,).\[]|$)", name, text)
@@ -364,21 +362,21 @@ class TestGraphs:
         assert gm.code == code
 
     @pytest.mark.parametrize("layout", ["auto", "time_last"])
-    def test_a_neuron_between_input_and_output(self, layout, monkeypatch):
+    def test_a_neuron_between_input_and_output(self, layout, distorted):
         gm = capture(nn.Sequential(mfpsn_fx.MulFreePSN(3)))[0].eval()
         x = torch.randn(4, 2, 3, 5)
         expected = gm(x)
-        distort(monkeypatch, lambda where, shape: 1.0 if where == "time_last" else 20.0)
+        distort(distorted, lambda where, shape: 1.0 if where == "time_last" else 20.0)
         mfpsn_fx.plan(gm, x, layout=layout, repeats=1, progress=False)
         assert [n.args[1:] for n in conversion_nodes(gm)] == [
             ("time_first", "time_last"), ("time_last", "time_first"),
         ]  # fmt: skip
         assert torch.equal(gm(x), expected)
-        distort(monkeypatch, lambda where, shape: 1.0 if where == "time_last" else 1.5)  # less than the conversions
+        distort(distorted, lambda where, shape: 1.0 if where == "time_last" else 1.5)  # less than the conversions
         mfpsn_fx.plan(gm, x, repeats=1, progress=False)
         assert conversion_nodes(gm) == []
 
-    def test_two_outputs_in_different_layouts(self, monkeypatch):
+    def test_two_outputs_in_different_layouts(self, distorted):
         class Two(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -391,7 +389,7 @@ class TestGraphs:
         gm = capture(Two().eval())[0]
         xs = torch.randn(4, 2, 3, 5), torch.randn(4, 2, 5, 2)
         expected = gm(*xs)
-        distort(monkeypatch, lambda where, shape: 1.0 if (where == "time_last") == (shape[2] == 3) else 20.0)
+        distort(distorted, lambda where, shape: 1.0 if (where == "time_last") == (shape[2] == 3) else 20.0)
         mfpsn_fx.plan(gm, *xs, repeats=1, progress=False)
         assert [str(n.layout) for n in neurons(gm)] == ["time_last", "time_first"]
         found = gm(*xs)
@@ -567,9 +565,9 @@ class TestOperators:
 
 
 class TestDynamo:
-    def test_bare_ops(self, monkeypatch):
+    def test_bare_ops(self, distorted):
         """The same passes on Dynamo's graph: forward and gradients of the compiled network."""
-        distort(monkeypatch, lambda where, shape: 1.0 if where == "time_last" else 20.0)
+        distort(distorted, lambda where, shape: 1.0 if where == "time_last" else 20.0)
         seen = []
 
         def backend(gm, inputs):
@@ -629,11 +627,11 @@ class TestVerify:
             (3.0, "time_first", "time_first is faster than plan by 2.000 ms, more than the spread of 0.010 ms"),
         ],
     )
-    def test_the_better_one_is_used(self, converted, monkeypatch, first, used, words):
+    def test_the_better_one_is_used(self, converted, monkeypatch, first, used, words, distorted):
         gm, x = converted
         expected = gm.eval()(x)
         self.clock(monkeypatch, lambda layouts: {"fffff": first, "lllll": 12.0}.get(layouts, 5.0))
-        planned(gm, x, monkeypatch, mixed, verify=True)
+        planned(gm, x, distorted, mixed, verify=True)
         table = mfpsn_fx.selection(gm)
         assert table.layout == used
         assert [(mode, name) for mode, name, _, _ in table.verified_ms] == [
@@ -647,13 +645,13 @@ class TestVerify:
         assert mfpsn_fx.Selection.from_json(table.to_json()) == table
         torch.testing.assert_close(gm(x), expected)
 
-    def test_for_real(self, converted, monkeypatch):
+    def test_for_real(self, converted, distorted):
         """Nothing of the network moves, and all three are measured."""
         gm, x = converted
         gm.train()
         before = copy.deepcopy(gm.state_dict())
         state = torch.get_rng_state()
-        planned(gm, x, monkeypatch, mixed, verify="eager")
+        planned(gm, x, distorted, mixed, verify="eager")
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
         table = mfpsn_fx.selection(gm)
@@ -662,7 +660,7 @@ class TestVerify:
         assert table.verdict.startswith("end to end (eager)")
         assert all(p.grad is None for p in gm.parameters())
 
-    def test_compiled_decides(self, converted, monkeypatch):
+    def test_compiled_decides(self, converted, monkeypatch, distorted):
         gm, x = converted
         monkeypatch.setattr(torch, "compile", lambda gm: types.SimpleNamespace(gm=gm, compiled=True))
 
@@ -673,7 +671,7 @@ class TestVerify:
                 yield 1.0 if (layouts == {"time_last"}) == compiled else 3.0
 
         monkeypatch.setattr(verify_plan, "_step", step)
-        planned(gm, x, monkeypatch, mixed, verify="compiled")
+        planned(gm, x, distorted, mixed, verify="compiled")
         table = mfpsn_fx.selection(gm)
         assert [mode for mode, _, _, _ in table.verified_ms] == ["eager"] * 3 + ["compiled"] * 3
         assert table.layout == "time_last"

@@ -312,17 +312,23 @@ class TestRegistry:
 
 def test_timing_leaves_the_generator_alone_and_measures_all():
     from mfpsn_fx.kernels import Problem
-    from mfpsn_fx.kernels.timing import measure, time_kernel
+    from mfpsn_fx.kernels.contests import run_contests
+    from mfpsn_fx.kernels.neuron_contests import kernel_contest
+    from mfpsn_fx.kernels.timing import measure
+    from mfpsn_fx.kernels.working_set import Pool
+
+    def times(problem):
+        contest = kernel_contest(problem, ["shifted-add"], Pool("cpu"), name="one")
+        return run_contests([contest], repeats=1, progress=False).outcomes[0]["shifted-add"]
 
     state = torch.get_rng_state()
     for layout, dtype in ((Layout.TIME_FIRST, torch.float32), (Layout.TIME_LAST, torch.bfloat16)):
-        problem = Problem((4, 2, 3), layout, dtype, "cpu", 2, 1, masked=True, affine=True)
-        times = time_kernel(problem._replace(shape=(4, 2, 3)), "shifted-add", 1)
-        assert min(times.forward_ms, times.backward_ms, times.eval_ms) > 0
+        outcome = times(Problem((4, 2, 3), layout, dtype, "cpu", 2, 1, masked=True, affine=True))
+        assert min(outcome.ms(part) for part in ("forward", "backward", "eval")) > 0
     assert torch.equal(torch.get_rng_state(), state)
-    single = time_kernel(Problem((1, 1, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1), "shifted-add", 1)
-    assert single.forward_ms is None
-    assert single.eval_ms > 0
+    single = times(Problem((1, 1, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1))
+    assert single.ms("forward") is None
+    assert single.ms("eval") > 0
     with pytest.raises(ValueError, match="repeats"):
         measure(lambda: None, 0)
     runs = []

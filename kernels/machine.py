@@ -1,0 +1,109 @@
+"""What times on this machine depend on: the device, the libraries, the settings, our own sources."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import pathlib
+import platform
+
+import torch
+
+__all__ = ["machine", "source_of", "sources_hash"]
+
+_FOLDER = pathlib.Path(__file__).resolve().parent
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """JSON-able facts on which the times of a kernel on ``device`` depend beside what it is given to do."""
+    return {**_fixed(device), **_settings(device)}
+
+
+@functools.cache
+def _fixed(device: torch.device) -> dict[str, object]:
+    found: dict[str, object] = {
+        "device": device.type,
+        "cpu": _cpu_model(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "triton": _version("triton") or _version("pytorch-triton"),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "sources": sources_hash(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "name": properties.name,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def _settings(device: torch.device) -> dict[str, object]:
+    """What a program may change between two measurements."""
+    found: dict[str, object] = {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        found |= {"benchmark": torch.backends.cudnn.benchmark, "tf32": torch.backends.cudnn.allow_tf32}
+    else:
+        found["mkldnn"] = torch.backends.mkldnn.enabled
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict.fromkeys(("model name", "cpu family", "model", "stepping"), "")
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if facts.get(name.strip()) == "":
+            facts[name.strip()] = value.strip()
+    return " ".join([value for value in facts.values() if value] or [platform.machine()])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def sources_hash() -> str:
+    """A hash of all sources in this folder, those in C++ and CUDA too."""
+    digest = hashlib.sha256()
+    for path in sorted([*_FOLDER.glob("*.py"), *(_FOLDER / "csrc").glob("*")]):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def source_of(thing: object) -> str | None:
+    """A hash of the source of ``thing``'s class and of the classes it derives from, as far as they are not ours.
+
+    ``""`` if all are ours or PyTorch's (:func:`machine` covers them), None where the source of one cannot be found.
+    """
+    return _source_of(type(thing))
+
+
+@functools.lru_cache(maxsize=256)
+def _source_of(cls: type) -> str | None:
+    digest, met = hashlib.sha256(), False
+    for base in cls.__mro__[:-1]:
+        if base.__module__.startswith(("mfpsn_fx.kernels.", "torch.")):
+            continue
+        try:
+            digest.update(inspect.getsource(base).encode() + b"\0")
+        except (OSError, TypeError):
+            return None
+        met = True
+    return digest.hexdigest()[:16] if met else ""

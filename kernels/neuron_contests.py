@@ -1,0 +1,142 @@
+"""The contest of the kernels that can serve one neuron in one layout, and that of one layout conversion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from .contests import Contest, Entrant
+from .layout import Layout, to_layout
+from .machine import source_of
+from .op import neuron
+from .registry import DEFAULT_KERNEL, Problem, get_kernel
+from .working_set import Pool
+
+__all__ = ["EVALUATION", "TRAINING", "conversion_contest", "kernel_contest"]
+
+TRAINING, EVALUATION = ("forward", "backward"), ("eval",)
+
+
+def kernel_contest(
+    problem: Problem,
+    kernels: Iterable[str],
+    pool: Pool,
+    *,
+    name: str,
+    alpha: float = 2.0,
+    strides: Sequence[int] | None = None,
+    default: str = DEFAULT_KERNEL,
+) -> Contest:
+    """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
+
+    The input moves through ``pool``. Where a channel has a single value there is only the evaluation.
+
+    Args:
+        problem: shape, layout, dtype, order, dilation and so on.
+        kernels: names of registered kernels that support it. Those registered last are measured first, so that the
+            slow ways, which are the oldest, are what a short budget does not reach.
+        pool: of the device on which they run.
+        name: what messages call the contest.
+        alpha: of the surrogate.
+        strides: of the input as the network makes it; None: contiguous.
+        default: the kernel that stands unless another is clearly faster.
+    """
+    strides = tuple(torch.empty(problem.shape, device="meta").stride() if strides is None else strides)
+    trainable = torch.Size(problem.shape).numel() > problem.channels
+    facts = {
+        "op": "mfpsn.neuron",
+        "shape": list(problem.shape),
+        "strides": list(strides),
+        "dtype": _plain(problem.dtype),
+        "layout": str(problem.layout),
+        "order": problem.order,
+        "dilation": problem.dilation,
+        "surrogate": problem.surrogate,
+        "alpha": alpha,
+        "gradient": problem.gradient,
+        "training": trainable,
+        "masked": problem.masked,
+        "affine": problem.affine,
+    }
+    entrants = []
+    for kernel in reversed(list(kernels)):
+        source = source_of(get_kernel(kernel).parts)
+        prepare = functools.partial(_prepare, problem, kernel, alpha, strides, trainable, pool)
+        entrants.append(Entrant(kernel, {**facts, "kernel": kernel, "source": source}, prepare, source is not None))
+    # heats: the layouts of one neuron are compared, too
+    where = Layout.TIME_FIRST.shape_from(problem.shape, problem.layout)
+    heat = ("mfpsn.neuron", *problem._replace(shape=where, layout=Layout.TIME_FIRST), alpha)
+    objectives = (TRAINING, EVALUATION) if trainable else (EVALUATION,)
+    return Contest(name, tuple(entrants), default, objectives, pool.device, heat)
+
+
+def _prepare(
+    problem: Problem, kernel: str, alpha: float, strides: tuple[int, ...], trainable: bool, pool: Pool
+) -> Mapping[str, Callable[[], object]]:
+    device = pool.device
+    kept = torch.float64 if problem.dtype is torch.float64 else torch.float32
+    inputs = pool.windows(problem.shape, strides, problem.dtype)
+    # the gradient comes as the spikes went: dense, in the input's order of dims
+    like = torch.empty_strided(problem.shape, strides, device="meta")
+    gradients = pool.windows(problem.shape, torch.empty_like(like).stride(), problem.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(problem.channels, problem.order, generator=generator, device=device, dtype=kept)
+    ones, zeros = torch.ones(problem.channels, device=device, dtype=kept), weight.new_zeros(problem.channels)
+    mask = None
+    if problem.masked:
+        mask = torch.ones(problem.steps, problem.batch, dtype=torch.bool, device=device)
+    constants = {
+        "surrogate": problem.surrogate,
+        "alpha": alpha,
+        "gradient": problem.gradient,
+        "dilation": problem.dilation,
+        "layout": str(problem.layout),
+        "method": kernel,
+    }
+    affine = (ones, zeros) if problem.affine else (None, None)
+
+    @torch.no_grad()
+    def forward(training: bool):
+        return neuron(next(inputs), weight, ones, -ones, zeros, ones, *affine, mask, training=training, **constants)
+
+    parts = {"eval": lambda: forward(False)}
+    if trainable:
+        _, mean, var = forward(True)
+
+        @torch.no_grad()
+        def backward():
+            return torch.ops.mfpsn.neuron_backward(
+                next(gradients), next(inputs), weight, ones, -ones, mean, var, *affine, mask, training=True, **constants
+            )
+
+        parts = {"forward": lambda: forward(True), "backward": backward, **parts}
+    if device.type != "cpu":  # what is compiled at the first call is compiled before the clock runs
+        for run in parts.values():
+            run()
+    return parts
+
+
+def conversion_contest(
+    shape: Sequence[int], dtype: torch.dtype, pool: Pool, *, name: str, strides: Sequence[int] | None = None
+) -> Contest:
+    """The conversion of a time-first tensor to time-last (``"forward"``), and of its gradient back (``"backward"``)."""
+    shape = tuple(shape)
+    strides = tuple(torch.empty(shape, device="meta").stride() if strides is None else strides)
+    late = Layout.TIME_LAST.shape_from(shape, Layout.TIME_FIRST)
+
+    def prepare() -> Mapping[str, Callable[[], object]]:
+        first = pool.windows(shape, strides, dtype)
+        last = pool.windows(late, torch.empty(late, device="meta").stride(), dtype)
+        return {
+            "forward": lambda: to_layout(next(first), "time_first", "time_last"),
+            "backward": lambda: to_layout(next(last), "time_last", "time_first"),
+        }
+
+    key = {"op": "to_layout", "shape": list(shape), "strides": list(strides), "dtype": _plain(dtype)}
+    return Contest(name, (Entrant("to_layout", key, prepare),), "to_layout", device=pool.device)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

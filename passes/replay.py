@@ -1,0 +1,90 @@
+"""Layouts and kernels that were chosen elsewhere, taken over where they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.model.record import Candidate, Measured
+
+from .neurons import Neuron
+
+__all__ = ["Choice", "replayed"]
+
+_log = logging.getLogger("mfpsn_fx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen for a layer, and for what: ``shape`` is the input's in ``layout``; times in milliseconds."""
+
+    layout: str
+    kernel: str
+    eval_kernel: str
+    order: int
+    dilation: int
+    shape: tuple[int, ...] | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    eval_ms: float | None = None
+
+    def misfit(self, neuron: Neuron, layouts: Sequence[Layout]) -> str | None:
+        """Why ``neuron``, which may run in ``layouts``, cannot take it; None if it can."""
+        for what, there, here in (("k", self.order, neuron.order), ("d", self.dilation, neuron.dilation)):
+            if there != here:
+                return f"{what} = {there} in the selection, {here} here"
+        try:
+            layout = Layout.parse(self.layout)
+            kernels = [get_kernel(self.kernel), get_kernel(self.eval_kernel)]
+        except ValueError as error:
+            return str(error)
+        if layout not in layouts:
+            return f"it was {layout}, and can only be {' or '.join(layouts)} here"
+        if self.shape is None or self.eval_ms is None:
+            return "the selection has no times for it: nothing had been measured"
+        shape = layout.shape_from(neuron.meta[0], neuron.layout)
+        if tuple(self.shape) != shape:
+            return f"input of shape {tuple(self.shape)} in the selection, {shape} here"
+        for kernel, training in zip(kernels, (True, False), strict=True):
+            if (reason := kernel.refusal(neuron.problem(layout, training=training))) is not None:
+                return f"kernel {kernel.name!r} {reason}"
+        return None
+
+    def measured(self, neuron: Neuron) -> Measured:
+        """What measuring ``neuron`` would have found if nothing else could serve it."""
+        shape, _, device = neuron.meta
+        shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
+        training = Candidate(self.layout, self.kernel, self.forward_ms, self.backward_ms)
+        if self.kernel == self.eval_kernel:
+            candidates = (dataclasses.replace(training, eval_ms=self.eval_ms),)
+        else:
+            candidates = (training, Candidate(self.layout, self.eval_kernel, eval_ms=self.eval_ms))
+        return Measured(shape, str(neuron.dtype).removeprefix("torch."), str(device), candidates)
+
+
+def replayed(
+    found: Sequence[Neuron], choices: Mapping[str, Choice], layouts: Mapping[str, Sequence[Layout]]
+) -> dict[str, Measured]:
+    """For each of ``found`` that its choice fits, what stands for its measurement; the others are named in a warning.
+
+    Args:
+        found: the neurons of a graph.
+        choices: by name of the layer.
+        layouts: by name of the layer, those in which it may run.
+    """
+    taken, misfits = {}, []
+    for neuron in found:
+        choice = choices.get(neuron.name)
+        reason = "the selection does not have it" if choice is None else choice.misfit(neuron, layouts[neuron.name])
+        if reason is None:
+            taken[neuron.name] = choice.measured(neuron)
+        else:
+            misfits.append(f"{neuron.name}: {reason}")
+    if misfits:
+        _log.warning("the selection does not fit these layers, which are measured here:\n  %s", "\n  ".join(misfits))
+    if missing := sorted(set(choices) - {neuron.name for neuron in found}):
+        _log.warning("the selection has layers that this network does not have: %s", ", ".join(missing))
+    return taken
