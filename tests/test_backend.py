@@ -311,7 +311,8 @@ class TestStrides:
         plain = copy.deepcopy(model)
         # what is found in a cache is not lowered again
         with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-            ours = torch.compile(model, backend=Backend(), fullgraph=True)(x)
+            backend = Backend(options={"layout_optimization": True})
+            ours = torch.compile(model, backend=backend, fullgraph=True)(x)
             ours.square().sum().backward()
         assert copied
         assert not [target for target in copied if "mfpsn" in target]
@@ -387,6 +388,11 @@ class TestSettings:
         torch.compile(model, backend="mfpsn_fx", options={"max_autotune": False})(x)
         torch.compile(model, backend="mfpsn_fx")(x)
         assert [s.get("max_autotune") for s in seen] == [True, True, False, None]
+        # and what is better for neurons on a CPU, unless the user knows better
+        assert [s.get("layout_optimization") for s in seen] == [False] * 4
+        torch.compile(model, backend=Backend(options={"layout_optimization": True}))(x)
+        torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), backend="mfpsn_fx")(x)
+        assert [s.get("layout_optimization") for s in seen[4:]] == [True, None]
 
     def test_options_of_another_compiler(self):
         seen = []
