@@ -156,9 +156,9 @@ def _inductor_options(mode: str | None, options: Mapping[str, object] | None) ->
 def _default_options(gm: fx.GraphModule) -> dict[str, object]:
     """What is better for networks with neurons than Inductor's own settings.
 
-    On CPUs it lays all convolutions out channels last, which converts weights, their gradients and spikes in every step:
-    a step of SEW-ResNet-18 then took 1.2 to 1.6 times as long as in eager mode, and without 0.9 to 1.03 times as long
-    (docs/compile.md).
+    On CPUs it lays all convolutions out channels last, which converts weights, their gradients and spikes in every
+    step: one of SEW-ResNet-18 then took 1.2 to 1.6 times as long as in eager mode, and without 0.9 to 1.03 times as
+    long (docs/compile.md).
     """
     on_cpu = all(neuron.meta is not None and neuron.meta[2].type == "cpu" for neuron in neurons(gm))
     return {"layout_optimization": False} if on_cpu and neurons(gm) else {}

@@ -25,13 +25,15 @@ def count_recompiles_by_module() -> tuple[str, ...]:
     Returns:
         The names of the frame's variables whose modules the graph was tied to.
     """
-    # private names of Dynamo: there are no public ones for guards
-    from torch._dynamo import config
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.guards import GuardBuilder, install_guard
-    from torch._dynamo.source import LocalSource
-    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
-
+    try:  # there are no public names for guards
+        from torch._dynamo import config
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import LocalSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+    except ImportError as error:
+        _log.warning("behind graph breaks neurons share one recompile limit: this torch is another (%s)", error)
+        return ()
     if getattr(tls, "current_tx", None) is None:  # called by hand, on a graph that comes from elsewhere
         return ()
     frame = InstructionTranslator.current_tx()

@@ -29,6 +29,7 @@ from mfpsn_fx.passes import (
     Result,
     neurons,
 )
+from mfpsn_fx.recompile_budget import count_recompiles_by_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,6 +279,14 @@ class TestGraphBreaks:
         model = nn.Sequential(Break(), *layers)
         torch.compile(model, backend=Backend(inner="aot_eager"))(torch.randn(4, 2, 3, requires_grad=True))
         assert counters["stats"]["unique_graphs"] == 1
+
+    def test_outside_of_dynamo_and_in_another_torch(self, monkeypatch, caplog):
+        assert count_recompiles_by_module() == ()
+        assert not caplog.records
+        monkeypatch.setitem(sys.modules, "torch._dynamo.source", None)
+        with caplog.at_level("WARNING", "mfpsn_fx"):
+            assert count_recompiles_by_module() == ()
+        assert "this torch is another" in caplog.text
 
 
 class Residual(nn.Module):
