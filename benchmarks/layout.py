@@ -124,6 +124,7 @@ def training_step(model: nn.Module, run: Callable, x: torch.Tensor, y: torch.Ten
 
 def measure_network(settings: Settings, compiler: Compiler, name: str) -> dict[str, object]:
     """One network under all rules, eager and compiled."""
+    torch._dynamo.reset()
     torch.manual_seed(0)
     build, example = NETWORKS[name]
     source, x = build(settings).to(settings.device), example(settings).to(settings.device)
@@ -139,7 +140,6 @@ def measure_network(settings: Settings, compiler: Compiler, name: str) -> dict[s
             continue
         runs[rule] = training_step(models[rule], models[rule], x, y)
         if (reason := compiler.refusal()) is None:
-            torch._dynamo.reset()
             # a copy: compiling shares no gradients with the eager variant
             twin = copy.deepcopy(models[rule])
             step = training_step(twin, compiler.compile(twin), x, y)
