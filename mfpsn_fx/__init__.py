@@ -32,7 +32,7 @@ from mfpsn_fx.passes import (
     unregister_operator_layout,
 )
 
-from .backend import backend
+from .backend import Backend, backend
 from .calibration import Calibration, calibrate, calibration
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
 from .drawing import draw
@@ -47,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATan",
+    "Backend",
     "Batch",
     "Calibration",
     "ConversionError",

@@ -18,6 +18,7 @@ from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
 from .fold_norms import FoldNorms, folded_norms, unfold_norms
 from .initialise_neurons import InitialiseNeurons
+from .lower_conversions import LowerConversions
 from .neurons import Neuron, neurons
 from .operator_layouts import register_operator_layout, unregister_operator_layout
 from .plan_layout import PlanLayout
@@ -40,6 +41,7 @@ __all__ = [
     "FoldNorms",
     "InitialiseNeurons",
     "InsertConversions",
+    "LowerConversions",
     "Neuron",
     "ObserveInputs",
     "Pass",

@@ -227,6 +227,31 @@ class TestNetwork:
         assert "unknown time-first kernel nonsense" in capsys.readouterr().err
 
 
+class TestLayout:
+    def test_it_compares_the_rules(self, load, tmp_path, capsys):
+        files = [tmp_path / "n.json", tmp_path / "n.md"]
+        small = ["--quick", "--networks", "sequential CIFAR", "--channels", "4", "--seconds", "0"]
+        load("layout").main([*small, "--json", str(files[0]), "--markdown", str(files[1])])
+        (result,) = json.loads(files[0].read_text())["results"]
+        rules = ["time-first", "time-last", "uniform", "planned"]
+        assert sorted(result["ms"]) == sorted(result["ratio"]) == sorted(rules)
+        assert result["ratio"]["time-first"] == 1
+        made = result["rules"]
+        assert [made[rule]["time_last"] for rule in rules[:2]] == [0, 7]
+        assert made["time-first"]["conversions"] == 0 < made["time-last"]["conversions"]
+        assert set(made["planned"]["predicted_ms"]) == {"time_first", "time_last", "plan"}
+        text = files[1].read_text()
+        assert "| network | time-first ms | time-last | uniform | planned | spread | rounds |" in text
+        assert "not measured (not compiled: compiling was not asked for): sequential CIFAR time-first compiled" in (
+            capsys.readouterr().out
+        )
+
+    def test_unknown_network(self, load, capsys):
+        with pytest.raises(SystemExit):
+            load("layout").main(["--networks", "nonsense"])
+        assert "unknown networks ['nonsense']" in capsys.readouterr().err
+
+
 class TestPictures:
     @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
     def test_they_are_drawn(self, load, tmp_path):

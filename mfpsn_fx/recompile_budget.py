@@ -1,0 +1,53 @@
+"""Dynamo's recompile limit counted for each module, where many layers run the same code."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from mfpsn_fx.model.neuron import MulFreePSN
+
+__all__ = ["count_recompiles_by_module"]
+
+_log = logging.getLogger("mfpsn_fx")
+
+
+def count_recompiles_by_module() -> tuple[str, ...]:
+    """Within a Dynamo backend: tie the graph that is being compiled to the modules that hold its frame's neurons.
+
+    Behind a graph break each layer is a frame of its own, and all layers of a class share one code object, for which
+    Dynamo keeps at most ``torch._dynamo.config.recompile_limit`` graphs (8). Neurons differ in their names, dilations
+    and kernels, so the ninth would run in eager mode from then on, with a warning and nothing else. Dynamo counts
+    graphs that are tied to a module by identity for that module alone, so each layer has the limit to itself. The first
+    half of the limit stays untied: layers that are alike share those.
+
+    Returns:
+        The names of the frame's variables whose modules the graph was tied to.
+    """
+    try:  # there are no public names for guards
+        from torch._dynamo import config
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import LocalSource
+        from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+    except ImportError as error:
+        _log.warning("behind graph breaks neurons share one recompile limit: this torch is another (%s)", error)
+        return ()
+    if getattr(tls, "current_tx", None) is None:  # called by hand, on a graph that comes from elsewhere
+        return ()
+    frame = InstructionTranslator.current_tx()
+    if len(_debug_get_cache_entry_list(frame.f_code)) < config.recompile_limit // 2:
+        return ()
+    tied = tuple(name for name, value in frame.output.local_scope.items() if _holds_neurons(value))
+    for name in tied:
+        # Dynamo's own name of an argument tells that it is one: a guard of another name would be a second guard
+        source = LocalSource(name, is_input=name in frame.f_code.co_varnames[: frame.f_code.co_argcount])
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+    if tied:
+        _log.debug("%s: one more graph, tied to %s", frame.f_code.co_name, ", ".join(tied))
+    return tied
+
+
+def _holds_neurons(value: object) -> bool:
+    return isinstance(value, nn.Module) and any(isinstance(module, MulFreePSN) for module in value.modules())
