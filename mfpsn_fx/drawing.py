@@ -16,7 +16,7 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.folded_norm import norm_affine
 from mfpsn_fx.passes import conversion_nodes, neurons
-from mfpsn_fx.passes.convert_layout import label_of_existing
+from mfpsn_fx.passes.time_last_regions import time_last_nodes
 
 from .selection import Row, graph_of, selection
 
@@ -75,7 +75,7 @@ def to_dot(model: nn.Module) -> str:
         TypeError: ``model`` is no converted network.
     """
     gm = graph_of(model)
-    late = set(label_of_existing(gm))
+    late = time_last_nodes(gm)
     rows = _rows(gm)
     hidden = _hidden(gm)
     converted = set(conversion_nodes(gm))

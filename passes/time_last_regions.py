@@ -11,7 +11,7 @@ from .neurons import STRIDES, Neuron, neurons
 from .operator_layouts import is_spikes, known_time_last
 from .time_dims import dims_rule
 
-__all__ = ["into_time_last", "remove_conversions"]
+__all__ = ["into_time_last", "remove_conversions", "time_last_nodes"]
 
 
 def is_conversion(node: fx.Node) -> bool:
@@ -70,6 +70,11 @@ def remove_conversions(gm: fx.GraphModule) -> list[str]:
         else:
             _into_time_first(gm, node)
     return removed
+
+
+def time_last_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose tensors are time-last as the graph stands."""
+    return _late({n.node: n for n in neurons(gm) if n.node is not None}, gm)[1]
 
 
 def _late(found: dict[fx.Node, Neuron], gm: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
