@@ -38,6 +38,7 @@ from mfpsn_fx.passes import (
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
+    UnfoldNorms,
     VerifyPlan,
 )
 from mfpsn_fx.passes.autoselect import check_budget
@@ -87,11 +88,10 @@ def conversion_pipeline(
     if calibrate is not None:
         passes.append(Calibrate(calibrate, progress=progress))
     if args or kwargs:
-        planning = planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-            cache=cache, selection=selection, verify=verify,
+        passes += planning_pipeline(
+            args, kwargs, layout=layout, kernels=kernels, fold_norms=fold_norms, repeats=repeats, progress=progress,
+            budget_s=budget_s, cache=cache, selection=selection, verify=verify,
         )  # fmt: skip
-        passes += planning.inserted(FoldNorms(), after="propagate_shapes") if fold_norms else planning
     elif kernels != "auto":
         passes.append(BindKernels(_plain(kernels)))
     return Pipeline(passes)
@@ -103,6 +103,7 @@ def planning_pipeline(
     *,
     layout: str = "auto",
     kernels: str | Mapping[str, str] = "auto",
+    fold_norms: bool | None = None,
     repeats: int = 5,
     progress: bool | None = None,
     budget_s: float = 30.0,
@@ -110,7 +111,7 @@ def planning_pipeline(
     selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
 ) -> Pipeline:
-    """The passes that :func:`plan` runs on a converted graph; arguments as there."""
+    """The passes that :func:`plan` runs on a converted graph; arguments as there, norms folded as before."""
     if selection is not None and (layout != "auto" or kernels != "auto"):
         raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
     choices = None if selection is None else choices_of(selection)
@@ -118,6 +119,7 @@ def planning_pipeline(
     budget_s = check_budget(budget_s)
     share = 1.0 if layout == "time_first" else 0.6  # of the budget, for neurons: time-first no other layer has a choice
     passes = [
+        UnfoldNorms(),
         PropagateShapes(args, kwargs),
         Autoselect(layout, _plain(kernels), choices=choices, budget_s=share * budget_s, **measuring),
         PlanLayout(layout, _plain(kernels), budget_s=(1 - share) * budget_s, **measuring),
@@ -127,6 +129,8 @@ def planning_pipeline(
     ]
     if verify is not False:
         passes.append(VerifyPlan(args, kwargs, verify, _plain(kernels), repeats, progress))
+    if fold_norms is not False:  # last: of a norm the planner knows both forms; folded, it takes its neuron's layout
+        passes.append(FoldNorms(again=fold_norms is None))
     return Pipeline(passes, given=("neurons",))
 
 
@@ -272,7 +276,7 @@ def plan(
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
     Can be repeated, on another machine or at another shape. Arguments as in :func:`convert`; weights and statistics
-    stay as they are.
+    stay as they are. Batch norms are folded again if they were, where norm and neuron have one layout.
 
     Raises:
         TypeError: ``model`` was not returned by ``convert``, or the example does not fit.
@@ -283,10 +287,16 @@ def plan(
     if not (example_args or kwargs):
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
     _check_example(example_args, kwargs)
-    gm = planning_pipeline(
+    pipeline = planning_pipeline(
         example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
         cache=cache, selection=selection, verify=verify,
-    )(gm)  # fmt: skip
+    )  # fmt: skip
+    try:
+        gm = pipeline(gm)
+    except BaseException:
+        FoldNorms(again=True)(gm)
+        gm.meta.clear()
+        raise
     gm.meta.clear()
     return gm
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.folded_norm import norm_affine
+from mfpsn_fx.model.time_last import run_time_last, shape_time_first
 from mfpsn_fx.passes import conversion_nodes, neurons
 from mfpsn_fx.passes.time_last_regions import time_last_nodes
 
@@ -128,7 +129,8 @@ def _hidden(gm: fx.GraphModule) -> set[fx.Node]:
                 and node.args[1] in ("shape", "ndim", "dtype", "device")
             )
             or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
-            or (node.op == "get_attr" and all(user.target is norm_affine for user in node.users))
+            or node.target is shape_time_first
+            or (node.op == "get_attr" and all(user.target in (norm_affine, run_time_last) for user in node.users))
         )
         reckons = node.op == "call_function" and node.target in arithmetic
         if asks or (reckons and inputs and all(one in hidden for one in inputs)):
@@ -146,6 +148,10 @@ def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
         norm = node.args[0]
         yield str(norm.target)
         yield f"{type(gm.get_submodule(norm.target)).__name__}, folded"
+    elif node.target is run_time_last:
+        path = node.args[0].target
+        yield str(path)
+        yield f"{type(gm.get_submodule(path)).__name__}, time-last: {node.args[2]}"
     elif not rows:
         yield node.name
         function = getattr(node.target, "__name__", str(node.target))

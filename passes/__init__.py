@@ -16,7 +16,7 @@ from .bind_kernels import BindKernels
 from .calibrate import Calibrate
 from .check_sources import CheckSources
 from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
-from .fold_norms import FoldNorms, folded_norms, unfold_norms
+from .fold_norms import FoldNorms, UnfoldNorms, folded_norms, unfold_norms
 from .initialise_neurons import InitialiseNeurons
 from .lower_conversions import LowerConversions
 from .neurons import Neuron, neurons
@@ -55,6 +55,7 @@ __all__ = [
     "RollUpError",
     "SeparateUses",
     "SnapWeights",
+    "UnfoldNorms",
     "VerifyPlan",
     "conversion_nodes",
     "folded_norms",

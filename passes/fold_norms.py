@@ -13,13 +13,16 @@ from mfpsn_fx.model.channel_dims import DEFAULT_DIMS
 from mfpsn_fx.model.folded_norm import fused_time, norm_affine
 from mfpsn_fx.model.masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.time_last import run_time_last
 
 from .base import Pass, Result
 from .neurons import input_meta, neurons
 
-__all__ = ["FoldNorms", "folded_norms", "unfold_norms"]
+__all__ = ["UNFOLDED", "FoldNorms", "UnfoldNorms", "folded_norms", "unfold_norms"]
 
 _VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as", torch.reshape, torch.unflatten}
+UNFOLDED = "mfpsn_unfolded"  # gm.meta: whether norms that were folded have been taken apart
+_DIRECT = "direct"  # a batch norm's form in time-last
 _ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
 
 
@@ -28,8 +31,11 @@ class FoldNorms(Pass):
 
     Before: ``conv -> bn -> sn``. After: ``conv -> (x, scale, shift) = norm_affine(bn, conv) -> sn(x, scale=scale,
     shift=shift)``: the norm's output, T·N·C·* values, is neither written nor kept for backward. Views between norm and
-    neuron that take T and N apart stay. The norm's module stays where it was, with its names in the ``state_dict``;
-    :func:`unfold_norms` is the way back.
+    neuron that take T and N apart stay; where both are time-last, the norm is ``run_time_last(bn, conv)``. The norm's
+    module stays where it was, with its names in the ``state_dict``; :func:`unfold_norms` is the way back.
+
+    Args:
+        again: only if ``unfold_norms`` took folds apart before.
 
     A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
     the neuron's channels, bears no hooks and no parametrization, and its output is read by the neuron alone. Others are
@@ -40,18 +46,37 @@ class FoldNorms(Pass):
     needs = ("neurons", "shapes")
     gives = ("folded_norms",)
 
+    def __init__(self, again: bool = False) -> None:
+        self.again = again
+
     def call(self, gm: fx.GraphModule) -> Result:
         changes = []
+        if self.again and not gm.meta.get(UNFOLDED):
+            return Result(gm)
         for neuron in neurons(gm):
             if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
                 continue
             found = _norm_before(gm, neuron.node, neuron.module, neuron.layout)
             if found is not None:
-                _fold(gm, found, neuron.node)
-                changes.append(f"{neuron.name}: {found.target} folded")
+                path = _fold(gm, found, neuron.node)
+                changes.append(f"{neuron.name}: {path} folded")
         gm.graph.lint()
         gm.recompile()
         return Result(gm, changes)
+
+
+class UnfoldNorms(Pass):
+    """Make folded batch norms layers again, so that a planner may choose their layout.
+
+    Before: ``norm_affine(bn, conv) -> sn(x, scale=scale, shift=shift)``. After: ``bn -> sn``.
+    """
+
+    name = "unfold_norms"
+
+    def call(self, gm: fx.GraphModule) -> Result:
+        changed = unfold_norms(gm)
+        gm.meta[UNFOLDED] = bool(changed)
+        return Result(gm, changed)
 
 
 def folded_norms(gm: fx.GraphModule) -> list[fx.Node]:
@@ -64,8 +89,12 @@ def unfold_norms(gm: fx.GraphModule) -> list[str]:
     changed = []
     for node in folded_norms(gm):
         attribute, x = node.args[:2]
+        late = node.kwargs.get("layout") == Layout.TIME_LAST
         with gm.graph.inserting_before(node):
-            layer = gm.graph.call_module(attribute.target, (x,))
+            if late:
+                layer = gm.graph.call_function(run_time_last, (attribute, x, _DIRECT))
+            else:
+                layer = gm.graph.call_module(attribute.target, (x,))
         parts = {user.args[1]: user for user in node.users}
         if (meta := x.meta.get("mfpsn_tensor")) is not None:
             layer.meta["mfpsn_tensor"] = meta
@@ -78,7 +107,7 @@ def unfold_norms(gm: fx.GraphModule) -> list[str]:
         gm.graph.erase_node(node)
         if not attribute.users:
             gm.graph.erase_node(attribute)
-        changed.append(layer.target)
+        changed.append(attribute.target)
     gm.graph.lint()
     gm.recompile()
     return changed
@@ -86,26 +115,33 @@ def unfold_norms(gm: fx.GraphModule) -> list[str]:
 
 def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: Layout) -> fx.Node | None:
     """The norm that the neuron at ``sn`` can apply on load."""
-    if layout is not Layout.TIME_FIRST or module.channel_dims != DEFAULT_DIMS or not sn.args:
+    if module.channel_dims != DEFAULT_DIMS or not sn.args:
         return None
+    late = layout is Layout.TIME_LAST
     reader, node, chain = sn, sn.args[0], set()
-    while isinstance(node, fx.Node) and _is_view(node):
+    while isinstance(node, fx.Node) and _is_view(node) and not late:
         if not _read_alone(node, reader):
             return None
         chain.add(node)
         reader, node = node, node.args[0]
-    if not isinstance(node, fx.Node) or node.op != "call_module" or not _read_alone(node, reader):
+    if not isinstance(node, fx.Node) or not _read_alone(node, reader):
         return None
-    norm = gm.get_submodule(node.target)
+    if late and node.target is run_time_last and node.args[2] == _DIRECT:
+        norm, inputs = gm.get_submodule(node.args[0].target), node.args[1:2]
+    elif not late and node.op == "call_module":
+        norm, inputs = gm.get_submodule(node.target), node.args
+    else:
+        return None
     if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm) or "forward" in vars(norm):
         return None
-    if norm.num_features != module.channels or len(node.args) != 1 or node.kwargs:
+    if norm.num_features != module.channels or len(inputs) != 1 or node.kwargs:
         return None
     given, met = input_meta(node), input_meta(sn.args[0])
     if given is None or met is None or len(met[0]) < 3:
         return None
     (rows, *rest), (steps, batch, *same) = given[0], met[0]
-    fits = (rows, *rest) == (steps * batch, *same) if fused_time(norm) else given[0] == met[0]
+    wanted = (steps * batch, *same) if fused_time(norm) and not late else met[0]
+    fits = (rows, *rest) == wanted and not (fused_time(norm) and late)
     return node if fits and _nothing_between(node, sn, chain) else None
 
 
@@ -137,22 +173,28 @@ def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
     return True
 
 
-def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> None:
-    x, meta = norm.args[0], input_meta(norm)
+def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> str:
+    """Returns the norm's path."""
+    meta, late = input_meta(norm), norm.target is run_time_last
     with gm.graph.inserting_before(norm):
-        module = gm.graph.get_attr(norm.target)
-        affine = gm.graph.call_function(norm_affine, (module, x), {"kernel": _one_read(gm, norm, meta)})
+        module, x = norm.args[:2] if late else (gm.graph.get_attr(norm.target), norm.args[0])
+        options = {"kernel": _one_read(gm, module.target, meta, Layout.TIME_LAST if late else Layout.TIME_FIRST)}
+        if late:
+            options["layout"] = str(Layout.TIME_LAST)
+        affine = gm.graph.call_function(norm_affine, (module, x), options)
         same, scale, shift = (gm.graph.call_function(operator.getitem, (affine, part)) for part in range(3))
     same.meta["mfpsn_tensor"] = meta
     norm.replace_all_uses_with(same)
     gm.graph.erase_node(norm)
     sn.kwargs = {**sn.kwargs, "scale": scale, "shift": shift}
+    return module.target
 
 
-def _one_read(gm: fx.GraphModule, norm: fx.Node, meta: tuple) -> str:
+def _one_read(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str:
     """The kernel that finds mean and variance of such a tensor in one read; "" for ATen."""
     shape, dtype, device = meta
-    shape = (1, *shape) if fused_time(gm.get_submodule(norm.target)) else shape
+    shape = Layout.TIME_FIRST.shape_from(shape, layout)
+    shape = (1, *shape) if fused_time(gm.get_submodule(path)) else shape
     problem = Problem(tuple(shape), Layout.TIME_FIRST, dtype, device.type, 1, 1)
     able = {kernel.name for kernel in kernels() if kernel.name in _ONE_READ and kernel.refusal(problem) is None}
     return next((name for name in _ONE_READ if name in able), "")

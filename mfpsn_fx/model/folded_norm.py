@@ -13,6 +13,7 @@ from mfpsn_fx.kernels.op import statistics
 from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
 from .ranks import joined
 from .steps import current_mask
+from .time_last import run_time_last
 
 __all__ = ["affine_of", "fused_time", "norm_affine"]
 
@@ -20,7 +21,9 @@ __all__ = ["affine_of", "fused_time", "norm_affine"]
 _RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
 
 
-def norm_affine(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor | None, Tensor | None]:
+def norm_affine(
+    norm: nn.Module, x: Tensor, kernel: str = "", layout: str = "time_first"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(x, scale, shift) such that ``scale · x + shift`` is ``norm(x)``, channel by channel.
 
     In training scale and shift are made of the batch's mean and variance, through which gradients flow, and the running
@@ -32,17 +35,20 @@ def norm_affine(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, T
 
     Args:
         norm: a BatchNorm1d, 2d or 3d of torch or SpikingJelly, or a :class:`MaskedBatchNorm`.
-        x: (T·N, C, *), or (T, N, C, *) for a norm in step mode ``"m"``.
+        x: (T·N, C, *), or (T, N, C, *) for a norm in step mode ``"m"``, or (N, C, *, T) if ``layout`` says so.
         kernel: whose ``statistics`` finds mean and variance in one read of x; "" for ATen's.
+        layout: of x.
 
     Returns:
         x, and scale and shift of shape (C,), float32, or float64 if x or the norm is.
     """
     if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again, as by pickle
-        return handle_torch_function(norm_affine, (x,), norm, x, kernel)
-    if not _applies(norm, x):
-        return norm(x), None, None
-    return (x, *affine_of(norm, x, kernel))
+        return handle_torch_function(norm_affine, (x,), norm, x, kernel, layout)
+    late = Layout.parse(layout) is Layout.TIME_LAST
+    steps = x.movedim(-1, 0) if late else x  # a view: the statistics take any strides
+    if not _applies(norm, steps):
+        return run_time_last(norm, x) if late else norm(x), None, None
+    return (x, *affine_of(norm, steps, kernel))
 
 
 def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor]:
