@@ -11,6 +11,7 @@ import re
 import types
 
 import pytest
+import snntorch
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, to_layout
 from mfpsn_fx.model import capture
+from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import run_time_last
 from mfpsn_fx.passes import (
     Autoselect,
@@ -464,6 +466,34 @@ class TestGraphs:
             for found, value in zip(gm(*xs), expected, strict=True):
                 torch.testing.assert_close(found, value)
             assert {str(n.layout) for n in neurons(gm)} == {"time_last"}
+
+    def test_a_network_that_was_rolled_up(self):
+        """Its layers stand between folds of time and stay; the loop's length is looked for where T is."""
+
+        class Loop(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.linear, self.b = snntorch.Leaky(0.5), nn.Linear(4, 3), snntorch.Leaky(0.9)
+
+            def forward(self, x):
+                first, second, out = self.a.init_leaky(), self.b.init_leaky(), []
+                for step in range(5):
+                    spikes, first = self.a(x[step], first)
+                    spikes, second = self.b(self.linear(spikes), second)
+                    out.append(spikes)
+                return torch.stack(out)
+
+        x = torch.rand(5, 2, 4)
+        gm = mfpsn_fx.convert(Loop(), x, layout="time_first", kernels="shifted-add", repeats=1, progress=False).eval()
+        expected = gm(x)
+        (length,) = (n for n in gm.graph.nodes if n.target is expect_steps)
+        mfpsn_fx.plan(gm, x, layout="time_last", kernels="shifted-add", repeats=1, progress=False)
+        assert {str(n.layout) for n in neurons(gm)} == {"time_last"}
+        assert torch.equal(gm(x), expected)
+        assert {name for name, _, _ in mfpsn_fx.selection(gm).pinned} == {"fold_time", "unfold_time"}
+        with pytest.raises(ValueError, match="a loop over 5 steps"):
+            gm(torch.rand(6, 2, 4))
+        assert length.args[1] in (0, -1)
 
     def test_layers_with_hooks_and_parametrizations_stay(self):
         model = nn.Sequential(

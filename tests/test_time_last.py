@@ -13,7 +13,6 @@ from torch import fx, nn
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import to_layout
 from mfpsn_fx.model import capture
-from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import run_time_last, time_last_methods
 from mfpsn_fx.passes import InsertConversions, Pipeline, PropagateShapes, conversion_nodes, neurons
 from mfpsn_fx.passes.operator_layouts import describe
@@ -168,7 +167,6 @@ FUNCTIONS = {
     "transpose": (lambda a, b: a.transpose(-1, -2).transpose(3, 4), 1),
     "permute": (lambda a, b: a.permute(0, 2, 1, 4, 3) * b.permute((0, 2, 1, 4, 3)), 1),
     "size": (lambda a, b: a * a.size(0) + b / b.size(-1), 1),
-    "a loop's length": (lambda a, b: expect_steps(a, 0, 4) + b, 1),
     "shape": (lambda a, b: (a * a.shape[0]).mean(0) * b.shape[-1], 0),
     "elementwise": (lambda a, b: torch.where(a > 0, a, b).clamp(min=-1) + torch.maximum(a, b) ** 2, 1),
     "attention of channels": (lambda a, b: a * torch.sigmoid(b.mean((3, 4), keepdim=True)), 1),
