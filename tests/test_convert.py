@@ -138,7 +138,8 @@ def test_kernel_mapping(net, example):
     assert {r.layer: r.kernel for r in mfpsn_fx.selection(converted).rows}["features.4"] == "vanilla-conv1d"
 
 
-def test_a_time_last_network_is_converted_at_its_ends(net, example):
+def test_a_time_last_network_is_converted_at_its_ends(net, example, distorted):
+    distorted(lambda problem, kernel: [1.0] * 3)  # on a busy machine a mean may be the faster in the other layout
     converted = quick(net, example, layout="time_last")
     # at the example only: the mean over time leaves nothing to be converted back
     assert [n.args[0].op for n in conversion_nodes(converted)] == ["placeholder"]
