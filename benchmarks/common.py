@@ -133,9 +133,9 @@ class Compiler:
             return f"not compiled: the {self.seconds:g} s for compiling were spent"
         return None
 
-    def compile(self, module: torch.nn.Module) -> torch.nn.Module:
+    def compile(self, module: torch.nn.Module, **options: object) -> torch.nn.Module:
         # fullgraph: half compiled is not compiled; not dynamic: each cell has one shape, as a training run has
-        return torch.compile(module, fullgraph=True, dynamic=False)
+        return torch.compile(module, fullgraph=True, dynamic=False, **options)
 
     def warm(self, run: Callable[[], object]) -> str | None:
         """Why there is nothing to measure, or None."""
@@ -170,13 +170,14 @@ def environment(device: torch.device) -> dict[str, object]:
     return found
 
 
-def output_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both benchmarks have."""
+def output_options(parser: argparse.ArgumentParser, png: bool = True) -> None:
+    """The options that all benchmarks have, ``--png`` where they draw."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small grid, few rounds, nothing compiled")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the tables")
-    parser.add_argument("--png", type=pathlib.Path, metavar="FILE", help="draw a picture (needs matplotlib)")
+    if png:
+        parser.add_argument("--png", type=pathlib.Path, metavar="FILE", help="draw a picture (needs matplotlib)")
     parser.add_argument("--seconds", type=float, help="to measure for, a cell, beyond the fewest rounds")
     parser.add_argument("--compile-seconds", type=float, help="to spend on torch.compile in all; 0: never compile")
 

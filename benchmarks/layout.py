@@ -1,8 +1,9 @@
 """Training steps of whole networks under each layout rule: all time-first, all time-last, uniform, planned.
 
 Run with ``python benchmarks/layout.py [--device cuda] [--quick] [--json FILE] [--markdown FILE] [--png FILE]``. A step
-is forward, cross entropy, backward and SGD on one batch of random data, in eager mode and compiled. The rules start
-from the same weights, kernels are chosen under each, all are interleaved in one run, and medians are reported.
+is forward, cross entropy, backward and SGD on one batch of random data, in eager mode and compiled by the backend
+``mfpsn_fx``, which keeps what was chosen. The rules start from the same weights, kernels are chosen under each, all are
+interleaved in one run, and medians are reported.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def measure_network(settings: Settings, compiler: Compiler, name: str) -> dict[s
         if (reason := compiler.refusal()) is None:
             # a copy: compiling shares no gradients with the eager variant
             twin = copy.deepcopy(models[rule])
-            step = training_step(twin, compiler.compile(twin), x, y)
+            step = training_step(twin, compiler.compile(twin, backend="mfpsn_fx"), x, y)
             reason = compiler.warm(step)
         if reason is None:
             runs[rule + COMPILED] = step

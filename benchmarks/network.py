@@ -138,7 +138,8 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
         if name not in models:
             continue
         if (reason := compiler.refusal()) is None:
-            run = training_step(compiler.compile(models[name]), x, y, reset=False)
+            backend = "inductor" if name == "PSN" else "mfpsn_fx"  # each at its best
+            run = training_step(compiler.compile(models[name], backend=backend), x, y, reset=False)
             reason = compiler.warm(run)
         if reason is None:
             runs[name + COMPILED] = run

@@ -252,6 +252,22 @@ class TestLayout:
         assert "unknown networks ['nonsense']" in capsys.readouterr().err
 
 
+class TestCompiled:
+    def test_it_compares_with_eager_mode(self, load, tmp_path, capsys):
+        files = [tmp_path / "n.json", tmp_path / "n.md"]
+        small = ["--quick", "--size", "8", "--steps", "2", "--seconds", "0"]
+        load("compiled").main([*small, "--json", str(files[0]), "--markdown", str(files[1])])
+        (result,) = json.loads(files[0].read_text())["results"]
+        networks = ["ours", "SpikingJelly's LIF", "no neurons"]
+        assert [list(result["ms"][name]) for name in networks] == [["eager"]] * 3
+        assert result["input"] == [2, 2, 3, 8, 8]
+        assert result["kernels"]
+        assert all(f"| 2×2×3×8×8 | {name} |" in files[1].read_text() for name in networks)
+        assert "not measured (not compiled: compiling was not asked for): N = 2, ours, backend mfpsn_fx" in (
+            capsys.readouterr().out
+        )
+
+
 class TestPictures:
     @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
     def test_they_are_drawn(self, load, tmp_path):
