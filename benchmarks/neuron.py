@@ -22,6 +22,7 @@ import rivals
 import torch
 from common import (
     Compiler,
+    Timing,
     checked_device,
     environment,
     first_line,
@@ -180,18 +181,22 @@ class Cell:
             self.errors[key[0], "ours" + COMPILED] = self.errors.pop(key)
 
     def measured(self) -> dict[str, object]:
-        """Milliseconds by measure and variant, the number of rounds, and what could not be measured."""
-        found = interleave(self.variants, self.settings.device, self.settings.seconds, self.settings.rounds)
-        ms: dict[str, dict[str, float]] = {measure: {} for measure in BUDGET}
-        for (measure, name), value in found.ms.items():
-            ms[measure][name] = value
+        """Milliseconds by measure and variant, rounds and spread of the steps, and what could not be measured."""
+        found = {measure: self._interleaved(measure) for measure in BUDGET}
+        errors = self.errors | {(measure, n): why for measure, one in found.items() for n, why in one.errors.items()}
         size = self.x.numel() * self.x.element_size()
         return {
             "T": self.steps, "k": self.order, "d": self.dilation, "N": self.batch, "C": self.settings.channels,
             "L": self.settings.length, "bytes": size, "past_cache": self.batch != self.settings.batch,
-            "rounds": found.rounds, "spread": found.spread, "ours": self.ours, "ms": ms,
-            "errors": {f"{name}, {measure}": why for (measure, name), why in (self.errors | found.errors).items()},
+            "rounds": found[STEP].rounds, "spread": found[STEP].spread, "ours": self.ours,
+            "ms": {measure: one.ms for measure, one in found.items()},
+            "errors": {f"{name}, {measure}": why for (measure, name), why in errors.items()},
         }  # fmt: skip
+
+    def _interleaved(self, measure: str) -> Timing:
+        """Of one measure, with its own ``clone``: in the time of one round of steps a forward can be run many times."""
+        variants = {name: run for (of, name), run in self.variants.items() if of == measure}
+        return interleave(variants, self.settings.device, self.settings.seconds, self.settings.rounds)
 
 
 def derived(cell: dict) -> dict:
