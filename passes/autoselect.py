@@ -19,6 +19,7 @@ from mfpsn_fx.model.record import Candidate, Measured
 
 from .base import Pass, Result
 from .convert_layout import remove_conversions
+from .layout_graph import layout_graph
 from .neurons import Neuron, neurons
 from .replay import Choice, replayed
 
@@ -137,12 +138,14 @@ class Autoselect(Pass):
             remove_conversions(gm)
         found = neurons(gm)
         check_choice(self.kernels, [neuron.name for neuron in found])
+        pinned = {} if self.keep else _pinned(gm)
+        layouts = {neuron.name: self._layouts_of(neuron, pinned) for neuron in found}
         pools: dict[torch.device, Pool] = {}
         contests: list[Contest] = []
         measured = {}
         if self.choices is not None:
-            measured |= replayed(found, self.choices, {neuron.name: self._layouts_of(neuron) for neuron in found})
-        entered = {n.name: self._enter(n, pools, contests) for n in found if n.name not in measured}
+            measured |= replayed(found, self.choices, layouts)
+        entered = {n.name: self._enter(n, layouts[n.name], pools, contests) for n in found if n.name not in measured}
         results = run_contests(
             contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
             cache=gm.meta[CACHE],
@@ -162,18 +165,19 @@ class Autoselect(Pass):
                 shape,
                 str(neuron.dtype).removeprefix("torch."),
                 str(device),
-                self._marked(neuron, (*candidates, *refused)),
+                (*candidates, *refused),
             )
+            self._check(neuron, layouts[neuron.name], measured[neuron.name], pinned)
         gm.meta[MEASURED] = measured
         gm.meta[SPENT] = Spent(repeats=self.repeats).plus(time.perf_counter() - started, results)
         return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
     def _enter(
-        self, neuron: Neuron, pools: dict[torch.device, Pool], contests: list[Contest]
+        self, neuron: Neuron, layouts: tuple[Layout, ...], pools: dict[torch.device, Pool], contests: list[Contest]
     ) -> tuple[dict[Layout, int], list[Candidate]]:
         """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
         places, refused = {}, []
-        for layout, names in self._jobs(neuron).items():
+        for layout, names in self._jobs(neuron, layouts).items():
             problem, able = neuron.problem(layout), []
             for name in names:
                 kernel = get_kernel(name)
@@ -197,30 +201,41 @@ class Autoselect(Pass):
                 )
         return places, refused
 
-    def _jobs(self, neuron: Neuron) -> dict[Layout, list[str]]:
+    def _jobs(self, neuron: Neuron, layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
         """The kernels to be measured for ``neuron``, by layout."""
-        jobs = {
-            layout: [kernel.name for kernel in candidates_for(neuron, layout, self.kernels)]
-            for layout in self._layouts_of(neuron)
-        }
+        jobs = {layout: [kernel.name for kernel in candidates_for(neuron, layout, self.kernels)] for layout in layouts}
         first = jobs.setdefault(Layout.TIME_FIRST, [])
         if VANILLA not in first:
             first.append(VANILLA)
         return jobs
 
-    def _layouts_of(self, neuron: Neuron) -> tuple[Layout, ...]:
+    def _layouts_of(self, neuron: Neuron, pinned: Mapping[str, str]) -> tuple[Layout, ...]:
         """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
-        return (neuron.layout,) if self.keep or neuron.node is None else self.layouts
+        if self.keep or neuron.node is None:
+            return (neuron.layout,)
+        return (Layout.TIME_FIRST,) if neuron.name in pinned else self.layouts
 
-    def _marked(self, neuron: Neuron, results: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-        if any(c.error is None and self._eligible(neuron, c) for c in results):
-            return results
-        reasons = "\n".join(f"  {c.kernel} ({c.layout}): {c.error}" for c in results if self._eligible(neuron, c))
-        raise ValueError(f"{neuron.name}: no kernel can serve input of shape {neuron.meta[0]}:\n{reasons}")
-
-    def _eligible(self, neuron: Neuron, candidate: Candidate) -> bool:
+    def _check(
+        self, neuron: Neuron, layouts: tuple[Layout, ...], measured: Measured, pinned: Mapping[str, str]
+    ) -> None:
+        """Raise ``ValueError`` unless one of the kernels asked for ran in one of ``layouts``."""
         forced = forced_kernel(self.kernels, neuron.name)
-        return Layout.parse(candidate.layout) in self._layouts_of(neuron) and forced in (None, candidate.kernel)
+        asked = [c for c in measured.candidates if Layout.parse(c.layout) in layouts and forced in (None, c.kernel)]
+        if any(candidate.error is None for candidate in asked):
+            return
+        reasons = "\n".join(f"  {c.kernel} ({c.layout}): {c.error}" for c in asked)
+        why = f", which stays time-first ({pinned[neuron.name]})" if neuron.name in pinned else ""
+        raise ValueError(f"{neuron.name}: no kernel can serve input of shape {neuron.meta[0]}{why}:\n{reasons}")
+
+
+def _pinned(gm: fx.GraphModule) -> dict[str, str]:
+    """Neuron → why it stays time-first in any case."""
+    graph = layout_graph(gm)
+    return {
+        neuron.name: graph.operators[node].why
+        for node, neuron in graph.neurons.items()
+        if graph.operators[node].kind == "pinned"
+    }
 
 
 def _candidate(layout: Layout, kernel: str, outcome: Outcome) -> Candidate:

@@ -195,10 +195,8 @@ class PlanLayout(Pass):
     def _solved(self, times: _Times) -> Labelling:
         for node, neuron in times.graph.neurons.items():
             costs = times.costs.get(node, Costs())
-            pinned = times.graph.operators[node].kind == "pinned"
-            if costs.time_first is None and (pinned or costs.time_last is None):
-                where = f"stays time-first ({times.graph.operators[node].why}), where" if pinned else "cannot run:"
-                raise ValueError(f"{neuron.name} {where} none of the kernels asked for ({self.kernels!r}) serves it")
+            if costs.time_first is None and costs.time_last is None:  # measured by an earlier call, for other kernels
+                raise ValueError(f"{neuron.name}: none of the kernels asked for ({self.kernels!r}) was measured")
         return solve(times.graph, times.costs, times.conversion_costs)
 
     @staticmethod

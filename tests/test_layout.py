@@ -429,6 +429,36 @@ class TestGraphs:
         table = layout_graph(passed(gm, x, layout="time_first")).pinned()
         assert table[("iadd", "shares memory that is written in place")] == 1
 
+    def test_a_neuron_that_stays_is_measured_where_it_stays(self, distorted):
+        """Also where all others are time-last; and not where it cannot go."""
+
+        class Writes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = mfpsn_fx.MulFreePSN(3), mfpsn_fx.MulFreePSN(3)
+
+            def forward(self, x):
+                out = self.a(x) * 2
+                seen = out.transpose(3, 4)
+                out += 1
+                return self.b(seen)
+
+        gm, x = capture(Writes().eval())[0], torch.randn(4, 2, 3, 5, 6)
+        quick = {"kernels": "shifted-add", "repeats": 1, "progress": False}
+        for layout, a in (("time_last", "time_last"), ("time_first", "time_first")):
+            mfpsn_fx.plan(gm, x, layout=layout, **quick)
+            rows = {row.layer: (row.layout, row.kernel) for row in mfpsn_fx.selection(gm).rows}
+            assert rows == {"a": (a, "shifted-add"), "b": ("time_first", "shifted-add")}
+        asked = distorted(lambda problem, kernel: [1.0] * 3)
+        mfpsn_fx.plan(gm, x, repeats=1, progress=False)
+        assert {str(p.layout) for p, _ in asked if p.shape == (4, 2, 3, 6, 5)} == {"time_first"}
+        assert {str(p.layout) for p, _ in asked if p.shape == (2, 3, 5, 6, 4)} == {"time_last"}
+        with pytest.raises(
+            ValueError, match=r"b: no kernel can serve .* stays time-first \(shares memory that is"
+        ) as e:
+            mfpsn_fx.plan(gm, x, kernels={"b": "conv2d"}, repeats=1, progress=False)
+        assert "conv2d (time_first): not applicable" in str(e.value)
+
     def test_the_callers_tensor_is_still_written_into(self):
         class Writes(nn.Module):
             def __init__(self):
