@@ -612,6 +612,11 @@ def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=Non
     ):
         raise RuntimeError(f"{_named(constants.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # it would want the derivative's derivative, too
+            raise RuntimeError(
+                f"{_named(constants.get('layer', ''))}a neuron cannot be differentiated by torch.func; "
+                "call backward(), or torch.autograd.grad"
+            )
         return _Neuron.apply(constants, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
         return neuron(*tensors, **constants)

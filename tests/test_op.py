@@ -193,6 +193,11 @@ class TestOperands:
             with pytest.raises(RuntimeError, match="no forward-mode derivative"):
                 neuron(dual, *rest, method=method)
 
+    def test_functional_gradients_are_refused(self, method):
+        x, *rest = sample(grad=False)
+        with pytest.raises(RuntimeError, match="cannot be differentiated by torch.func; call backward"):
+            torch.func.grad(lambda x: neuron(x, *rest, method=method)[0].sum())(x)
+
 
 def test_nothing_is_altered_or_aliased():
     arguments = sample(extras=True)
