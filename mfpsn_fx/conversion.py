@@ -19,7 +19,7 @@ from mfpsn_fx.model.capture import capture, copied, said_of
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.over_time import OverTime
 from mfpsn_fx.model.source import source_paths
-from mfpsn_fx.model.step_mode import to_multi_step
+from mfpsn_fx.model.step_mode import Switched, to_multi_step
 from mfpsn_fx.model.stepping import is_stepping
 from mfpsn_fx.passes import (
     AssignDilations,
@@ -48,7 +48,7 @@ from mfpsn_fx.passes.roll_up import check_accept
 
 from .replay import choices_of
 from .selection import Selection, graph_of, unwrapped
-from .single_step import has_steps, rolled_up
+from .single_step import has_steps, rolled_loop, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
@@ -232,27 +232,38 @@ def convert(
         model = nn.Sequential(OverTime(model))
     _check_model(model)
     _check_example(example_args, kwargs)
-    stepped = has_steps(model)
-    if stepped and inplace:
-        raise ValueError(
-            f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
-            "neurons that see all of it; use the graph that convert returns"
-        )
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
+        stepped, switched, rolled = has_steps(model), Switched(), None
+        if not stepped:
+            switched = to_multi_step(subject, example_args, kwargs)
+        if inplace and (stepped or switched.looped):
+            raise ValueError(
+                f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
+                "neurons that see all of it; use the graph that convert returns"
+            )
         if stepped:
-            gm, example_args, kwargs = rolled_up(subject, example_args, kwargs, accept)
+            rolled = rolled_up(subject, example_args, kwargs, accept)
+        elif switched.looped:
+            try:
+                rolled = rolled_loop(subject, example_args, kwargs, accept)
+            except ConversionError as error:
+                if strict:
+                    raise
+                switched = Switched(refusals=dict.fromkeys(switched.refusals, str(error)))
+        if rolled is not None:
+            gm, example_args, kwargs = rolled
             gm = pipeline(example_args, kwargs)(gm)
         else:
-            switched = to_multi_step(subject, example_args, kwargs)
             gm, _ = capture(subject)
             gm.meta[REFUSED] = switched.refusals
             with _said_why(switched.refusals):
                 gm = pipeline(example_args, kwargs)(gm)
             _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
-            only = "; its membranes are read out, and none of its spikes" if stepped else ""
-            raise ConversionError(f"no neuron of {type(model).__name__} could be converted{only}")
+            only = "; its membranes are read out, and none of its spikes" if rolled is not None else ""
+            why = "".join(f"\n  {path}: {reason}" for path, reason in switched.refusals.items())
+            raise ConversionError(f"no neuron of {type(model).__name__} could be converted{only}{why}")
         if inplace:
             _swap_into(subject, gm)
     gm.meta.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from mfpsn_fx.model.capture import copied, preserved_rng
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.over_time import OverTime
 from mfpsn_fx.model.state_arguments import StateArguments, state_arguments
 from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
@@ -63,8 +66,8 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
                 raise RollUpError(
                     f"{name} rolled up over time does not give what its own code gives ({found}): something that its "
                     "forward does is not seen when it is traced, such as an operation in place whose result is not "
-                    "used (write c = c.clamp(min=0), not c.clamp_(min=0)), or an attribute that is read or written "
-                    "between steps (keep it in a variable)"
+                    "used (write c = c.clamp(min=0), not c.clamp_(min=0)), an attribute that is read or written "
+                    "between steps (keep it in a variable), or a reset of its neurons within the loop"
                 )
         larger = [_one_sample_more(rolled, inputs, one_step) for inputs in drawn]
         try:
@@ -138,19 +141,23 @@ def _difference(
 ) -> str | None:
     """The first output that differs, in words; None where all are the same, or the source itself fails."""
     try:
-        expected = _run_source(model, inputs, one_step, states)
+        expected, fed = _run_source(model, inputs, one_step, states)
     except Exception as error:  # not in float64, or not at this size: it cannot be asked
         _log.debug("%s does not run beside its rolled-up graph: %s", type(model).__name__, error)
         return None
+    whole = copied(rolled).eval().double()
     try:
-        found = copied(rolled).eval().double()(**{k: _cloned(v) for k, v in inputs.items() if k in given})
+        with _inputs_of(whole, (OverTime, LeakyIntegrator)) as met:
+            found = whole(**{k: _cloned(v) for k, v in inputs.items() if k in given})
     except Exception as error:
         raise _RolledError(str(error).strip().splitlines()[0]) from error
     output = next(n for n in rolled.graph.nodes if n.op == "output").args[0]
-    for path, node, ours, theirs in _leaves("", output, found, expected, one_step):
+    # what neurons are fed comes first: networks that hardly fire put out the same silence, whatever they do
+    pairs = [*_fed(rolled, met, fed), *_leaves("", output, found, expected, one_step)]
+    for path, node, ours, theirs in pairs:
         if _reads_without_reset(node, rolled.meta.get(WITHOUT_RESET, ())):
             continue
-        where = f"output{path}" if path else "its output"
+        where = path if path.startswith("what ") else f"output{path}" if path else "its output"
         if ours.shape != theirs.shape:
             return f"{where} has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         if ours.is_floating_point() != theirs.is_floating_point():
@@ -175,11 +182,24 @@ def _states(model: nn.Module, example: Mapping[str, object], given: list[str]) -
     return states
 
 
-def _run_source(model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None) -> object:
+def _run_source(
+    model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None
+) -> tuple[object, dict[str, list]]:
+    """What the source returns, at each step if it is called for each, and what each neuron was fed, call by call."""
     source = copied(model).eval().double()
+    kinds = []
     for m in source.modules():
-        if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
-            stepping.reset(m)
+        if (stepping := stepping_of(m)) is not None:
+            kinds.append(type(m))
+            if stepping.reset is not None:
+                stepping.reset(m)
+    with _inputs_of(source, tuple(kinds)) as fed:
+        return _results(source, model, inputs, one_step, states), fed
+
+
+def _results(
+    source: nn.Module, model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None
+) -> object:
     if not one_step:
         return source(**{k: _cloned(v) for k, v in inputs.items()})
     held = {} if states is None else {name: states.first(name) for name in states.links}
@@ -193,6 +213,40 @@ def _run_source(model: nn.Module, inputs: dict[str, object], one_step: bool, sta
         results.append(pytree.tree_map(_cloned, result))  # a state may be changed in place by the next step
         held = {} if states is None else states.following(result)
     return results
+
+
+@contextlib.contextmanager
+def _inputs_of(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[dict[str, list]]:
+    """The first arguments of all calls of modules of these classes, by path."""
+    met: dict[str, list] = {}
+
+    def note(path: str):
+        return lambda _module, args: met.setdefault(path, []).append(_cloned(args[0]) if args else None)
+
+    handles = [
+        m.register_forward_pre_hook(note(path)) for path, m in model.named_modules() if path and isinstance(m, kinds)
+    ]
+    try:
+        yield met
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fed(
+    rolled: fx.GraphModule, met: dict[str, list], fed: dict[str, list]
+) -> Iterator[tuple[str, fx.Node, Tensor, Tensor]]:
+    """(place, node, input, source's inputs) of each neuron that is called once a step, or once for all of them."""
+    nodes = {n.target: n for n in rolled.graph.nodes if n.op == "call_module"}
+    for path, calls in fed.items():
+        if path not in nodes or path not in met or f"{path}@2" in nodes or len(met[path]) != 1:
+            continue  # a neuron at several places: whose call is whose is not known here
+        ours = met[path][0]
+        if not all(isinstance(value, Tensor) for value in (ours, *calls)) or len({c.shape for c in calls}) > 1:
+            continue
+        theirs = calls[0] if len(calls) == 1 and calls[0].ndim == ours.ndim else torch.stack(calls)
+        if ours.shape == theirs.shape:
+            yield f"what {path} is fed", nodes[path].args[0], ours, theirs
 
 
 def _has_default(model: nn.Module, name: str) -> bool:

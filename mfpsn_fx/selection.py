@@ -143,7 +143,7 @@ class Selection:
             neurons_ms, conversions_ms = alone.get(name, total), between.get(name, 0.0)
             lines.append(
                 f"total {name}: {total:.3f} ms forward and backward (neurons {neurons_ms:.3f}, "
-                f"other layers {total - neurons_ms - conversions_ms:.3f}, conversions {conversions_ms:.3f})"
+                f"other layers {max(0.0, total - neurons_ms - conversions_ms):.3f}, conversions {conversions_ms:.3f})"
             )
         if self.layout:
             lines.append(f"layout chosen: {self.layout}")

@@ -7,13 +7,15 @@ from collections.abc import Collection, Mapping
 from torch import fx, nn
 
 from mfpsn_fx.model import unrolled
+from mfpsn_fx.model.capture import copied
 from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
-from mfpsn_fx.model.source import NotAFilterError
+from mfpsn_fx.model.source import NotAFilterError, describe, is_source, source_paths
+from mfpsn_fx.model.stepped_neuron import memory_layers, wrap_stepping_neurons
 from mfpsn_fx.passes import ConversionError, RollUp
 
 from .rolled_check import check_rolled
 
-__all__ = ["has_steps", "rolled_up"]
+__all__ = ["has_steps", "rolled_loop", "rolled_up"]
 
 
 def has_steps(model: nn.Module) -> bool:
@@ -47,3 +49,31 @@ def rolled_up(
     check_rolled(rolled, model, example, one_step)
     kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
     return rolled, (), {name: value for name, value in example.items() if name in kept}
+
+
+def rolled_loop(
+    model: nn.Module, args: tuple, kwargs: Mapping, accept: Collection[str] = ()
+) -> tuple[fx.GraphModule, tuple, dict]:
+    """As :func:`rolled_up`, for a ``model`` whose forward loops over SpikingJelly's neurons in step mode 's'.
+
+    ``model`` is left as it is.
+
+    Raises:
+        ConversionError: its steps cannot be read, are not alike, or cannot run at once.
+    """
+    for path, neuron in source_paths(model).items():
+        if not is_source(neuron):
+            try:
+                describe(neuron)
+            except NotAFilterError as error:
+                raise ConversionError(f"{path}: {error}") from error
+    if layers := memory_layers(model):
+        path, kind = next(iter(layers.items()))
+        instead = ", or torch.nn.Dropout for a mask of its own at every step" if kind.startswith("Dropout") else ""
+        raise ConversionError(
+            f"{path}: a {kind} keeps a state from step to step, and its steps cannot run at once where the forward "
+            f"loops over time: take step mode 'm' and whole sequences (T, N, *){instead}"
+        )
+    work = copied(model)
+    wrap_stepping_neurons(work)
+    return rolled_up(work, args, kwargs, accept)

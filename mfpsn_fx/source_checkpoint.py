@@ -119,11 +119,12 @@ def _descriptions(
         if not readout and module.source is None:
             continue
         name = path.removeprefix(prefix)
-        name = (name.removesuffix("_membrane") if readout else name).partition("@")[
-            0
-        ]  # a further use of the same neuron
+        # path@2 is a further use of the same neuron
+        name = (name.removesuffix("_membrane") if readout else name).partition("@")[0]
         try:
             neuron = twin.get_submodule(name)
+            if getattr(neuron, "step_mode", None) == "s":  # of a source that was switched, or rolled up, by convert
+                neuron.step_mode = "m"
             found[id(module)] = stepping_of(neuron).leaky_integrator(neuron) if readout else describe(neuron)
         except AttributeError as error:
             raise ValueError(f"{name}: the {type(source).__name__} given as source has no neuron there") from error

@@ -195,7 +195,7 @@ class TestOperands:
 
     def test_functional_gradients_are_refused(self, method):
         x, *rest = sample(grad=False)
-        with pytest.raises(RuntimeError, match="cannot be differentiated by torch.func; call backward"):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated by torch\.func; call backward"):
             torch.func.grad(lambda x: neuron(x, *rest, method=method)[0].sum())(x)
 
 

@@ -239,14 +239,6 @@ class TestStepMode:
         with pytest.raises(ConversionError, match=r"net\.3 \(torch\.nn\.modules\.flatten\.Flatten\) has no step mode"):
             quick(Stepwise(nn.Flatten()), torch.randn(STEPS, 2, 1, 8))
 
-    def test_a_loop_in_the_forward_is_refused(self):
-        class Loops(Stepwise):
-            def forward(self, x):
-                return sum(self.net(x) for _ in range(4))
-
-        with pytest.raises(ConversionError, match=r"own forward steps through time: it calls this neuron 4 times"):
-            quick(Loops(), torch.randn(2, 1, 8))
-
     def test_one_step_is_no_sequence(self):
         with pytest.raises(ConversionError, match=r"the example is no sequence \(T, N, C, \*\)"):
             quick(Stepwise(), torch.randn(2, 1, 8))

@@ -41,10 +41,14 @@ NOTE = "step mode 's' switched to 'm'"
 
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """Notes of the neurons that were switched, and why others could not be; both by path."""
+    """Notes of the neurons that were switched, and why others could not be; both by path.
+
+    ``looped``: the reason is that the model's own forward calls neurons several times, as a loop over time does.
+    """
 
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refusals: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    looped: bool = False
 
 
 def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
@@ -66,6 +70,13 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
     if not rest or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
+    if (calls := _calls(model, rest, args, kwargs)) > 1:
+        reason = (
+            "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
+            f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
+            "and feed (T, N, C, *)"
+        )
+        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)}, looped=not refusals)
     reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
     if reason is not None:
         return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
@@ -110,18 +121,10 @@ def _disagreement(
     model: nn.Module, paths: list[str], args: tuple, kwargs: dict, set_mode: Callable[[nn.Module, str], None]
 ) -> str | None:
     """Why stepping and running at once are not the same on the example; None if they are."""
-    flat, spec = pytree.tree_flatten((args, kwargs))
-    flat = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in flat]
+    flat, spec = _wide(args, kwargs)
     tensors = [v for v in flat if isinstance(v, Tensor) and v.ndim]
     steps = {len(v) for v in tensors}
     with preserved_rng(), torch.no_grad():
-        calls = _calls(_fresh(model), paths, pytree.tree_unflatten(flat, spec))
-        if calls > 1:
-            return (
-                "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
-                f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
-                "and feed (T, N, C, *)"
-            )
         if (reason := _follows(model)) is not None:
             return reason
         if len(steps) != 1:
@@ -156,6 +159,11 @@ def _disagreement(
     return None
 
 
+def _wide(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in flat], spec
+
+
 def _fresh(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
     fresh = copied(model).eval().double()
@@ -168,9 +176,9 @@ def _fresh(model: nn.Module) -> nn.Module:
     return fresh
 
 
-def _calls(model: nn.Module, paths: list[str], example: tuple[tuple, dict]) -> int:
+def _calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
     """How often one forward of the model as it is calls the neuron that it calls most."""
-    counts = dict.fromkeys(paths, 0)
+    counts, fresh = dict.fromkeys(paths, 0), _fresh(model)
 
     def count(path: str):
         def hook(_module, _args):
@@ -179,10 +187,11 @@ def _calls(model: nn.Module, paths: list[str], example: tuple[tuple, dict]) -> i
         return hook
 
     for path in paths:
-        model.get_submodule(path).register_forward_pre_hook(count(path))
+        fresh.get_submodule(path).register_forward_pre_hook(count(path))
+    args, kwargs = pytree.tree_unflatten(*_wide(args, kwargs))
     # It may take one step and was given all: what it called until then is what counts.
-    with contextlib.suppress(Exception):
-        model(*example[0], **example[1])
+    with preserved_rng(), torch.no_grad(), contextlib.suppress(Exception):
+        fresh(*args, **kwargs)
     return max(counts.values())
 
 

@@ -1,0 +1,74 @@
+"""SpikingJelly's neurons in step mode 's' under a forward that loops over time: known as stepping ones by a wrapper.
+
+The library's classes serve both step modes, and only the modules say which; what the rolling up of loops asks of a
+neuron is known by its class.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .source import SourceNeuron, describe, is_source, qualified_name, register_source, source_paths
+from .stepping import Stepping, register_stepping
+
+__all__ = ["SteppedNeuron", "memory_layers", "wrap_stepping_neurons"]
+
+_MEMORY = "spikingjelly.activation_based.base.MemoryModule"
+
+
+class SteppedNeuron(nn.Module):
+    """One step (N, *) a call of a neuron of SpikingJelly, which keeps its state in itself.
+
+    The neuron is set to step mode 'm', in which its adapter describes it, and is called for single steps all the same.
+    """
+
+    def __init__(self, neuron: nn.Module) -> None:
+        super().__init__()
+        neuron.step_mode = "m"
+        self.neuron = neuron
+        self.training = neuron.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron.single_step_forward(x)
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{name!r} of a {type(self._modules['neuron']).__name__} is read by code outside of it, and what a "
+                "neuron keeps from step to step is not there when all steps run at once"
+            ) from None
+
+
+def wrap_stepping_neurons(model: nn.Module) -> list[str]:
+    """Wrap ``model``'s neurons in step mode 's', in place; returns their paths."""
+    wrapped: dict[nn.Module, SteppedNeuron] = {}
+    stepping = [path for path, m in source_paths(model).items() if getattr(m, "step_mode", None) == "s"]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if (
+                child is not None and is_source(child) and getattr(child, "step_mode", None) == "s"
+            ) or child in wrapped:
+                wrapped[child] = wrapped.get(child) or SteppedNeuron(child)
+                parent._modules[name] = wrapped[child]
+    return stepping
+
+
+def memory_layers(model: nn.Module) -> dict[str, str]:
+    """Path → class of SpikingJelly's layers that are no neurons and keep something from step to step."""
+    return {
+        path: type(m).__name__
+        for path, m in model.named_modules()
+        if not is_source(m) and any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__)
+    }
+
+
+@register_source(SteppedNeuron)
+def _stepped(m: SteppedNeuron) -> SourceNeuron:
+    return describe(m.neuron)
+
+
+@register_stepping(SteppedNeuron)
+def _one_step(m: SteppedNeuron) -> Stepping:
+    return Stepping((), ("spikes",), reset=lambda m: m.neuron.reset())
