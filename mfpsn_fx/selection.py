@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.contests import NOT_REACHED
 from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
+from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
 from mfpsn_fx.model.source import qualified_name, source_paths
@@ -52,6 +53,7 @@ class Selection:
     Totals are milliseconds of forward and backward of the whole network, as predicted; ``verified_ms`` holds what was
     measured end to end: (mode, name as in the totals, milliseconds, spread). ``conversion_bytes`` is the size of the
     tensors that are converted in one forward. ``pinned``: (operator, why, how many) of what stays time-first.
+    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose.
     """
 
     rows: tuple[Row, ...]
@@ -70,6 +72,7 @@ class Selection:
     measured: int | None = None
     kept: int | None = None
     unconverted: tuple[tuple[str, str], ...] = ()
+    readouts: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
         """The table as JSON text; :meth:`from_json` gives an equal one back."""
@@ -96,7 +99,15 @@ class Selection:
                 )
                 for row in data.pop("rows")
             )
-            pairs = ("totals_ms", "neuron_totals_ms", "conversion_totals_ms", "pinned", "verified_ms", "unconverted")
+            pairs = (
+                "totals_ms",
+                "neuron_totals_ms",
+                "conversion_totals_ms",
+                "pinned",
+                "verified_ms",
+                "unconverted",
+                "readouts",
+            )
             return cls(rows, **{k: tuple(map(tuple, v)) if k in pairs else v for k, v in data.items()})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this is not a selection written by to_json: {error}") from error
@@ -156,6 +167,9 @@ class Selection:
             lines.append(f"autoselect took {self.autoselect_s:.2f} s ({self._how()})")
         else:
             lines.append("nothing measured yet: mfpsn_fx.plan(model, *example_args) measures and chooses")
+        lines += [
+            f"reads out a membrane, without reset: {path} (LeakyIntegrator, {kind})" for path, kind in self.readouts
+        ]
         lines += [f"not converted: {path}: {reason}" for path, reason in self.unconverted]
         return lines
 
@@ -202,6 +216,7 @@ def selection(model: nn.Module) -> Selection:
         measured=plan.measured if plan else None,
         kept=plan.kept if plan else None,
         unconverted=tuple(_unconverted(gm)),
+        readouts=tuple((p, m.kind.__name__) for p, m in gm.named_modules() if isinstance(m, LeakyIntegrator)),
     )
 
 

@@ -42,6 +42,7 @@ def rolled_up(
     example = unrolled.bound_example(model, args, kwargs)
     try:
         split_fused_layers(model)
+        _check_known(model)
         steps, one_step = unrolled.capture_steps(model, (), example)
     except (unrolled.NotSteppedError, NotAFilterError) as error:
         raise ConversionError(str(error)) from error
@@ -49,6 +50,16 @@ def rolled_up(
     check_rolled(rolled, model, example, one_step)
     kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
     return rolled, (), {name: value for name, value in example.items() if name in kept}
+
+
+def _check_known(model: nn.Module) -> None:
+    """Neurons by their looks that nobody described: their states would be taken for those of a layer without any."""
+    for path, neuron in source_paths(model).items():
+        if not is_source(neuron):
+            try:
+                describe(neuron)
+            except NotAFilterError as error:
+                raise ConversionError(f"{path}: {error}") from error
 
 
 def rolled_loop(
@@ -61,12 +72,7 @@ def rolled_loop(
     Raises:
         ConversionError: its steps cannot be read, are not alike, or cannot run at once.
     """
-    for path, neuron in source_paths(model).items():
-        if not is_source(neuron):
-            try:
-                describe(neuron)
-            except NotAFilterError as error:
-                raise ConversionError(f"{path}: {error}") from error
+    _check_known(model)
     if layers := memory_layers(model):
         path, kind = next(iter(layers.items()))
         instead = ", or torch.nn.Dropout for a mask of its own at every step" if kind.startswith("Dropout") else ""

@@ -377,7 +377,19 @@ class _Emitter:
             self.whole[index] = self.whole[expr.args[1].index]
         else:
             args, kwargs = _replaced(expr, lambda i: self.whole[i])
+            if self._is_static(index):  # its first dim is N, which is the example's only in the example
+                args, kwargs = without_batch(expr, args, kwargs, self._shown(expr.args[0].index))
             self.whole[index] = self._node(expr, args, kwargs)
+
+    def _is_static(self, index: int) -> bool:
+        """Whether a value comes from the input as all steps see it, (N, *), and has no T."""
+        if not self._carries_batch(index) or not isinstance(self.slices.exprs[index].args[0], Ref):
+            return False
+        timed = ("neuron", "of_sequence", "repeat", "sequence", "select")
+        if any(self.slices.exprs[i].op in timed for i in self._before(index)):
+            return False
+        sliced = (i for i, expr in enumerate(self.slices.exprs) if expr.op == "of_sequence")
+        return not any(index in self._before(i) for i in sliced)
 
     def _adds_to_zeros(self, expr: Expr) -> bool:
         """A sum that was started from zeros of its own shape needs no zeros, which have the example's N."""

@@ -890,21 +890,51 @@ class TestWhatTheGraphDoesNotShow:
         with pytest.raises(RollUpError, match="gives something else than its own code for batches of another size"):
             converted(Unseen(what), torch.randn(4, 2, 3))
 
-    def test_batches_of_one_size_are_told(self, caplog):
+    @pytest.mark.parametrize("what", ["view", "zeros", "rows"])
+    def test_a_batch_size_from_before_the_loop(self, what, caplog):
         class Images(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.fc, self.lif = nn.Linear(4, 3), snntorch.Leaky(beta=0.9)
 
             def forward(self, x):
-                x, mem, spikes = x.view(x.size(0), -1), None, []
-                for _ in range(3):
-                    spike, mem = self.lif(self.fc(x), mem)
+                mem, spikes = None, []
+                # rows: (T, N, 2, 2), whose first dim is not N
+                x = x.view(3, x.size(1), -1) if what == "rows" else x.view(x.size(0), -1)
+                if what == "zeros":
+                    x = x + torch.zeros(x.size(0), 4)
+                for t in range(3):
+                    spike, mem = self.lif(self.fc(x[t] if what == "rows" else x), mem)
                     spikes.append(spike)
                 return torch.stack(spikes)
 
-        assert converted(Images(), torch.randn(5, 2, 2))(torch.randn(5, 2, 2)).shape == (3, 5, 3)
-        assert "Images: the converted network takes batches of the example's size alone" in caplog.text
+        shape = (3, 5, 2, 2) if what == "rows" else (5, 2, 2)
+        model = converted(Images(), torch.randn(shape))
+        assert model(torch.randn(shape)).shape == (3, 5, 3)
+        told = "Images: the converted network takes batches of the example's size alone" in caplog.text
+        assert told == (what == "zeros")
+        if what == "view":
+            assert model(torch.randn(7, 2, 2)).shape == (3, 7, 3)
+
+    def test_neurons_that_nobody_described(self):
+        class Own(snntorch.Leaky):
+            pass
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.own, self.lif = Own(beta=0.9), snntorch.Leaky(beta=0.9)
+
+            def forward(self, x):
+                first, second, spikes = None, None, []
+                for t in range(3):
+                    spike, first = self.own(x[t], first)
+                    spike, second = self.lif(spike, second)
+                    spikes.append(spike)
+                return torch.stack(spikes)
+
+        with pytest.raises(ConversionError, match=r"own: .*Own has no adapter"):
+            converted(Net(), torch.randn(3, 2, 4))
 
     def test_without_any_of_it(self, caplog):
         model = converted(Unseen(""), torch.randn(4, 2, 3))
@@ -1093,6 +1123,10 @@ class TestConverted:
         ours = converted(network.build(), *network.example())
         assert "lif2: its membrane is read out without its reset" in caplog.text
         assert isinstance(ours.get_submodule("lif2_membrane"), LeakyIntegrator)
+        table = mfpsn_fx.selection(ours)
+        assert table.readouts == (("lif2_membrane", "Geometric"),)
+        assert "reads out a membrane, without reset: lif2_membrane (LeakyIntegrator, Geometric)" in str(table)
+        assert mfpsn_fx.Selection.from_json(table.to_json()) == table
 
     @pytest.mark.parametrize("name", ["Leaky and Lapicque, one step a call", "SequentialState with Lift"])
     def test_time_last_and_calibrated(self, name):
