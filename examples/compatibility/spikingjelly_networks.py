@@ -7,6 +7,7 @@ import sys
 import types
 
 import torch
+from torch import nn
 
 from mfpsn_fx.compatibility import Network
 
@@ -17,7 +18,7 @@ if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") 
     outer._internally_replaced_utils = inner
     sys.modules.update({"torchvision": outer, "torchvision._internally_replaced_utils": inner})
 
-from spikingjelly.activation_based import functional, model, neuron
+from spikingjelly.activation_based import encoding, functional, layer, model, neuron
 from spikingjelly.activation_based.model import (
     parametric_lif_net,
     sew_resnet,
@@ -101,6 +102,32 @@ NETWORKS += [
 ]  # fmt: skip
 
 
+class Looping(nn.Module):
+    """In step mode 's', with the loop over time in the forward: on one image, or on one image a step."""
+
+    def __init__(self, net: nn.Module, sequence: bool) -> None:
+        super().__init__()
+        self.net, self.sequence = net, sequence
+
+    def forward(self, x):
+        rate = 0.0
+        for t in range(STEPS):
+            rate += self.net(x[t] if self.sequence else x)
+        return rate / STEPS
+
+
+def fully_connected():
+    net = nn.Sequential(layer.Flatten(), layer.Linear(64, 32, bias=False), neuron.LIFNode(), layer.Linear(32, 10),
+                        neuron.LIFNode())  # fmt: skip
+    return Looping(nn.Sequential(encoding.PoissonEncoder(), net), sequence=False)
+
+
+def convolutional():
+    net = nn.Sequential(layer.Conv2d(2, 8, 3, padding=1), neuron.ParametricLIFNode(), layer.MaxPool2d(2),
+                        layer.Flatten(), layer.Linear(128, 10), neuron.IFNode())  # fmt: skip
+    return Looping(net, sequence=True)
+
+
 def snas():
     settings = types.SimpleNamespace(timestep=STEPS, second_avgpooling=4, dataset="cifar10", celltype="forward",
                                      threshold=1.0, tau=4.0 / 3)  # fmt: skip
@@ -117,7 +144,25 @@ def dhs():
 
 
 NETWORKS += [
-    Network("SpikingJelly", "SNASNet", snas, lambda: (torch.rand(BATCH, 3, 32, 32),), refusal="steps through time"),
+    Network(
+        "SpikingJelly",
+        "fully connected, Poisson, loop in step mode 's'",
+        fully_connected,
+        lambda: (torch.rand(BATCH, 1, 8, 8),),
+    ),
+    Network(
+        "SpikingJelly",
+        "convolutional, loop in step mode 's'",
+        convolutional,
+        lambda: (torch.rand(STEPS, BATCH, 2, 8, 8),),
+    ),
+    Network(
+        "SpikingJelly",
+        "SNASNet",
+        snas,
+        lambda: (torch.rand(BATCH, 3, 32, 32),),
+        refusal="keeps a state from step to step",
+    ),
     Network(
         "SpikingJelly",
         "SpikeDHS (downup_sample an int)",
