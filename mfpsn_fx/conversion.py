@@ -191,8 +191,9 @@ def convert(
         cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
         selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
             measuring; layers that it does not fit are named in a warning and measured.
-        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True`` or
-            ``"eager"``, or ``"compiled"`` for both; if the plan lost by more than the noise, the better one is used.
+        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True``: eager and
+            compiled; ``"eager"`` or ``"compiled"``: that alone. If the plan lost by more than the noise, the better
+            one is used.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import operator
 import pathlib
@@ -716,7 +717,7 @@ class TestVerify:
         gm, x = converted
         expected = gm.eval()(x)
         self.clock(monkeypatch, lambda layouts: {"fffff": first, "lllll": 12.0}.get(layouts, 5.0))
-        planned(gm, x, distorted, mixed, verify=True)
+        planned(gm, x, distorted, mixed, verify="eager")
         table = mfpsn_fx.selection(gm)
         assert table.layout == used
         assert [(mode, name) for mode, name, _, _ in table.verified_ms] == [
@@ -730,37 +731,67 @@ class TestVerify:
         assert mfpsn_fx.Selection.from_json(table.to_json()) == table
         torch.testing.assert_close(gm(x), expected)
 
-    def test_for_real(self, converted, distorted):
-        """Nothing of the network moves, and all three are measured."""
+    def test_for_real(self, converted, distorted, monkeypatch):
+        """Nothing of the network moves, and all three are measured, eager and compiled."""
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # in less time
         gm, x = converted
         gm.train()
         before = copy.deepcopy(gm.state_dict())
         state = torch.get_rng_state()
-        planned(gm, x, distorted, mixed, verify="eager")
+        planned(gm, x, distorted, mixed, verify=True)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
         table = mfpsn_fx.selection(gm)
-        assert len(table.verified_ms) == 3
+        assert [mode for mode, _, _, _ in table.verified_ms] == ["eager"] * 3 + ["compiled"] * 3
         assert all(ms > 0 and spread >= 0 for _, _, ms, spread in table.verified_ms)
         assert table.verdict.startswith("end to end (eager)")
+        assert "end to end (compiled)" in table.verdict
         assert all(p.grad is None for p in gm.parameters())
 
-    def test_compiled_decides(self, converted, monkeypatch, distorted):
+    @pytest.mark.parametrize(
+        ("verify", "eager", "used", "words"),
+        [
+            # ms in eager mode of time_first, time_last and the plan; compiled they take 3, 1 and 2
+            ("compiled", (9, 9, 1), "time_last", "(compiled) time_last is faster than plan by 1.000 ms"),
+            (True, (9, 2, 2), "time_last", "and time_last is used"),
+            (True, (9, 3, 2), "mixed", "(compiled) time_last is faster than plan by 1.000 ms, more than the spread"),
+            (True, (1, 3, 2), "mixed", "end to end (eager) time_first is faster than plan by 1.000 ms"),
+            ("eager", (1, 3, 2), "time_first", "the prediction was wrong, and time_first is used"),
+        ],
+    )
+    def test_it_must_lose_in_one_mode_and_win_in_none(
+        self, converted, monkeypatch, distorted, verify, eager, used, words
+    ):
         gm, x = converted
         monkeypatch.setattr(torch, "compile", lambda gm: types.SimpleNamespace(gm=gm, compiled=True))
 
         def step(gm, run, args, kwargs, devices):
-            compiled = getattr(run, "compiled", False)
+            ms = (3, 1, 2) if getattr(run, "compiled", False) else eager
             layouts = {str(n.layout) for n in neurons(gm)}
             while True:
-                yield 1.0 if (layouts == {"time_last"}) == compiled else 3.0
+                yield float(ms[2 if len(layouts) > 1 else int(layouts == {"time_last"})])
 
         monkeypatch.setattr(verify_plan, "_step", step)
-        planned(gm, x, distorted, mixed, verify="compiled")
+        planned(gm, x, distorted, mixed, verify=verify)
         table = mfpsn_fx.selection(gm)
-        assert [mode for mode, _, _, _ in table.verified_ms] == ["eager"] * 3 + ["compiled"] * 3
-        assert table.layout == "time_last"
-        assert table.verdict.startswith("end to end (compiled) time_last is faster")
+        modes = ["eager", "compiled"] if verify is True else [verify]
+        assert [mode for mode, _, _, _ in table.verified_ms] == [mode for mode in modes for _ in range(3)]
+        assert table.layout == used
+        assert words in table.verdict
+        assert table.verdict.endswith("plan stays") == (used == "mixed")
+
+    @pytest.mark.parametrize("verify", [True, "compiled"])
+    def test_what_does_not_compile_is_measured_eager(self, converted, monkeypatch, distorted, verify):
+        gm, x = converted
+
+        def broken(gm):
+            raise RuntimeError("no compiler\nat all")
+
+        monkeypatch.setattr(torch, "compile", broken)
+        planned(gm, x, distorted, mixed, verify=verify)
+        table = mfpsn_fx.selection(gm)
+        assert {mode for mode, _, _, _ in table.verified_ms} == {"eager"}
+        assert table.verdict.endswith("; not measured compiled: RuntimeError: no compiler")
 
     def test_unknown_way(self, converted):
         gm, x = converted
