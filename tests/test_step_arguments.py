@@ -90,6 +90,14 @@ def test_compared(cls, current, caplog):
             mfpsn_fx.convert(net, x, **QUICK)
 
 
+def test_a_list_of_states_with_gaps(caplog):
+    """Norse's SequentialState puts states into its list at the places of its neurons alone."""
+    net = norse.SequentialState(nn.Linear(3, 4), norse.LIFCell(), nn.Linear(4, 2), norse.LIFCell())
+    converted = mfpsn_fx.convert(net, 20 * torch.randn(4, 2, 3), **QUICK)
+    assert [row.layer for row in mfpsn_fx.selection(converted).rows] == ["1", "3"]
+    assert "not compared" not in caplog.text
+
+
 def test_states_that_are_given():
     net, x = type("Kept", (Required,), {"current": kept})(), 3 * torch.randn(4, 2, 3)
     zeros = torch.zeros(2, 6), torch.zeros(2, 4)

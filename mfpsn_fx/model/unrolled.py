@@ -82,7 +82,9 @@ class _Given(fx.Proxy):
         self._put[key] = value
 
     def __getitem__(self, key: object) -> object:
-        return self._put[key] if key in self._put else super().__getitem__(key)
+        if key in self._put:
+            return self._put[key]
+        return fx.Proxy(self.node, self.tracer)[key]  # as an argument this one would be all that was put into it
 
     def structure(self) -> object:
         """As it is now, if something was put into it."""
