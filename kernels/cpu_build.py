@@ -57,7 +57,9 @@ def _library() -> ctypes.CDLL | BuildError:
     try:
         compiler = _compiler()
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
-        identity = [*sources, *_command(compiler, ""), torch.__version__, run([*compiler, "--version"]), _processor()]
+        # by content, not by path: another checkout, or an environment made anew, finds what is there
+        flags = [part for part in _command(compiler, "") if part != str(_SOURCE)]
+        identity = [*sources, *flags, torch.__version__, run([*compiler, "--version"]), _processor()]
         note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about half a minute)"
         path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
         return ctypes.CDLL(str(path))
