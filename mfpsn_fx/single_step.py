@@ -9,6 +9,7 @@ from torch import fx, nn
 from mfpsn_fx.model import unrolled
 from mfpsn_fx.model.capture import copied
 from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
+from mfpsn_fx.model.shared_mask import wrap_dropouts
 from mfpsn_fx.model.source import NotAFilterError, describe, is_source, source_paths
 from mfpsn_fx.model.stepped_neuron import memory_layers, wrap_stepping_neurons
 from mfpsn_fx.passes import ConversionError, RollUp
@@ -73,13 +74,13 @@ def rolled_loop(
         ConversionError: its steps cannot be read, are not alike, or cannot run at once.
     """
     _check_known(model)
-    if layers := memory_layers(model):
+    work = copied(model)
+    wrap_dropouts(work)
+    if layers := memory_layers(work):
         path, kind = next(iter(layers.items()))
-        instead = ", or torch.nn.Dropout for a mask of its own at every step" if kind.startswith("Dropout") else ""
         raise ConversionError(
             f"{path}: a {kind} keeps a state from step to step, and its steps cannot run at once where the forward "
-            f"loops over time: take step mode 'm' and whole sequences (T, N, *){instead}"
+            "loops over time: take step mode 'm' and whole sequences (T, N, *)"
         )
-    work = copied(model)
     wrap_stepping_neurons(work)
     return rolled_up(work, args, kwargs, accept)

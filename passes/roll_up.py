@@ -15,6 +15,7 @@ from mfpsn_fx.model.capture import copied, preserved_rng
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.over_time import OverTime
+from mfpsn_fx.model.shared_mask import SharedMask
 from mfpsn_fx.model.source import NotAFilterError, is_source, looks_like_a_neuron
 from mfpsn_fx.model.stepping import Stepping
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
@@ -366,6 +367,10 @@ class _Emitter:
             self.whole[index] = self._as_whole(expr.args[0].index)
         elif expr.op == "select":
             self.whole[index] = self._select(expr.args[0].index, expr.args[1])
+        elif expr.timed and self._is_shared_mask(expr):
+            self.modules[expr.target] = self.gm.get_submodule(expr.target).dropout
+            source = self._as_whole(expr.args[0].index)
+            self.whole[index] = self.graph.call_module(expr.target, (source,))
         elif expr.timed:
             if self.slices.full(index):
                 args, kwargs = _replaced(expr, self._as_folded)
@@ -380,6 +385,9 @@ class _Emitter:
             if self._is_static(index):  # its first dim is N, which is the example's only in the example
                 args, kwargs = without_batch(expr, args, kwargs, self._shown(expr.args[0].index))
             self.whole[index] = self._node(expr, args, kwargs)
+
+    def _is_shared_mask(self, expr: Expr) -> bool:
+        return expr.op == "call_module" and isinstance(self.gm.get_submodule(expr.target), SharedMask)
 
     def _is_static(self, index: int) -> bool:
         """Whether a value comes from the input as all steps see it, (N, *), and has no T."""

@@ -90,6 +90,36 @@ class TestLoops:
         assert not any(torch.equal(drawn[0], later) for later in drawn[1:])
         assert set(drawn.unique().tolist()) == {0.0, 1.0}
 
+    def test_a_dropout_keeps_its_mask_over_time(self):
+        net, x = Net(), 5 * torch.randn(3, 8)
+        net.fc2 = nn.Sequential(layer.Dropout(0.5), net.fc2)
+        converted = quick(net, x).train()
+        dropout, seen = converted.get_submodule("fc2.0"), []
+        converted.get_submodule("fc2.1").register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        dropout.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        masks = []
+        for _ in range(2):
+            functional.reset_net(converted)
+            seen.clear()
+            converted(x)
+            spikes, dropped = seen
+            assert spikes.shape == (STEPS, 3, 6)
+            assert bool(spikes.any())
+            assert torch.equal(dropped.unflatten(0, (STEPS, 3)), spikes * dropout.mask)
+            masks.append(dropout.mask)
+        assert masks[0].unique().tolist() == [0.0, 2.0]
+        assert not torch.equal(*masks)
+        converted.eval()(x)
+        assert torch.equal(seen[3].unflatten(0, (STEPS, 3)), seen[2])
+
+    def test_a_dropout_of_one_input_draws_once(self):
+        net, x = Net(), torch.randn(3, 8)
+        net.fc1 = nn.Sequential(layer.Dropout(0.5), net.fc1)
+        converted, seen = quick(net, x).train(), []
+        converted.get_submodule("fc1.1").register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        converted(x)
+        assert torch.equal(seen[0], x * converted.get_submodule("fc1.0").dropout.mask)
+
     def test_batch_norms_have_to_be_accepted(self):
         net, x = Net(bn=layer.BatchNorm1d(6)), torch.randn(2, 8)
         net.fc1 = nn.Sequential(net.fc1, net.bn)
@@ -110,8 +140,8 @@ class TestRefusals:
     @pytest.mark.parametrize("strict", [True, False])
     def test_layers_that_remember(self, strict):
         net = Net()
-        net.fc2 = nn.Sequential(layer.Dropout(0.5), net.fc2)
-        with pytest.raises(ConversionError, match=r"fc2\.0: a Dropout keeps a state from step to step.*nn\.Dropout"):
+        net.fc2 = nn.Sequential(layer.SynapseFilter(tau=2.0), net.fc2)
+        with pytest.raises(ConversionError, match=r"fc2\.0: a SynapseFilter keeps a state from step to step"):
             quick(net, torch.randn(2, 8), strict=strict)
 
     def test_a_reset_within_the_loop(self):

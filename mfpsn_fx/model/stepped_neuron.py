@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .shared_mask import SharedMask
 from .source import SourceNeuron, describe, is_source, qualified_name, register_source, source_paths
 from .stepping import Stepping, register_stepping
 
@@ -56,11 +57,12 @@ def wrap_stepping_neurons(model: nn.Module) -> list[str]:
 
 
 def memory_layers(model: nn.Module) -> dict[str, str]:
-    """Path → class of SpikingJelly's layers that are no neurons and keep something from step to step."""
+    """Path → class of SpikingJelly's layers that keep something from step to step, but neurons and wrapped dropouts."""
+    masks = {m.dropout for m in model.modules() if isinstance(m, SharedMask)}
     return {
         path: type(m).__name__
         for path, m in model.named_modules()
-        if not is_source(m) and any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__)
+        if not is_source(m) and m not in masks and any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__)
     }
 
 
