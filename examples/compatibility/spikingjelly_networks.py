@@ -158,10 +158,10 @@ NETWORKS += [
     ),
     Network(
         "SpikingJelly",
-        "SNASNet",
+        "SNASNet, accept=('batch_statistics',)",
         snas,
         lambda: (torch.rand(BATCH, 3, 32, 32),),
-        refusal="keeps a state from step to step",
+        {"accept": ("batch_statistics",)},
     ),
     Network(
         "SpikingJelly",
