@@ -158,6 +158,8 @@ def _difference(
         if _reads_without_reset(node, rolled.meta.get(WITHOUT_RESET, ())):
             continue
         where = path if path.startswith("what ") else f"output{path}" if path else "its output"
+        if theirs is None:
+            return f"{where} is a tensor, where the source returns something else"
         if ours.shape != theirs.shape:
             return f"{where} has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         if ours.is_floating_point() != theirs.is_floating_point():
@@ -210,7 +212,7 @@ def _results(
     for t in range(steps):
         each = {k: _cloned(v[t]) if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
         result = source(**each, **held)
-        results.append(pytree.tree_map(_cloned, result))  # a state may be changed in place by the next step
+        results.append(_cloned(result))  # a state may be changed in place by the next step
         held = {} if states is None else states.following(result)
     return results
 
@@ -255,25 +257,30 @@ def _has_default(model: nn.Module, name: str) -> bool:
 
 
 def _cloned(value: object) -> object:
-    return value.clone() if isinstance(value, Tensor) else value
+    """Containers too: a forward may put its states into the list that it was given."""
+    return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 def _leaves(
     path: str, node: object, ours: object, theirs: object, one_step: bool
 ) -> Iterator[tuple[str, fx.Node, Tensor, Tensor]]:
-    """(place, node, value, source's value) of each tensor that is returned; what the rolled-up network drops is not."""
+    """(place, node, value, source's value) of each tensor that is returned; what the rolled-up network drops is not.
+
+    The source's value is None where it is no tensor.
+    """
+    steps = theirs if one_step else [theirs]
     if isinstance(ours, Tensor):
-        steps = theirs if one_step else [theirs]
-        if isinstance(node, fx.Node) and all(isinstance(step, Tensor) for step in steps):
-            yield path, node, ours, torch.stack(theirs) if one_step else theirs
+        if isinstance(node, fx.Node):
+            alike = all(isinstance(step, Tensor) for step in steps)
+            yield path, node, ours, (torch.stack(steps) if one_step else theirs) if alike else None
         return
     keys = ours.keys() if isinstance(ours, dict) else range(len(ours)) if isinstance(ours, (tuple, list)) else ()
     for key in keys:
         try:
             inner = [step[key] for step in theirs] if one_step else theirs[key]
-            yield from _leaves(f"{path}[{key!r}]", node[key], ours[key], inner, one_step)
         except (LookupError, TypeError):  # a state of another kind
             continue
+        yield from _leaves(f"{path}[{key!r}]", node[key], ours[key], inner, one_step)
 
 
 def _reads_without_reset(node: fx.Node, paths: tuple[str, ...]) -> bool:

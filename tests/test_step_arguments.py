@@ -98,6 +98,28 @@ def test_a_list_of_states_with_gaps(caplog):
     assert "not compared" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", [list, dict])
+def test_states_given_to_a_loop(kind):
+    """None for each, in a container that the forward writes into and returns; outputs keep their structure."""
+
+    class Loops(Layers):
+        def forward(self, x, states):
+            spikes = []
+            for step in x:
+                spike, states[0] = self.lif1(self.fc1(step), states[0])
+                spike, states[1] = self.lif2(self.fc2(spike), states[1])
+                spikes.append(spike)
+            return {"spikes": torch.stack(spikes), "states": states}
+
+    x, states = 3 * torch.randn(4, 2, 3), [None, None] if kind is list else {0: None, 1: None}
+    converted = mfpsn_fx.convert(Loops(), x, states, **QUICK)
+    assert states == ([None, None] if kind is list else {0: None, 1: None})
+    found = converted(x)
+    assert isinstance(found["states"], kind)
+    assert found["spikes"].shape == (4, 2, 4)
+    assert found["states"][1].shape == (2, 4)
+
+
 def test_states_that_are_given():
     net, x = type("Kept", (Required,), {"current": kept})(), 3 * torch.randn(4, 2, 3)
     zeros = torch.zeros(2, 6), torch.zeros(2, 4)

@@ -318,6 +318,8 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                     "without branches on values, with a loop over a range or over the input"
                 )
             leaves[owner] = reason
+    for graph in graphs:
+        _restore_output(graph)
     graph = graphs[0]
     written = {n.args[0].target for n in graph.nodes if n.op == "call_method" and n.target == "__setitem__"}
     for node in graph.nodes:
@@ -339,6 +341,15 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
         if source is not None and source is not child:
             child.training = source.training
     return gm
+
+
+def _restore_output(graph: fx.Graph) -> None:
+    """Give back the output's structure, which FX flattens where an argument is a list or a dict of constants."""
+    codegen = graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        output.args = (pytree.tree_unflatten(list(output.args[0]), codegen.pytree_info.out_spec),)
+        graph.set_codegen(fx.graph.CodeGen())
 
 
 def _same_tensor(a: object, b: object) -> bool:
