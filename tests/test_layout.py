@@ -278,12 +278,14 @@ class TestPlan:
         assert mfpsn_fx.Selection.from_json(table.to_json()) == table
 
     def test_with_real_times(self, converted):
-        """Whatever is chosen here: it is no dearer than either uniform layout, and computes the same."""
+        """Whatever is chosen: all time-first, or what is no dearer than either uniform layout; it computes the same."""
         gm, x = converted
         expected = gm.eval()(x)
         mfpsn_fx.plan(gm, x, repeats=1, progress=False)
         totals = dict(mfpsn_fx.selection(gm).totals_ms)
-        assert totals["plan"] <= min(totals["time_first"], totals["time_last"]) + 1e-9
+        plan, first, last = (totals[name] for name in ("plan", "time_first", "time_last"))
+        # all time-first is kept unless it is beaten by more than the spread
+        assert plan == first or plan <= min(first, last) + 1e-9
         torch.testing.assert_close(gm(x), expected)
 
     def test_compiled(self, converted, distorted):

