@@ -434,6 +434,8 @@ for layers in (model() if rank == 0 else model()[:1], "fail"):
         print("converted")
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
+torch.distributed.barrier()  # a rank that is gone first has now and then taken the other's threads down with it
+torch.distributed.destroy_process_group()
 """
 
 
