@@ -29,6 +29,9 @@ _STEPS = 32  # at most, in a tile of time-dense memory
 _CHANNELS = 32  # in a tile of channel-dense memory: a line of cache
 _PROGRAMS = 2048  # of a reduction: a wave or two of the largest GPUs, and a bound for the partials
 _LANES = 128  # columns of partials that the second stage takes at a time
+_REGISTERS = 16  # for a thread's window of X, of which backward holds two
+_WARPS = 4  # of a program of the first stage
+_FEWEST = 512  # programs below which tiles shrink: a few for each multiprocessor
 
 
 def _interpreted() -> bool:
@@ -65,6 +68,20 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def _block(window: int, itemsize: int, lanes: int) -> int:
+    """Elements of a tile: 16 bytes a thread and load where the window leaves registers for them.
+
+    A function of shape and dtype alone: the tile decides in which order sums are taken, so an autotuned one would give
+    other bits in another process. It would also have to be measured before a CUDA graph is captured.
+    """
+    each = max(1, 16 // itemsize)
+    while each > 1 and each * window > _REGISTERS:
+        each //= 2
+    while each > 1 and lanes < _FEWEST * each * 32 * _WARPS:
+        each //= 2
+    return each * 32 * _WARPS
+
+
 class _Geometry:
     """How x is cut into tiles, and the arguments that all programs share."""
 
@@ -83,18 +100,20 @@ class _Geometry:
         self.scale, self.shift = (None if v is None else v.contiguous() for v in (call.scale, call.shift))
         _, (xt, _, xc, xp) = self.operand(x)
         window = (order - 1) * call.dilation + 1
-        programs = _module("triton_programs")
-        smallest = programs.BLOCKS[0][0]
+        interpreted = _module("triton_programs").INTERPRETED
         self.walk = window <= _WINDOW and (xt != 1 or self.steps == 1)
-        self.BT = 1 if self.walk or xt != 1 else min(_power(self.steps), _STEPS, smallest)
+        lanes = x.numel() if xt == 1 else x.numel() // self.steps
+        # the interpreter pays by the program, not by the lane
+        self.block = 256 if interpreted else _block(window, x.element_size(), lanes)
+        self.BT = 1 if self.walk or xt != 1 else min(_power(self.steps), _STEPS, self.block)
         row = _power(self.per_sample) * self.BT
         wanted = _CHANNELS if self.per_sample == 1 or xc < xp else _CHANNELS // row
         # lanes that positions cannot fill go to channels
-        wanted = max(1, wanted if self.BT == 1 else 1, smallest // _power(self.positions * self.BT))
-        self.BC = min(_power(self.channels), wanted, smallest // self.BT)
+        wanted = max(1, wanted if self.BT == 1 else 1, self.block // _power(self.positions * self.BT))
+        self.BC = min(_power(self.channels), wanted, self.block // self.BT)
         self.tiles = -(-self.channels // self.BC)
-        per_block = smallest // self.BC // self.BT
-        most = 8 if programs.INTERPRETED else _PROGRAMS
+        per_block = self.block // self.BC // self.BT
+        most = 8 if interpreted else _PROGRAMS
         self.columns = max(1, min(-(-self.positions // per_block), most // self.tiles))
         self.constants = {
             "K": order,
@@ -103,10 +122,11 @@ class _Geometry:
             "BC": self.BC,
             "BT": self.BT,
             "ACC": _acc(call.dtype),
+            "BLOCK": self.block,
+            "num_warps": _WARPS,
         }
         self.surrogate = {"SURROGATE": _SURROGATES[call.surrogate.name], "ALPHA": float(call.surrogate.alpha)}
         self.sizes = (self.steps, self.batch, self.channels, self.per_sample, self.positions, self.tiles)
-        self.bucket = _power(self.positions)  # measured once for sizes of one power of two
 
     def operand(self, x: Tensor, copy: bool = True) -> tuple[Tensor | None, tuple[int, int, int, int]]:
         """x, or a copy where its positions cannot be reached with one stride, and its strides (t, n, c, p).
@@ -154,14 +174,10 @@ class _Geometry:
 
     def launch(self, name: str, programs: int | None, *arguments, **constants) -> None:
         """Run a program over tiles: ``programs`` columns of them, or as many as there are positions."""
+        columns = programs or -(-self.positions // (self.block // self.BC // self.BT))
         program = getattr(_module("triton_programs"), name)
-
-        def grid(meta):
-            columns = programs or -(-self.positions // (meta["BLOCK"] // self.BC // self.BT))
-            return (columns * self.tiles,)
-
         with _on(self.x):
-            program[grid](*arguments, **constants, **self.constants, enable_fp_fusion=False)
+            program[(columns * self.tiles,)](*arguments, **constants, **self.constants, enable_fp_fusion=False)
 
 
 def _acc(dtype: torch.dtype):
@@ -202,7 +218,7 @@ def _statistics(call: Call, x: Tensor, weight: Tensor) -> tuple[_Geometry, Tenso
     partials = g.partials(3, call.dtype)
     g.launch(
         "statistics_program", g.columns, x, weight, g.scale, g.shift, g.mask, partials, *strides, *g.sizes, g.columns,
-        g.bucket, WIDE=g.wide(x),
+        WIDE=g.wide(x),
     )  # fmt: skip
     return g, partials
 
@@ -213,7 +229,7 @@ def _reductions(call: Call, grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor)
     partials = g.partials(g.order + 1, call.dtype)
     g.launch(
         "reductions_program", g.columns, grad, x, taps, bias, g.scale, g.shift, g.mask, partials, *grad_strides,
-        *strides, *g.sizes, g.columns, g.bucket, WIDE=g.wide(x, grad), **g.surrogate,
+        *strides, *g.sizes, g.columns, WIDE=g.wide(x, grad), **g.surrogate,
     )  # fmt: skip
     return g, partials
 
@@ -240,7 +256,7 @@ def _input(
     partials = g.partials(g.order + 2, call.dtype)
     g.launch(
         "input_program", g.columns, grad, given, taps, bias, weight, offset, slope, g.scale, g.shift, g.mask, target,
-        partials, *grad_strides, *strides, *target_strides, *g.sizes, g.columns, g.bucket,
+        partials, *grad_strides, *strides, *target_strides, *g.sizes, g.columns,
         WIDE=g.wide(given, grad, target), UNROLL=g.order <= _UNROLLED, **g.surrogate,
     )  # fmt: skip
     if out is not target:
@@ -276,7 +292,7 @@ class FusedTriton(Parts):
         out, target, target_strides = g.output()
         g.launch(
             "fire_program", None, given, taps.contiguous(), bias.contiguous(), g.scale, g.shift, g.mask, target,
-            *strides, *target_strides, *g.sizes, g.bucket, WIDE=g.wide(given, target),
+            *strides, *target_strides, *g.sizes, WIDE=g.wide(given, target),
         )  # fmt: skip
         return out if out is target else out.copy_(target)
 

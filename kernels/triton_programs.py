@@ -20,12 +20,6 @@ import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# Tile sizes; the smallest decides how many programs there are at most. The interpreter pays
-# by the program, not by the lane.
-BLOCKS = ((256, 4),) if INTERPRETED else ((128, 4), (256, 4), (512, 4), (1024, 4), (1024, 8))
-_CONFIGS = [triton.Config({"BLOCK": block}, num_warps=warps) for block, warps in BLOCKS]
-_KEY = ["bucket", "K", "D", "BC", "BT"]
-
 
 @triton.jit
 def _positions(block, q_lanes, BRQ: tl.constexpr, positions, per_sample, WIDE: tl.constexpr):
@@ -64,11 +58,8 @@ def _input(x, base, t, stride, inside, scale, shift, ACC: tl.constexpr, WIDE: tl
 
 @triton.jit
 def _vector(v, c, c_ok, ACC: tl.constexpr):
-    """(C,) at the tile's channels, or None."""
-    if v is not None:
-        return tl.load(v + c, mask=c_ok, other=0.0).to(ACC)
-    else:  # compiled code would go on behind a bare return
-        return None
+    """(C,) at the tile's channels. Callers test for None: Triton 3.6 cannot return it."""
+    return tl.load(v + c, mask=c_ok, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -125,20 +116,21 @@ def _derivative(u, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _welford(h, inside, seen, mean, square):
-    """One more value a lane: running count, mean and sum of squared deviations."""
-    seen = seen + inside.to(seen.dtype)
-    away = tl.where(inside, h - mean, 0.0)
-    mean = mean + away / tl.maximum(seen, 1.0)
-    square = square + away * tl.where(inside, h - mean, 0.0)
-    return seen, mean, square
+def _deviate(h, inside, seen, pivot, first, square):
+    """One more value a lane: the count, and the sums of deviations from the lane's first value and of their squares.
+
+    That value is one of the sample, so its own deviations bound how far it lies from the mean: what is subtracted in
+    the end is at most ``seen`` times what is left. Welford's running mean needs a division for each value.
+    """
+    pivot = tl.where(inside & (seen == 0), h, pivot)
+    away = tl.where(inside, h - pivot, 0.0)
+    return seen + inside.to(seen.dtype), pivot, first + away, square + away * away
 
 
-@triton.autotune(configs=_CONFIGS, key=_KEY)
 @triton.jit
 def statistics_program(
     x, weight, scale, shift, mask, partials,
-    xt, xn, xc, xp, steps, batch, channels, per_sample, positions, tiles, columns, bucket,
+    xt, xn, xc, xp, steps, batch, channels, per_sample, positions, tiles, columns,
     K: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -152,9 +144,11 @@ def statistics_program(
     c_ok = c < channels
     lanes = tl.arange(0, BR)[None, :]
     taps = _taps(weight, c, c_ok, K, ACC)
-    scales, shifts = _vector(scale, c, c_ok, ACC), _vector(shift, c, c_ok, ACC)
+    scales = _vector(scale, c, c_ok, ACC) if scale is not None else None
+    shifts = _vector(shift, c, c_ok, ACC) if shift is not None else None
     seen = tl.zeros((BC, BR), ACC)
-    mean = tl.zeros((BC, BR), ACC)
+    pivot = tl.zeros((BC, BR), ACC)
+    first = tl.zeros((BC, BR), ACC)
     square = tl.zeros((BC, BR), ACC)
     wide_c = c.to(tl.int64) if WIDE else c
     for block in range(column, tl.cdiv(positions, BRQ), columns):
@@ -168,13 +162,19 @@ def statistics_program(
                 inside = _inside(at, n, ok, steps, batch, mask)
                 value = _input(x, base, at, xt, inside, scales, shifts, ACC, WIDE)
                 window = window[1:] + (value,)
-                seen, mean, square = _welford(_dot(window, 0, D, taps, K), inside, seen, mean, square)
+                h = _dot(window, 0, D, taps, K)
+                seen, pivot, first, square = _deviate(h, inside, seen, pivot, first, square)
         else:
-            for first in range(0, steps, BT):
-                t = first + lanes % BT
+            for start in range(0, steps, BT):
+                t = start + lanes % BT
                 inside = _inside(t, n, ok, steps, batch, mask)
                 values = _lagged(x, base, t, xt, n, ok, steps, batch, mask, scales, shifts, K, D, 0, ACC, WIDE)
-                seen, mean, square = _welford(_dot(values, 0, 1, taps, K), inside, seen, mean, square)
+                h = _dot(values, 0, 1, taps, K)
+                seen, pivot, first, square = _deviate(h, inside, seen, pivot, first, square)
+    shifted = first / tl.maximum(seen, 1.0)
+    mean = pivot + shifted
+    square = square - first * shifted
+    square = tl.where(square < 0, 0.0, square)  # a NaN stays
     # Chan's update over the lanes: no difference of large sums
     count = tl.sum(seen, 1)
     centre = tl.sum(seen * mean, 1) / tl.maximum(count, 1.0)
@@ -187,11 +187,10 @@ def statistics_program(
     tl.store(at + 2 * channels * columns, total, mask=row < channels)
 
 
-@triton.autotune(configs=_CONFIGS, key=_KEY)
 @triton.jit
 def fire_program(
     x, taps, bias, scale, shift, mask, out,
-    xt, xn, xc, xp, ot, on, oc, op, steps, batch, channels, per_sample, positions, tiles, bucket,
+    xt, xn, xc, xp, ot, on, oc, op, steps, batch, channels, per_sample, positions, tiles,
     K: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +204,8 @@ def fire_program(
     lanes = tl.arange(0, BR)[None, :]
     w = _taps(taps, c, c_ok, K, ACC)
     threshold = -_vector(bias, c, c_ok, ACC)
-    scales, shifts = _vector(scale, c, c_ok, ACC), _vector(shift, c, c_ok, ACC)
+    scales = _vector(scale, c, c_ok, ACC) if scale is not None else None
+    shifts = _vector(shift, c, c_ok, ACC) if shift is not None else None
     wide_c = c.to(tl.int64) if WIDE else c
     n, p, exists = _positions(pid // tiles, lanes // BT, BRQ, positions, per_sample, WIDE)
     ok = exists & c_ok
@@ -240,11 +240,10 @@ def _accumulated(sums, factor, values, STEP: tl.constexpr, K: tl.constexpr):
     return found
 
 
-@triton.autotune(configs=_CONFIGS, key=_KEY)
 @triton.jit
 def reductions_program(
     grad, x, taps, bias, scale, shift, mask, partials,
-    gt, gn, gc, gp, xt, xn, xc, xp, steps, batch, channels, per_sample, positions, tiles, columns, bucket,
+    gt, gn, gc, gp, xt, xn, xc, xp, steps, batch, channels, per_sample, positions, tiles, columns,
     K: tl.constexpr, D: tl.constexpr, SURROGATE: tl.constexpr, ALPHA: tl.constexpr, WALK: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +258,8 @@ def reductions_program(
     lanes = tl.arange(0, BR)[None, :]
     w = _taps(taps, c, c_ok, K, ACC)
     offset = _vector(bias, c, c_ok, ACC)
-    scales, shifts = _vector(scale, c, c_ok, ACC), _vector(shift, c, c_ok, ACC)
+    scales = _vector(scale, c, c_ok, ACC) if scale is not None else None
+    shifts = _vector(shift, c, c_ok, ACC) if shift is not None else None
     wide_c = c.to(tl.int64) if WIDE else c
     zero = tl.zeros((BC, BR), ACC)
     dtaps = _repeated(zero, K)
@@ -349,12 +349,11 @@ def _ahead(
     return total
 
 
-@triton.autotune(configs=_CONFIGS, key=_KEY)
 @triton.jit
 def input_program(
     grad, x, taps, bias, weight, offset, slope, scale, shift, mask, dx, partials,
     gt, gn, gc, gp, xt, xn, xc, xp, dt, dn, dc, dp,
-    steps, batch, channels, per_sample, positions, tiles, columns, bucket,
+    steps, batch, channels, per_sample, positions, tiles, columns,
     K: tl.constexpr, D: tl.constexpr, SURROGATE: tl.constexpr, ALPHA: tl.constexpr, WALK: tl.constexpr,
     UNROLL: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -374,7 +373,8 @@ def input_program(
     lanes = tl.arange(0, BR)[None, :]
     w = _taps(taps, c, c_ok, K, ACC)
     threshold = _vector(bias, c, c_ok, ACC)
-    scales, shifts = _vector(scale, c, c_ok, ACC), _vector(shift, c, c_ok, ACC)
+    scales = _vector(scale, c, c_ok, ACC) if scale is not None else None
+    shifts = _vector(shift, c, c_ok, ACC) if shift is not None else None
     zero = tl.zeros((BC, BR), ACC)
     if THROUGH:
         v = _taps(weight, c, c_ok, K, ACC)
