@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cuda_build
 from .fold import Folding
-from .fused_cuda_plan import LIMIT, MOST_ORDER, Geometry, Plan, plan
+from .fused_cuda_plan import LIMIT, MOST_ORDER, MOST_ORDER_FLOAT64, Geometry, Plan, plan
 from .layout import Layout, uniform_stride
 from .parts import Call, Parts
 from .quantiser import Gradient
@@ -182,8 +182,9 @@ def _wide(call: Call, x: Tensor) -> Tensor:
 def _supports(problem: Problem) -> str | None:
     if problem.surrogate not in _SURROGATES:
         return f"knows the surrogates {', '.join(_SURROGATES)}, not {problem.surrogate}"
-    if problem.order > MOST_ORDER:
-        return f"takes up to {MOST_ORDER} taps, not {problem.order}"
+    most = MOST_ORDER_FLOAT64 if problem.dtype is torch.float64 else MOST_ORDER
+    if problem.order > most:
+        return f"takes up to {most} taps{' in float64' if most < MOST_ORDER else ''}, not {problem.order}"
     if problem.steps > _MOST_STEPS:
         return f"takes up to {_MOST_STEPS} steps, not {problem.steps}"
     return None
