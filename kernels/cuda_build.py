@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import re
 import shutil
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import cpp_extension
 
 from .build_cache import BuildError, cached, run
 
-__all__ = ["FLAGS", "SOURCE", "BuildError", "compiler", "library", "unavailable"]
+__all__ = ["FLAGS", "SOURCE", "BuildError", "compiler", "library", "unavailable", "unbuildable"]
 
 _FOLDER = pathlib.Path(__file__).resolve().parent / "csrc"
 SOURCE = _FOLDER / "fused_cuda.cu"
@@ -62,6 +63,14 @@ def library(capability: tuple[int, int]) -> ctypes.CDLL:
     if isinstance(found, BuildError):
         raise found
     return found
+
+
+def unbuildable(arch: str) -> str | None:
+    """Compile for ``arch``, such as ``"sm_90"``, with or without such a device; the reason if it fails, or None."""
+    if (named := re.fullmatch(r"sm_(\d+)(\d)", arch)) is None:
+        return f"an architecture is named like sm_90, not {arch!r}"
+    found = _library((int(named[1]), int(named[2])))
+    return str(found) if isinstance(found, BuildError) else None
 
 
 def unavailable() -> str | None:

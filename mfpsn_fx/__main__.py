@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,11 +41,14 @@ def kernel_rows() -> list[list[str]]:
     return rows
 
 
-def build() -> int:
-    """Compile the C++ kernels, and the CUDA ones where there is a device; 1 if some did not build."""
+def build(archs: Sequence[str] = ()) -> int:
+    """Compile the C++ kernels, and the CUDA ones for ``archs``, or for the device there is; 1 if some did not build."""
     status = 0
     builds = {"fused-cpp": cpu_build.unavailable}
-    if torch.cuda.is_available():
+    if archs:
+        for arch in archs:
+            builds[f"fused-cuda for {arch}"] = functools.partial(cuda_build.unbuildable, arch)
+    elif torch.cuda.is_available():
         builds["fused-cuda"] = cuda_build.unavailable
     for name, unavailable in builds.items():
         reason = unavailable()
@@ -92,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mfpsn_fx", description="Multiplication-free spiking networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="list every registered kernel, where it can run here, and if not, why")
-    commands.add_parser("build", help="compile the C++ and CUDA kernels now, rather than on first use")
+    builds = commands.add_parser("build", help="compile the C++ and CUDA kernels now, rather than on first use")
+    builds.add_argument("--arch", nargs="+", default=(), metavar="ARCH",
+                        help="compile the CUDA kernels for these, such as sm_90; needs nvcc, but no GPU")  # fmt: skip
     commands.add_parser("demo", help="convert, compile and train a network on digits (see --help of the example)",
                         add_help=False)  # fmt: skip
     times = commands.add_parser("cache", help="show where times of kernels are kept, and how many")
@@ -113,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "cache":
         return cache(options.clear)
     if options.command == "build":
-        return build()
+        return build(options.arch)
     print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))
     return 0
 
