@@ -35,12 +35,12 @@ def missing(names: tuple[str, ...] = NEEDED) -> list[str]:
 
 
 def installed() -> bool:
-    """Whether ``mfpsn_fx`` is installed, from wherever."""
+    """Whether ``mfpsn_fx`` is installed, from wherever; what a build left in the checkout itself is no installation."""
     try:
-        importlib.metadata.version("mfpsn_fx")
+        found = importlib.metadata.distribution("mfpsn_fx")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    return pathlib.Path(found.locate_file("")).resolve() != ROOT
 
 
 def use_checkout() -> None:

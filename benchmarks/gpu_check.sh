@@ -1,13 +1,19 @@
 #!/bin/sh
-# What a CUDA machine has to say about this checkout, in under 8 minutes: kernels against the float64 reference,
-# compute-sanitizer where it exists, both benchmarks.
+# What a CUDA machine has to say about this checkout, in at most 8 minutes: kernels against the float64 reference, the
+# tests that need a device, compute-sanitizer, times by CUDA graph and eager, a training step.
 #
 #   benchmarks/gpu_check.sh OUT_FOLDER
 #
-# Needs Python 3.11+ with PyTorch 2.11+ for CUDA, and numpy, tabulate, tqdm and networkx; nothing is installed. What is
-# lacking can be carried: WHEELS=folder benchmarks/gpu_check.sh OUT_FOLDER unpacks the wheels in it into a folder of its
-# own for this run. SpikingJelly (with loguru and h5py) gives the rows that ratios to PSN need, matplotlib the pictures.
-# PYTHON names the interpreter. Logs, JSON and pictures are left in OUT_FOLDER.
+# Needs Python 3.11+ with PyTorch 2.11+ for CUDA, and numpy, tabulate, tqdm and networkx; nothing is installed, nothing is
+# fetched. What is lacking can be carried:
+#   WHEELS=folder     its wheels are unpacked into a folder of their own for this run. SpikingJelly (with loguru) gives the
+#                     rows that ratios to PSN and LIF need, matplotlib the pictures.
+#   PREBUILT=folder   compiled kernels: what TORCH_EXTENSIONS_DIR held after `python -m mfpsn_fx build --arch sm_90`
+#                     elsewhere, with the same nvcc. What does not fit this checkout is compiled here.
+#   DEVICE=cpu        a rehearsal without a GPU: every step runs, in small, on the kernels of the CPU.
+#   LIMIT=seconds     for all (default 470). PYTHON names the interpreter.
+# Every step ends by its own limit, and writes as it goes: what was measured by then stays. OUT_FOLDER/gpu_check.tar.gz has
+# all logs, JSON, Markdown and pictures.
 # Exit status: 0, 1 if a step failed (the others go on), 2 if it could not begin.
 set -u
 
@@ -15,13 +21,14 @@ if [ $# -ne 1 ]; then
     echo "usage: benchmarks/gpu_check.sh OUT_FOLDER" >&2
     exit 2
 fi
-out=$1
+began=$(date +%s)
+limit=${LIMIT:-470} device=${DEVICE:-cuda} python=${PYTHON:-python3}
 here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python3}
-mkdir -p "$out" || exit 2
-out=$(cd "$out" && pwd)
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
 
-"$python" -c 'import sys
+"$python" - "$device" <<'PYTHON' || exit 2
+import sys
 if sys.version_info < (3, 11):
     sys.exit("Python 3.11 or newer is needed; say which with PYTHON=...")
 try:
@@ -30,80 +37,138 @@ except ImportError as error:
     sys.exit(f"PyTorch cannot be imported: {error}")
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     sys.exit(f"PyTorch 2.11 or newer is needed, found {torch.__version__}")
-if not torch.cuda.is_available():
-    sys.exit("no CUDA device: torch.cuda.is_available() is False")
-' || exit 2
+if sys.argv[1] != "cpu" and not torch.cuda.is_available():
+    sys.exit("no CUDA device: torch.cuda.is_available() is False (DEVICE=cpu rehearses without one)")
+PYTHON
 
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 if [ -n "${WHEELS:-}" ]; then
-    "$python" -m pip install --quiet --no-deps --no-index --target "$site" "$WHEELS"/*.whl || {
+    "$python" -m pip install --quiet --no-deps --no-index --no-compile --target "$scratch/site" "$WHEELS"/*.whl || {
         echo "the wheels in WHEELS could not be unpacked" >&2
         exit 2
     }
-    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+if [ -n "${PREBUILT:-}" ]; then
+    cp -r "$PREBUILT" "$scratch/extensions" || exit 2
+    export TORCH_EXTENSIONS_DIR="$scratch/extensions"
 fi
 (cd "$here" && "$python" -c 'import checkout') || exit 2
-
-failed=0
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MFPSN_FX_CACHE=off
 : >"$out/summary.txt"
 
 # step NAME SECONDS COMMAND...: run it under a limit, its output into OUT/NAME.log, and go on whatever comes of it
 step() {
-    name=$1 limit=$2
+    name=$1 most=$2
     shift 2
-    echo "== $name"
     started=$(date +%s)
-    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+    left=$((limit - (started - began)))
+    [ "$most" -gt "$left" ] && most=$left
+    if [ "$most" -lt 5 ]; then
+        echo "$name: FAILED: no time was left of $limit s" >>"$out/summary.txt"
+        return
+    fi
+    timeout -k 5 "$most" "$@" >"$out/$name.log" 2>&1
     status=$?
     took=$(($(date +%s) - started))
-    if [ $status -eq 0 ]; then
-        result="passed in $took s"
-    elif [ $status -eq 124 ] || [ $status -eq 137 ]; then
-        result="FAILED: not done after $limit s"
-        failed=1
-    else
-        result="FAILED with status $status after $took s"
-        failed=1
-    fi
-    tail -n 15 "$out/$name.log"
-    echo "$name: $result" | tee -a "$out/summary.txt"
+    case $status in
+    0) result="passed in $took s" ;;
+    124 | 137) result="FAILED: not done after $most s" ;;
+    *) result="FAILED with status $status after $took s" ;;
+    esac
+    echo "$name: $result" >>"$out/summary.txt"
 }
 
 skip() {
-    echo "$1: skipped, $2" | tee -a "$out/summary.txt"
+    echo "$1: skipped, $2" >>"$out/summary.txt"
 }
 
-step kernels 150 "$python" "$here/gpu_kernels.py" --device cuda --seconds 120
-
-# the kernels that are written for CUDA; the rest are calls of PyTorch's own
-ours=$(cd "$here" && "$python" -c 'import checkout
+if [ "$device" = cpu ]; then
+    ours="fused-cpp shifted-add" others=conv2d shards=1 check=2 spare=60 tests=60 compile=0
+    small="--quick --seconds 0.05" tiny=--tiny neuron_grid="--steps 4 --batch 2 --channels 8" network_grid="--steps 4 --batch 2 --channels 8"
+else
+    ours="fused-cuda fused-triton" shards=3 check=80 spare=20 tests=100 compile=30 small="" tiny=""
+    neuron_grid="" network_grid="--steps 4 16"
+    # PyTorch's own calls, which kernels that run anywhere are made of
+    others=$(cd "$here" && "$python" -c 'import checkout
 from mfpsn_fx.kernels import kernels
-print(*[k.name for k in kernels() if "cuda" in (k.devices or ())])')
+print(*[k.name for k in kernels() if k.devices is None])')
+fi
+
+# Facts, and the builds: everything after them finds the kernels compiled.
+step facts 100 "$python" "$here/gpu_facts.py" --device "$device"
+
+# Correctness, all at once: these wait for the host's reference, not for the device. A fault of the device poisons its
+# process and no other: one kernel a process.
+kernels() {
+    name=$1
+    shift
+    # shellcheck disable=SC2086  # options
+    step "$name" $((check + spare)) "$python" "$here/gpu_kernels.py" --device "$device" --seconds "$check" $tiny \
+        --json "$out/$name.json" "$@"
+}
+for kernel in $ours; do
+    shard=1
+    while [ $shard -le $shards ]; do
+        kernels "kernels-$kernel-$shard" --kernels "$kernel" --shard "$shard/$shards" &
+        shard=$((shard + 1))
+    done
+done
+# shellcheck disable=SC2086  # one argument a kernel
+kernels kernels-pytorch --kernels $others &
 if ! command -v compute-sanitizer >/dev/null; then
     skip sanitizer "compute-sanitizer is not there"
-elif [ -z "$ours" ]; then
-    skip sanitizer "no kernel is written for CUDA"
+elif [ "$device" = cpu ]; then
+    skip sanitizer "it is for CUDA"
 else
-    # shellcheck disable=SC2086  # one argument a kernel
-    step sanitizer 60 compute-sanitizer --error-exitcode 1 \
-        "$python" "$here/gpu_kernels.py" --device cuda --tiny --seconds 30 --kernels $ours
+    sanitized() { # TOOL OPTIONS...
+        tool=$1
+        shift
+        step "$tool" $((check + spare)) compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" \
+            "$here/gpu_kernels.py" --device cuda --tiny --seconds $((check / 2)) --kernels fused-cuda "$@"
+    }
+    sanitized memcheck &
+    sanitized racecheck --layout time_last &
 fi
+if "$python" -c 'import pytest, hypothesis, spikingjelly' 2>/dev/null; then
+    if [ "$device" = cpu ]; then
+        which=TestPlan triton_which=refusals
+    else # the device's own tests, and of those that also run emulated on the host, the device's half
+        which='TestOnDevice or (cuda and not (host or compiles or TestFaults or TestBuild or TestPlan))'
+        triton_which='not compile'
+    fi
+    tested() { # NAME FILE WHICH
+        step "$1" "$tests" env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -p checkout -q \
+            --maxfail 5 -o cache_dir="$scratch/pytest" "$here/../tests/$2" -k "$3"
+    }
+    tested tests-cuda test_fused_cuda.py "$which" &
+    tested tests-triton test_fused_triton.py "$triton_which" &
+else
+    skip tests "pytest, hypothesis or SpikingJelly is not there"
+fi
+wait
 
-neuron_picture='' network_picture=''
-if "$python" -c 'import matplotlib' 2>/dev/null; then
-    neuron_picture="--png neuron.png" network_picture="--png network.png"
-else
-    skip pictures "matplotlib is not there"
-fi
+# Times, one after the other: nothing else may run beside them.
+pictures=''
+"$python" -c 'import matplotlib' 2>/dev/null && pictures=yes || skip pictures "matplotlib is not there"
 cd "$out" || exit 2
-# shellcheck disable=SC2086  # an option and its value, or nothing
-step neuron 180 "$python" "$here/neuron.py" --device cuda --seconds 0.5 --compile-seconds 45 \
-    --json neuron.json --markdown neuron.md $neuron_picture
+# shellcheck disable=SC2086  # options
+step times 130 "$python" "$here/gpu_times.py" --device "$device" --limit 110 --kernels $ours \
+    --json times.json --markdown times.md $small
 # shellcheck disable=SC2086
-step network 75 "$python" "$here/network.py" --device cuda --seconds 1 --compile-seconds 25 \
-    --json network.json --markdown network.md $network_picture
+step neuron 110 "$python" "$here/neuron.py" --device "$device" --seconds 0.2 --compile-seconds $compile \
+    --json neuron.json --markdown neuron.md ${pictures:+--png neuron.png} $small $neuron_grid
+# shellcheck disable=SC2086
+step network 80 "$python" "$here/network.py" --device "$device" --seconds 1 --compile-seconds $compile \
+    --json network.json --markdown network.md ${pictures:+--png network.png} $small $network_grid
 
-echo
-cat "$out/summary.txt"
-exit $failed
+echo "in all: $(($(date +%s) - began)) s" >>"$out/summary.txt"
+for log in facts times network; do
+    [ -f "$log.log" ] && tail -n 40 "$log.log"
+done
+grep -h '^FAILED' ./*.log
+cat summary.txt
+tar -czf "$scratch/all.tar.gz" -- *.log *.json *.md *.png *.txt 2>/dev/null
+mv "$scratch/all.tar.gz" gpu_check.tar.gz
+! grep -q FAILED summary.txt

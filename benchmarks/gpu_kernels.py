@@ -1,8 +1,8 @@
 """Every kernel on a device against the float64 reference on the CPU, with nothing but torch: no pytest, no hypothesis.
 
-Run with ``python benchmarks/gpu_kernels.py [--device cuda] [--kernels NAME …] [--seconds 150] [--tiny]``. It prints how
-many checks passed and failed by kernel, and exits with 1 if one failed. ``tests/test_kernels.py`` says more, where
-pytest is.
+Run with ``python benchmarks/gpu_kernels.py [--device cuda] [--kernels NAME …] [--seconds 150] [--shard 1/4] [--tiny]``.
+It prints how many checks passed and failed by kernel, and exits with 1 if one failed. ``tests/test_kernels.py`` says
+more, where pytest is. A fault of the device poisons its process, so ``gpu_check.sh`` runs a process a kernel.
 
 What is checked, over layouts, dtypes, orders, dilations, mask and affine, contiguous and channels-last memory:
 
@@ -19,6 +19,8 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
+import pathlib
 import random
 import sys
 import time
@@ -26,9 +28,21 @@ import zlib
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import checked_device, environment, first_line
+from common import checked_device, environment, first_line, write
 
-from mfpsn_fx.kernels import ATan, Kernel, Layout, Problem, fire, kernels, neuron, power_of_two, reference
+from mfpsn_fx.kernels import (
+    ATan,
+    Kernel,
+    Layout,
+    Problem,
+    fire,
+    fused_cuda,
+    fused_cuda_plan,
+    kernels,
+    neuron,
+    power_of_two,
+    reference,
+)
 
 # Convolution and matrix-product kernels leave the order of the sum to their libraries (docs/kernels.md); every other
 # kernel sums taps i = 0 … k−1, then the bias.
@@ -77,8 +91,8 @@ class Data:
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
             return torch.randint(low, high, shape, generator=draw)
 
-        self.x, self.grad = (self._place(case, normal(*case.shape).to(case.dtype)) for _ in range(2))
-        self.exact_x = self._place(case, integers(-8, 9, *case.shape).to(case.dtype))
+        self.x, self.grad = (self.place(case, normal(*case.shape).to(case.dtype)) for _ in range(2))
+        self.exact_x = self.place(case, integers(-8, 9, *case.shape).to(case.dtype))
         self.weight = normal(channels, case.order).to(kept)
         self.gamma, self.beta, self.mean = (normal(channels).to(kept) for _ in range(3))
         self.var = torch.rand(channels, generator=draw, dtype=torch.float64).to(kept) + 0.5
@@ -93,7 +107,7 @@ class Data:
             self.mask[0, 0] = self.mask[-1, -1] = True
 
     @staticmethod
-    def _place(case: Case, x: torch.Tensor) -> torch.Tensor:
+    def place(case: Case, x: torch.Tensor) -> torch.Tensor:
         if case.layout is Layout.TIME_LAST:
             x = x.movedim(0, -1)
         if case.memory == "contiguous":
@@ -207,22 +221,64 @@ def repeated(name: str, case: Case, device: torch.device) -> None:
                 raise AssertionError("results differ between runs")
 
 
-def cases(tiny: bool) -> list[Case]:
-    """The product of everything, in an order drawn once: what a time limit leaves out is spread over all of it."""
-    shapes = [(9, 3, 5, 7), (12, 2, 64, 4, 4), (1, 2, 3)] if not tiny else [(5, 2, 3, 2)]
+SHAPES = ((9, 3, 5, 7), (12, 2, 64, 4, 4), (16, 2, 8, 8), (4, 2, 16, 7, 7), (97, 1, 4, 3), (1, 2, 3))  # (T, N, C, *)
+
+
+def cases(tiny: bool = False, layout: str | None = None) -> list[Case]:
+    """The product of everything, ordered so that a prefix covers as much as it can.
+
+    First come cases that each add the most of what none before has covered: above all combinations of memory access
+    with dtype and with mask, then pairs of any settings. When all is covered come the rest, shuffled (seeded), so that
+    what a time limit leaves out is spread over all of it.
+    """
     product = itertools.product(
-        Layout,
-        DTYPES.values() if not tiny else (torch.float32,),
+        Layout if layout is None else [Layout.parse(layout)],
+        DTYPES.values() if not tiny else (torch.float32, torch.bfloat16),
         (1, 2, 4, 8, 17) if not tiny else (2, 4),
         (1, 2, 3) if not tiny else (1, 2),
-        EXTRAS,
+        EXTRAS if not tiny else ("", "mask+affine"),
         ("contiguous", "channels-last"),
-        shapes,
+        SHAPES if not tiny else ((8, 2, 8, 8),),
         (True, False),
     )
     found = [Case(*values) for values in product]
     random.Random(0).shuffle(found)
-    return found
+    covered = {case: (accesses(case), pairs(case)) for case in found}
+    new_accesses, new_pairs = (set().union(*kind) for kind in zip(*covered.values(), strict=True))
+    first = []
+    while new_pairs or new_accesses:
+        best = max(found, key=lambda c: (len(covered[c][0] & new_accesses), len(covered[c][1] & new_pairs)))
+        first.append(best)
+        new_accesses -= covered[best][0]
+        new_pairs -= covered[best][1]
+    chosen = set(first)
+    return first + [case for case in found if case not in chosen]
+
+
+def pairs(case: Case) -> frozenset:
+    """Each pair of the settings of ``case``."""
+    return frozenset(itertools.combinations(enumerate(dataclasses.astuple(case)), 2))
+
+
+def accesses(case: Case) -> frozenset:
+    """How ``case`` goes through memory, with its dtype and with its mask."""
+    return frozenset([(access(case), case.dtype), (access(case), "mask" in case.extras)])
+
+
+def access(case: Case) -> tuple[bool, int, bool, int]:
+    """How the CUDA kernel would go through memory.
+
+    Returns:
+        Whether threads stand along channels, elements of a load, whether time goes through shared memory, and elements
+        of a load of that.
+    """
+    x = Data.place(case, torch.empty(case.shape, dtype=case.dtype, device="meta"))
+    geometries = (fused_cuda._geometry(x, case.layout),) * 3
+    steps, batch, channels, *places = case.shape
+    shape = (steps, batch, channels, math.prod(places))
+    dilation, size = min(case.dilation, steps), case.dtype.itemsize
+    plan = fused_cuda_plan.plan(shape, case.order, dilation, size, geometries, 132)
+    return bool(plan.lanes), plan.vector, plan.tile > 0, plan.wide_tile
 
 
 def allowed(kernel: Kernel, case: Case, device: torch.device) -> str | None:
@@ -235,15 +291,30 @@ def allowed(kernel: Kernel, case: Case, device: torch.device) -> str | None:
     )  # fmt: skip
 
 
-def check(names: tuple[str, ...], device: torch.device, seconds: float | None, tiny: bool, shown: int = 5) -> int:
-    """Run the checks and print what was found; returns how many failed, or 1 if there was nothing to check."""
+FAULTS = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+
+
+def check(
+    names: tuple[str, ...],
+    device: torch.device,
+    seconds: float | None,
+    todo: list[Case],
+    shown: int = 5,
+    json_file: pathlib.Path | None = None,
+) -> int:
+    """Run the checks on ``todo`` and print what was found; returns how many failed, or 1 if there was nothing to check.
+
+    The counts are written to ``json_file`` after each case. It ends at a fault of the device, since every call after it
+    fails.
+    """
     chosen = [kernel for kernel in kernels() if not names or kernel.name in names]
     counts: dict[str, collections.Counter] = {kernel.name: collections.Counter() for kernel in chosen}
     refusals: dict[str, collections.Counter] = {kernel.name: collections.Counter() for kernel in chosen}
-    everything, started = cases(tiny), time.perf_counter()
-    done = 0
-    for case in everything:
-        if seconds is not None and time.perf_counter() - started > seconds:
+    failures: list[str] = []
+    started = time.perf_counter()
+    done, fault = 0, False
+    for case in todo:
+        if fault or (seconds is not None and time.perf_counter() - started > seconds):
             break
         done += 1
         for kernel in chosen:
@@ -256,11 +327,20 @@ def check(names: tuple[str, ...], device: torch.device, seconds: float | None, t
                     one(kernel.name, case, device)
                 except Exception as error:  # a kernel that raises has failed; the others are still to be checked
                     counts[kernel.name]["failed"] += 1
+                    failures.append(f"{kernel.name} {one.__name__}, {case}: {first_line(error)}")
                     if counts[kernel.name]["failed"] <= shown:
-                        print(f"FAILED {kernel.name} {one.__name__}, {case}: {first_line(error)}", flush=True)
+                        print(f"FAILED {failures[-1]}", flush=True)
+                    fault = any(text in str(error) for text in FAULTS)
+                    if fault:
+                        break
                 else:
                     counts[kernel.name]["passed"] += 1
-    print(f"{done} of {len(everything)} cases in {time.perf_counter() - started:.0f} s")
+            if fault:
+                break
+        write(json_file, {"cases": done, "of": len(todo), "counts": counts, "failures": failures})
+    print(f"{done} of {len(todo)} cases in {time.perf_counter() - started:.0f} s")
+    if fault:
+        print("ended at a fault of the device, after which every call fails")
     for name, count in counts.items():
         print(f"{name}: {count['passed']} checks passed, {count['failed']} failed")
         for reason, times in refusals[name].most_common(3):
@@ -271,12 +351,26 @@ def check(names: tuple[str, ...], device: torch.device, seconds: float | None, t
     return sum(count["failed"] for count in counts.values()) or int(not passed)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """``"2/4"`` as (2, 4): every fourth case, from the second on."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is I/N with 1 <= I <= N, such as 2/4, not {text}")
+    return int(index), int(count)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME")
     parser.add_argument("--seconds", type=float, help="stop after so many; default: when all is done")
-    parser.add_argument("--tiny", action="store_true", help="a few small float32 cases, as for compute-sanitizer")
+    parser.add_argument(
+        "--shard", type=shard, default=(1, 1), metavar="I/N", help="only each N-th case, from the I-th on"
+    )
+    parser.add_argument("--layout", choices=[str(layout) for layout in Layout], help="only this one")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose description, as in a failure, has TEXT")
+    parser.add_argument("--tiny", action="store_true", help="a few small cases, as for compute-sanitizer")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the counts, after each case")
     options = parser.parse_args(argv)
     device = checked_device(options.device)
     known = {kernel.name for kernel in kernels()}
@@ -287,8 +381,10 @@ def main(argv: list[str] | None = None) -> int:
     print(environment(device)["text"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the reference's tensors are small: on a busy machine threads wait for each other
+    index, count = options.shard
+    todo = [case for case in cases(options.tiny, options.layout) if options.only in str(case)][index - 1 :: count]
     try:
-        return int(check(tuple(options.kernels), device, options.seconds, options.tiny) > 0)
+        return int(check(tuple(options.kernels), device, options.seconds, todo, json_file=options.json) > 0)
     finally:
         torch.set_num_threads(threads)
 

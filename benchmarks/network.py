@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -138,7 +139,7 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
         if name not in models:
             continue
         if (reason := compiler.refusal()) is None:
-            backend = "inductor" if name == "PSN" else "mfpsn_fx"  # each at its best
+            backend = "inductor" if name == "PSN" else mfpsn_fx.Backend()  # each at its best
             run = training_step(compiler.compile(models[name], backend=backend), x, y, reset=False)
             reason = compiler.warm(run)
         if reason is None:
@@ -161,29 +162,38 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
     }
 
 
-def measure(settings: Settings, progress: bool | None = None) -> dict[str, object]:
-    """Every T; what ``--json`` writes. The longest first: what compiling is budgeted for is wanted there most."""
+def measure(
+    settings: Settings, progress: bool | None = None, json_file: pathlib.Path | None = None
+) -> dict[str, object]:
+    """Every T; ``--json`` is written after each. The longest come first: compiling is wanted there most."""
     compiler, results = Compiler(settings.compile_seconds), []
+
+    def found() -> dict[str, object]:
+        ordered = sorted(results, key=lambda result: result["T"])
+        means = {}
+        for name in dict.fromkeys(name for result in ordered for name in result["ratio_to_psn"]):
+            means[name] = geometric_mean(r["ratio_to_psn"][name] for r in ordered if name in r["ratio_to_psn"])
+        return {
+            "environment": environment(settings.device),
+            "network": {
+                "batch": settings.batch, "channels": settings.channels, "classes": settings.classes, "k": ORDER,
+            },
+            "compile_seconds": compiler.spent,
+            "missing": rivals.MISSING,
+            "results": ordered,
+            "geometric_mean_to_psn": means,
+        }  # fmt: skip
+
     for steps in tqdm(
         sorted(settings.steps, reverse=True), desc="T", disable=None if progress is None else not progress
     ):
         torch._dynamo.reset()
         try:
             results.append(measure_steps(settings, compiler, steps))
+            write(json_file, found())
         except (RuntimeError, MemoryError) as error:  # such as out of memory: the other T still count
             print(f"T = {steps}: {first_line(error)}")
-    results.reverse()
-    means = {}
-    for name in dict.fromkeys(name for result in results for name in result["ratio_to_psn"]):
-        means[name] = geometric_mean(r["ratio_to_psn"][name] for r in results if name in r["ratio_to_psn"])
-    return {
-        "environment": environment(settings.device),
-        "network": {"batch": settings.batch, "channels": settings.channels, "classes": settings.classes, "k": ORDER},
-        "compile_seconds": compiler.spent,
-        "missing": rivals.MISSING,
-        "results": results,
-        "geometric_mean_to_psn": means,
-    }
+    return found()
 
 
 def tables(found: dict) -> str:
@@ -287,7 +297,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         pyplot()  # that it is missing is to be known before, not after, the measuring
     if rivals.MISSING:
         print(rivals.MISSING)
-    found = measure(settings)
+    found = measure(settings, json_file=options.json)
     found["made_by"] = preamble("network.py", argv, found["environment"])
     text = f"{found['made_by']}\n\n{tables(found)}"
     print(text)
@@ -302,4 +312,4 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not main()["results"])  # nothing measured is a failure

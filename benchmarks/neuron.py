@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -245,33 +246,41 @@ def summary(cells: list[dict]) -> dict[str, object]:
     }
 
 
-def measure(settings: Settings, progress: bool | None = None) -> dict[str, object]:
-    """Run the whole grid; what ``--json`` writes."""
+def measure(
+    settings: Settings, progress: bool | None = None, json_file: pathlib.Path | None = None
+) -> dict[str, object]:
+    """Run the whole grid; what ``--json`` writes, after each cell: a run that is cut short keeps what it measured."""
     compiler = Compiler(settings.compile_seconds)
     torch.manual_seed(0)
     cells, previous = [], None
+
+    def found() -> dict[str, object]:
+        cells.sort(key=lambda c: (c["past_cache"], c["T"], c["k"], c["d"]))
+        return {
+            "environment": environment(settings.device),
+            "measures": BUDGET,
+            "compile_seconds": compiler.spent,
+            "missing": rivals.MISSING,
+            "cells": cells,
+            "summary": summary(cells),
+        }
+
     # 64: one module is compiled at up to 6 pairs of order and dilation, in training and in evaluation
     with torch._dynamo.config.patch(recompile_limit=64):
         for shape in tqdm(settings.cells(), desc="cells", disable=None if progress is None else not progress):
             if previous != (shape[0], shape[3]):
                 torch._dynamo.reset()
                 previous = (shape[0], shape[3])
-            cell = Cell(settings, compiler, shape)
+            cell = None
             try:
+                cell = Cell(settings, compiler, shape)
                 cell.fill()
                 cells.append(derived(cell.measured()))
+                write(json_file, found())
             except (RuntimeError, MemoryError) as error:  # such as out of memory: the other cells still count
                 print(f"T = {shape[0]}, k = {shape[1]}, d = {shape[2]}, N = {shape[3]}: {first_line(error)}")
             del cell
-    cells.sort(key=lambda c: (c["past_cache"], c["T"], c["k"], c["d"]))
-    return {
-        "environment": environment(settings.device),
-        "measures": BUDGET,
-        "compile_seconds": compiler.spent,
-        "missing": rivals.MISSING,
-        "cells": cells,
-        "summary": summary(cells),
-    }
+    return found()
 
 
 def _compiled_of_ours(times: dict[str, float], ours: list[str]) -> float | None:
@@ -453,7 +462,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         pyplot()  # that it is missing is to be known before, not after, the measuring
     if rivals.MISSING:
         print(rivals.MISSING)
-    found = measure(settings)
+    found = measure(settings, json_file=options.json)
     found["made_by"] = preamble("neuron.py", argv, found["environment"])
     text = f"{found['made_by']}\n\n{tables(found)}"
     print(text)
@@ -466,4 +475,4 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not main()["cells"])  # nothing measured is a failure

@@ -356,7 +356,7 @@ def test_the_checkout_serves_without_an_installation(tmp_path):
         "import importlib.metadata as m, sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
         "def gone(name): raise m.PackageNotFoundError(name)\n"
-        "m.version = gone\n"
+        "m.distribution = gone\n"
         f"sys.path.insert(0, {str(FOLDER)!r})\n"
         "import checkout, mfpsn_fx.passes, mfpsn_fx.kernels as k\n"
         "print(k.__name__, len(k.kernels()) > 3)\n"
