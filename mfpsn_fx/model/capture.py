@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
@@ -62,10 +64,21 @@ for _function in (
 
 
 class _LeafTracer(fx.Tracer):
+    """Trace a model with leaves and log which module's forward does what.
+
+    Attributes:
+        leaves: paths of modules to call, not to trace through, each with the reason. Those that bear hooks are added.
+        inside: the paths of the modules whose forwards are running, the innermost last; the root's is ``""``.
+        log: one entry for each node, for each call of a module that is traced through, and for what each of these and
+            the root return: ``inside`` at that time, the kind, and the rest. A call, of a leaf or of another module,
+            belongs to the caller; what a module returns belongs to that module.
+    """
+
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
         super().__init__(autowrap_functions=(fold_time, unfold_time))
         self.leaves = {} if leaves is None else leaves
-        self.inside: list[str] = []
+        self.inside: list[str] = [""]
+        self.log: list[tuple] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
@@ -82,41 +95,59 @@ class _LeafTracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):  # its code does not run: the node, or the failure to make it, is the caller's
+            return super().call_module(m, forward, args, kwargs)
+        self._note("call", path, _outline((args, kwargs)))
         self.inside.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
+            self._note("return", _outline(result))
         except _Untraceable:
             raise
         except Exception as error:
             raise _Untraceable(path, f"{type(error).__name__}: {_first_line(error)}") from error
-        self.inside.pop()
+        finally:
+            self.inside.pop()
         return result
 
-    def create_node(self, *args, **kwargs):
-        node = super().create_node(*args, **kwargs)
-        node.meta["mfpsn_owner"] = self.inside[-1] if self.inside else ""
+    def create_node(self, kind, target, args, *rest, **kwargs):
+        node = super().create_node(kind, target, args, *rest, **kwargs)
+        if kind == "output":
+            self._note("return", _outline(args[0]))
+        else:
+            named = [fx.map_arg(given, lambda n: n.name) for given in (node.args, node.kwargs)]
+            self._note(kind, node.name, node.target, *named)
         return node
+
+    def _note(self, *what: object) -> None:
+        self.log.append((tuple(self.inside), *what))
+
+
+def _outline(value: object) -> tuple:
+    """Return what of arguments or results can be compared between copies of a model; of other objects, the types."""
+    leaves, structure = pytree.tree_flatten(value)
+    return structure, [_outlined(leaf) for leaf in leaves]
+
+
+def _outlined(leaf: object) -> object:
+    if isinstance(leaf, (fx.Proxy, fx.Node)):
+        return ((leaf.node if isinstance(leaf, fx.Proxy) else leaf).name,)
+    return leaf if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)) else type(leaf)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:
+def _trace(model: nn.Module, leaves: dict[str, str]) -> _LeafTracer:
     tracer = _LeafTracer(leaves)
     try:
-        return tracer.trace(model)
+        tracer.trace(model)
     except _Untraceable:
         raise
     except Exception as error:
         raise _Untraceable("", f"{type(error).__name__}: {_first_line(error)}") from error
-
-
-def _constants(node: fx.Node, wired: bool) -> object:
-    """What of a node must not differ between training and evaluation; its inputs' names too if ``wired``."""
-    strip = lambda arg: (arg.name if wired else "node") if isinstance(arg, fx.Node) else arg  # noqa: E731
-    name = node.name if wired else ""
-    return (node.op, name, node.target, fx.map_arg(node.args, strip), fx.map_arg(node.kwargs, strip))
+    return tracer
 
 
 def _same(a: object, b: object) -> bool:
@@ -126,34 +157,24 @@ def _same(a: object, b: object) -> bool:
         return repr(a) == repr(b)
 
 
-def _differing_owner(training: fx.Graph, evaluation: fx.Graph) -> str | None:
-    """The innermost module in whose forward the two graphs part; None if they are the same."""
-    # First by what each module's own forward does, whatever it is wired to: a node more or less in one module
-    # shifts the names of all that follow, elsewhere too.
-    ours, theirs = _by_owner(training), _by_owner(evaluation)
-    parted = [owner for owner in ours | theirs if not _same(ours.get(owner), theirs.get(owner))]
-    if parted:
-        return max(parted, key=lambda owner: (owner != "", owner.count("."), owner))
-    for a, b in zip(training.nodes, evaluation.nodes, strict=True):
-        if not _same(_constants(a, True), _constants(b, True)):
-            return _common(a.meta["mfpsn_owner"], b.meta["mfpsn_owner"])
+def _differing_owner(training: _LeafTracer, evaluation: _LeafTracer) -> str | None:
+    """Return the path of the innermost module in whose forward the traces first differ; None if they are equal.
+
+    Up to the first difference both traces ran the same forwards, so it is in one and the same module that they differ.
+    Others may differ as well: that shows in the next traces, with this one a leaf.
+    """
+    for ours, theirs in itertools.zip_longest(training.log, evaluation.log):
+        if not _same(ours, theirs):
+            forwards = (ours or theirs)[0]
+            return forwards[-1]
     return None
 
 
-def _by_owner(graph: fx.Graph) -> dict[str, list]:
-    found: dict[str, list] = {}
-    for node in graph.nodes:
-        found.setdefault(node.meta["mfpsn_owner"], []).append(_constants(node, False))
-    return found
-
-
-def _common(a: str, b: str) -> str:
-    shared = []
-    for left, right in zip(a.split("."), b.split("."), strict=False):
-        if left != right:
-            break
-        shared.append(left)
-    return ".".join(shared)
+def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
+    """Return ``owner``, or its nearest ancestor if that is a leaf already; finally the root, ``""``, which never is."""
+    while owner in leaves:
+        owner = owner.rpartition(".")[0]
+    return owner
 
 
 def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -174,6 +195,9 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     if _has_hooks(model):
         return _root_leaf(model), {"": "bears hooks"}
     with preserved_rng():
+        # Each turn ends the loop or adds a path to the leaves that was not there. The tracer knows the paths that its
+        # copy had before any forward ran, so these are paths of the model's modules, which are finitely many: the loop
+        # ends, even if the model's forwards do something else each time.
         while True:
             # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
             # not be met again.
@@ -187,12 +211,11 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
                 owner, reason = error.path, error.reason
             if owner is None:
                 break
+            owner = _next_leaf(owner, leaves)
             if owner == "":
                 return _root_leaf(model), {"": reason}
             leaves[owner] = reason
-    for node in training.nodes:
-        node.meta.pop("mfpsn_owner", None)
-    gm = fx.GraphModule(_with_constants(model, scratch, training), training, type(model).__name__)
+    gm = fx.GraphModule(_with_constants(model, scratch, training.graph), training.graph, type(model).__name__)
     # FX makes the containers anew; the layers in them are the source's own, with their modes
     for name, child in gm.named_modules():
         source = _submodule(model, name)
