@@ -147,6 +147,12 @@ class NeuronInEvaluation(Net):
         return self.out(h if self.training else self.lif2(h))
 
 
+class AnotherNeuronInEachMode(Net):
+    def forward(self, x):
+        h = self.fc(x)
+        return self.out(self.lif(h) if self.training else self.lif2(h))
+
+
 class LayerTwiceInTraining(Net):
     def forward(self, x):
         h = self.fc2(self.lif(self.fc(x)))
@@ -297,14 +303,11 @@ class Wrapper(nn.Module):
 CASES = {
     AuxiliaryHead: "", NamedHeads: "", DropoutInTraining: "", SoftmaxInEvaluation: "", InABlock: "block",
     TwoDeep: "block.inner.inner", TracedChildInTraining: "", TracedChildInEvaluation: "", NeuronInTraining: "",
-    NeuronInEvaluation: "", LayerTwiceInTraining: "", BlockTwiceInTraining: "",
+    NeuronInEvaluation: "", AnotherNeuronInEachMode: "", LayerTwiceInTraining: "", BlockTwiceInTraining: "",
     OtherOrder: "", OtherOrderOfBlocks: "", OtherArguments: "", OtherInputOfABlock: "", OtherInputOfALayer: "",
     OwnSequential: "block", SlicedModuleList: "", ParameterInTraining: "", ParameterInABlock: "block", OtherBuffer: "",
     OtherNodeReturned: "block", UnderTwoNames: "first", InTwoModules: "first, first.inner", Wrapper: "net",
 }  # fmt: skip
-
-# The example reaches all their neurons in evaluation mode only.
-EVALUATED = (TracedChildInEvaluation, NeuronInEvaluation)
 
 
 def batch():
@@ -347,8 +350,24 @@ def test_the_module_whose_forward_differs_is_the_leaf(net, leaves):
 @pytest.mark.parametrize("net", CASES)
 def test_converted_network_does_in_each_mode_what_the_code_says(net, example):
     """The code itself, run with the new neurons, says what is expected."""
-    model = net().train(net not in EVALUATED)
+    model = net()
     assert_same_outputs(converted(model, *([batch()] if example else []), inplace=True), model)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "net",
+    [AuxiliaryHead, NeuronInTraining, NeuronInEvaluation, AnotherNeuronInEachMode, TracedChildInTraining,
+     TracedChildInEvaluation],
+)  # fmt: skip
+def test_an_example_serves_neurons_of_both_modes(net, training):
+    model = net().train(training)
+    gm = converted(model, batch(), inplace=True)
+    for m in gm.modules():
+        if isinstance(m, mfpsn_fx.MulFreePSN):
+            assert not torch.equal(m.running_mean, torch.zeros(8)), "it was not measured on the example"
+    assert all(module.training is training for module in gm.modules())
+    assert_same_outputs(gm, model)
 
 
 @pytest.mark.parametrize("example", [True, False])
@@ -373,7 +392,7 @@ def test_outputs_of_the_two_modes(example):
     assert torch.allclose(evaluation[0].sum(-1), torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("net", [AuxiliaryHead, InABlock, InTwoModules])
+@pytest.mark.parametrize("net", [AuxiliaryHead, InABlock, NeuronInEvaluation, InTwoModules])
 def test_source_is_left_as_it_was(net):
     model, x = net(), batch()
     model.fc2.eval()
