@@ -477,6 +477,72 @@ def test_a_forward_that_is_never_the_same_is_a_leaf():
     assert list(capture(Random())[1]) == [""]
 
 
+class AuxiliaryBlock(Block):
+    def forward(self, h):
+        s = super().forward(h)
+        return (s, h) if self.training else s
+
+
+class PairInEvaluation(Block):
+    def forward(self, h):
+        s = super().forward(h)
+        return s if self.training else (s, h + s)
+
+
+class NothingInEvaluation(Block):
+    def forward(self, h):
+        return super().forward(h) if self.training else None
+
+
+class LooksAtTheType(WithBlock):
+    block_class = AuxiliaryBlock
+
+    def forward(self, x):
+        h, aux = self.block(self.hidden(x)), None
+        if isinstance(h, tuple):
+            h, aux = h
+        y = self.out(h)
+        return y if aux is None else (y, self.aux(aux))
+
+
+class TakesTheFirst(WithBlock):
+    block_class = PairInEvaluation
+
+    def forward(self, x):
+        out = self.block(self.hidden(x))
+        return out[0] if isinstance(out, tuple) else out
+
+
+class LooksForNone(WithBlock):
+    block_class = NothingInEvaluation
+
+    def forward(self, x):
+        h = self.hidden(x)
+        more = self.block(h)
+        return self.out(h if more is None else more)
+
+
+class HandsOn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = PairInEvaluation()
+
+    def forward(self, h):
+        return self.block(h)
+
+
+class LooksAtWhatIsHandedOn(TakesTheFirst):
+    block_class = HandsOn
+
+
+@pytest.mark.parametrize("net", [LooksAtTheType, TakesTheFirst, LooksForNone, LooksAtWhatIsHandedOn])
+def test_a_caller_that_may_look_at_a_result_of_two_kinds_is_the_leaf(net):
+    """As a leaf's result it would be a proxy, in which no tuple and no None can be seen."""
+    model = net()
+    assert list(capture(model)[1]) == [""]
+    assert_same_outputs(converted(model, batch(), inplace=True), model)
+
+
 class DropsInTraining(nn.Module):
     def __init__(self):
         super().__init__()

@@ -161,13 +161,36 @@ def _differing_owner(training: _LeafTracer, evaluation: _LeafTracer) -> str | No
     """Return the path of the innermost module in whose forward the traces first differ; None if they are equal.
 
     Up to the first difference both traces ran the same forwards, so it is in one and the same module that they differ.
-    Others may differ as well: that shows in the next traces, with this one a leaf.
+    Others may differ as well: that shows in the next traces, with this one a leaf. A leaf returns a proxy, in which
+    its caller cannot see what it returns in each mode. If that is a tuple in one and a tensor in the other, a caller
+    that does more than return it is the one to become the leaf.
     """
-    for ours, theirs in itertools.zip_longest(training.log, evaluation.log):
-        if not _same(ours, theirs):
-            forwards = (ours or theirs)[0]
-            return forwards[-1]
-    return None
+    logs = (training.log, evaluation.log)
+    pairs = itertools.zip_longest(*logs)
+    first = next((index for index, (ours, theirs) in enumerate(pairs) if not _same(ours, theirs)), None)
+    if first is None:
+        return None
+    forwards = next(log[first][0] for log in logs if first < len(log))
+    owner = forwards[-1]
+    while len(forwards) > 1:
+        ends = [_end_of(forwards, log, first) for log in logs]
+        ours, theirs = (log[end][2] for log, end in zip(logs, ends, strict=True))
+        if _kinds(ours) == _kinds(theirs):
+            break
+        forwards = forwards[:-1]
+        if any(log[end + 1] != (forwards, *log[end][1:]) for log, end in zip(logs, ends, strict=True)):
+            owner = forwards[-1]
+    return owner
+
+
+def _end_of(forwards: tuple[str, ...], log: list[tuple], start: int) -> int:
+    """Return where in ``log``, from ``start`` on, the innermost of the running ``forwards`` returns."""
+    return next(index for index in range(start, len(log)) if log[index][:2] == (forwards, "return"))
+
+
+def _kinds(outline: tuple) -> tuple:
+    structure, leaves = outline
+    return structure, [type(leaf) for leaf in leaves]
 
 
 def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
