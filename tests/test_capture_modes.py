@@ -543,6 +543,48 @@ def test_a_caller_that_may_look_at_a_result_of_two_kinds_is_the_leaf(net):
     assert_same_outputs(converted(model, batch(), inplace=True), model)
 
 
+class Doubles(nn.Module):
+    def forward(self, h):
+        return h * 2 if h.sum() > -1e9 else h
+
+
+class Catches(WithBlock):
+    block_class = Doubles
+
+    def forward(self, x):
+        h = self.hidden(x)
+        try:
+            h = self.block(h)
+        except Exception:
+            h = h * 3
+        return self.out(h)
+
+
+class CatchesInside(WithBlock):
+    @staticmethod
+    def block_class():
+        return Around(Catching())
+
+
+class Catching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Around(Doubles())
+
+    def forward(self, h):
+        try:
+            return self.inner(h)
+        except Exception:
+            return h
+
+
+@pytest.mark.parametrize(("net", "leaf"), [(Catches, ""), (CatchesInside, "block.inner")])
+def test_a_forward_that_catches_what_defeats_tracing_is_a_leaf(net, leaf):
+    model = net()
+    assert list(capture(model)[1]) == [leaf]
+    assert_same_outputs(converted(model, batch(), inplace=True), model)
+
+
 class DropsInTraining(nn.Module):
     def __init__(self):
         super().__init__()

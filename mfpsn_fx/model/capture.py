@@ -72,6 +72,7 @@ class _LeafTracer(fx.Tracer):
         log: one entry for each node, for each call of a module that is traced through, and for what each of these and
             the root return: ``inside`` at that time, the kind, and the rest. A call, of a leaf or of another module,
             belongs to the caller; what a module returns belongs to that module.
+        caught: set if a child cannot be traced; raised at the end of a trace, which only gets there if that was caught.
     """
 
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
@@ -79,6 +80,7 @@ class _LeafTracer(fx.Tracer):
         self.leaves = {} if leaves is None else leaves
         self.inside: list[str] = [""]
         self.log: list[tuple] = []
+        self.caught: _Untraceable | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
@@ -102,13 +104,24 @@ class _LeafTracer(fx.Tracer):
         try:
             result = super().call_module(m, forward, args, kwargs)
             self._note("return", _outline(result))
-        except _Untraceable:
-            raise
         except Exception as error:
-            raise _Untraceable(path, f"{type(error).__name__}: {_first_line(error)}") from error
+            known = isinstance(error, _Untraceable)
+            reason = error.reason if known else f"{type(error).__name__}: {_first_line(error)}"
+            # If the caller catches it, the trace goes on with what the model does on failure. Only the caller's own
+            # code can do both.
+            self.caught = _Untraceable(self.inside[-2], f"it catches an exception of tracing: {reason}")
+            if known:
+                raise
+            raise _Untraceable(path, reason) from error
         finally:
             self.inside.pop()
         return result
+
+    def trace(self, *args, **kwargs):
+        graph = super().trace(*args, **kwargs)
+        if self.caught is not None:
+            raise self.caught
+        return graph
 
     def create_node(self, kind, target, args, *rest, **kwargs):
         node = super().create_node(kind, target, args, *rest, **kwargs)
