@@ -585,6 +585,24 @@ def test_a_forward_that_catches_what_defeats_tracing_is_a_leaf(net, leaf):
     assert_same_outputs(converted(model, batch(), inplace=True), model)
 
 
+class OtherConstant(Net):
+    def forward(self, x):
+        return self.out(self.hidden(x)) * torch.tensor(2.0 if self.training else 3.0)
+
+
+class OtherConstantInABlock(WithBlock):
+    class block_class(nn.Module):
+        def forward(self, h):
+            return h + torch.arange(8) * (2 if self.training else 3)
+
+
+@pytest.mark.parametrize(("net", "leaf"), [(OtherConstant, ""), (OtherConstantInABlock, "block")])
+def test_another_tensor_constant_in_each_mode_makes_a_leaf(net, leaf):
+    model = net()
+    assert list(capture(model)[1]) == [leaf]
+    assert_same_outputs(converted(model, batch(), inplace=True), model)
+
+
 class DropsInTraining(nn.Module):
     def __init__(self):
         super().__init__()

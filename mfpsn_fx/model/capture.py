@@ -155,7 +155,8 @@ def _first_line(error: Exception) -> str:
 def _trace(model: nn.Module, leaves: dict[str, str]) -> _LeafTracer:
     tracer = _LeafTracer(leaves)
     try:
-        tracer.trace(model)
+        with preserved_rng():  # each trace draws the same numbers, so that these make no difference
+            tracer.trace(model)
     except _Untraceable:
         raise
     except Exception as error:
@@ -206,6 +207,21 @@ def _kinds(outline: tuple) -> tuple:
     return structure, [type(leaf) for leaf in leaves]
 
 
+def _owner_of_differing_constant(training: _LeafTracer, evaluation: _LeafTracer) -> str | None:
+    """Return the path of a module whose forward makes different tensor constants in two traces with equal logs."""
+    for forwards, kind, *what in training.log:
+        if kind != "get_attr" or not what[1].startswith("_tensor_constant"):
+            continue
+        if not same_tensor(getattr(training.root, what[1]), getattr(evaluation.root, what[1])):
+            return forwards[-1]
+    return None
+
+
+def same_tensor(a: object, b: object) -> bool:
+    """Return whether two tensors are equal, NaN to NaN; True for what is no tensor."""
+    return not isinstance(a, torch.Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
+
+
 def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
     """Return ``owner``, or its nearest ancestor if that is a leaf already; finally the root, ``""``, which never is."""
     while owner in leaves:
@@ -242,6 +258,8 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
                 evaluation = _trace(copied(model).eval(), leaves)
                 training = _trace(scratch.train(), leaves)
                 owner = _differing_owner(training, evaluation)
+                if owner is None:
+                    owner = _owner_of_differing_constant(training, evaluation)
                 reason = "its graph differs between training and evaluation"
             except _Untraceable as error:
                 owner, reason = error.path, error.reason

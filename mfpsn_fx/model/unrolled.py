@@ -19,6 +19,7 @@ from .capture import (
     _with_constants,
     copied,
     preserved_rng,
+    same_tensor,
 )
 from .fused_layers import LinearThenCell
 from .source import qualified_name
@@ -324,7 +325,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant") and node.target not in written:
             ours, theirs = (_attribute(scratch, node.target) for scratch in scratches)
-            if not _same_tensor(ours, theirs):
+            if not same_tensor(ours, theirs):
                 raise NotSteppedError(
                     f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
                     "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
@@ -347,10 +348,6 @@ def _restore_output(graph: fx.Graph) -> None:
         (output,) = (node for node in graph.nodes if node.op == "output")
         output.args = (pytree.tree_unflatten(list(output.args[0]), codegen.pytree_info.out_spec),)
         graph.set_codegen(fx.graph.CodeGen())
-
-
-def _same_tensor(a: object, b: object) -> bool:
-    return not isinstance(a, Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
