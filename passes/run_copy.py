@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +24,7 @@ class Run(NamedTuple):
     """What a run showed.
 
     Attributes:
-        graph: the copy that ran.
+        graph: the copy that ran; neurons that only the other mode reaches are those of a copy that ran in that mode.
         tensors: for each node by name, (shape, dtype, device) of its tensor.
         inside: the same of the input of each neuron, converted or not, by path (``path@2`` for the second call of
             one), in the order of execution.
@@ -58,21 +59,41 @@ class _Recorder(fx.Interpreter):
 def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None = None) -> Run:
     """Run a deep copy of ``gm`` on ``example`` without gradients, random generators preserved.
 
-    ``prepare`` may hook the copy first. Neurons run in evaluation, other layers in the mode that they are in.
+    ``prepare`` may hook the copy first. Neurons run in evaluation, other layers in the mode that they are in. If some
+    neurons are not called, a second copy runs in the other mode and shows their inputs: a leaf's forward may call a
+    child in one mode only.
     """
-    copied = copy.deepcopy(gm)
+    run, calls = _run(copy.deepcopy(gm), example, prepare)
+    if 0 in calls.values():
+        with contextlib.suppress(
+            Exception
+        ):  # not every network runs in both modes: such neurons then count as not reached
+            other, others = _run(copy.deepcopy(gm).train(not gm.training), example, prepare)
+            for path in (path for path, count in others.items() if count and not calls[path]):
+                run.graph.set_submodule(path, other.graph.get_submodule(path))
+                for name in (path, *(f"{path}@{use}" for use in range(2, others[path] + 1))):
+                    run.inside[name] = other.inside[name]
+                    if name in other.operands:
+                        run.operands[name] = other.operands[name]
+    return run
+
+
+def _run(
+    copied: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None
+) -> tuple[Run, dict[str, int]]:
+    """Run ``copied`` itself; return what it showed, and how often each neuron was called."""
     inside: dict[str, tuple] = {}
     operands: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    calls: dict[str, int] = {}
     watched = source_paths(copied)
     for path, module in copied.named_modules():
         if isinstance(module, MulFreePSN):
             watched[path] = module.eval()
+    calls = dict.fromkeys(watched, 0)
     for path, module in watched.items():
 
         def record(module, args, path=path):
             x = args[0]
-            calls[path] = calls.get(path, 0) + 1
+            calls[path] += 1
             name = path if calls[path] == 1 else f"{path}@{calls[path]}"
             inside[name] = (tuple(x.shape), x.dtype, x.device)
             if isinstance(module, MulFreePSN):
@@ -89,7 +110,7 @@ def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module]
     recorder = _Recorder(copied)
     with torch.no_grad(), preserved_rng():
         recorder.run(*bind_arguments(copied, args, kwargs))
-    return Run(copied, recorder.tensors, inside, recorder.strides, operands)
+    return Run(copied, recorder.tensors, inside, recorder.strides, operands), calls
 
 
 def _autocast(x: torch.Tensor) -> torch.dtype:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .neuron import MulFreePSN
 from .source import is_source, qualified_name
@@ -62,10 +64,23 @@ for _function in (
 
 
 class _LeafTracer(fx.Tracer):
+    """Trace a model with leaves and log which module's forward does what.
+
+    Attributes:
+        leaves: paths of modules to call, not to trace through, each with the reason. Those that bear hooks are added.
+        inside: the paths of the modules whose forwards are running, the innermost last; the root's is ``""``.
+        log: one entry for each node, for each call of a module that is traced through, and for what each of these and
+            the root return: ``inside`` at that time, the kind, and the rest. A call, of a leaf or of another module,
+            belongs to the caller; what a module returns belongs to that module.
+        caught: set if a child cannot be traced; raised at the end of a trace, which only gets there if that was caught.
+    """
+
     def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
         super().__init__(autowrap_functions=(fold_time, unfold_time))
         self.leaves = {} if leaves is None else leaves
-        self.inside: list[str] = []
+        self.inside: list[str] = [""]
+        self.log: list[tuple] = []
+        self.caught: _Untraceable | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
@@ -82,41 +97,71 @@ class _LeafTracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):  # its code does not run: the node, or the failure to make it, is the caller's
+            return super().call_module(m, forward, args, kwargs)
+        self._note("call", path, _outline((args, kwargs)))
         self.inside.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
-        except _Untraceable:
-            raise
+            self._note("return", _outline(result))
         except Exception as error:
-            raise _Untraceable(path, f"{type(error).__name__}: {_first_line(error)}") from error
-        self.inside.pop()
+            known = isinstance(error, _Untraceable)
+            reason = error.reason if known else f"{type(error).__name__}: {_first_line(error)}"
+            # If the caller catches it, the trace goes on with what the model does on failure. Only the caller's own
+            # code can do both.
+            self.caught = _Untraceable(self.inside[-2], f"it catches an exception of tracing: {reason}")
+            if known:
+                raise
+            raise _Untraceable(path, reason) from error
+        finally:
+            self.inside.pop()
         return result
 
-    def create_node(self, *args, **kwargs):
-        node = super().create_node(*args, **kwargs)
-        node.meta["mfpsn_owner"] = self.inside[-1] if self.inside else ""
+    def trace(self, *args, **kwargs):
+        graph = super().trace(*args, **kwargs)
+        if self.caught is not None:
+            raise self.caught
+        return graph
+
+    def create_node(self, kind, target, args, *rest, **kwargs):
+        node = super().create_node(kind, target, args, *rest, **kwargs)
+        if kind == "output":
+            self._note("return", _outline(args[0]))
+        else:
+            named = [fx.map_arg(given, lambda n: n.name) for given in (node.args, node.kwargs)]
+            self._note(kind, node.name, node.target, *named)
         return node
+
+    def _note(self, *what: object) -> None:
+        self.log.append((tuple(self.inside), *what))
+
+
+def _outline(value: object) -> tuple:
+    """Return what of arguments or results can be compared between copies of a model; of other objects, the types."""
+    leaves, structure = pytree.tree_flatten(value)
+    return structure, [_outlined(leaf) for leaf in leaves]
+
+
+def _outlined(leaf: object) -> object:
+    if isinstance(leaf, (fx.Proxy, fx.Node)):
+        return ((leaf.node if isinstance(leaf, fx.Proxy) else leaf).name,)
+    return leaf if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)) else type(leaf)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _trace(model: nn.Module, leaves: dict[str, str]) -> fx.Graph:
+def _trace(model: nn.Module, leaves: dict[str, str]) -> _LeafTracer:
     tracer = _LeafTracer(leaves)
     try:
-        return tracer.trace(model)
+        with preserved_rng():  # each trace draws the same numbers, so that these make no difference
+            tracer.trace(model)
     except _Untraceable:
         raise
     except Exception as error:
         raise _Untraceable("", f"{type(error).__name__}: {_first_line(error)}") from error
-
-
-def _constants(node: fx.Node, wired: bool) -> object:
-    """What of a node must not differ between training and evaluation; its inputs' names too if ``wired``."""
-    strip = lambda arg: (arg.name if wired else "node") if isinstance(arg, fx.Node) else arg  # noqa: E731
-    name = node.name if wired else ""
-    return (node.op, name, node.target, fx.map_arg(node.args, strip), fx.map_arg(node.kwargs, strip))
+    return tracer
 
 
 def _same(a: object, b: object) -> bool:
@@ -126,34 +171,62 @@ def _same(a: object, b: object) -> bool:
         return repr(a) == repr(b)
 
 
-def _differing_owner(training: fx.Graph, evaluation: fx.Graph) -> str | None:
-    """The innermost module in whose forward the two graphs part; None if they are the same."""
-    # First by what each module's own forward does, whatever it is wired to: a node more or less in one module
-    # shifts the names of all that follow, elsewhere too.
-    ours, theirs = _by_owner(training), _by_owner(evaluation)
-    parted = [owner for owner in ours | theirs if not _same(ours.get(owner), theirs.get(owner))]
-    if parted:
-        return max(parted, key=lambda owner: (owner != "", owner.count("."), owner))
-    for a, b in zip(training.nodes, evaluation.nodes, strict=True):
-        if not _same(_constants(a, True), _constants(b, True)):
-            return _common(a.meta["mfpsn_owner"], b.meta["mfpsn_owner"])
+def _differing_owner(training: _LeafTracer, evaluation: _LeafTracer) -> str | None:
+    """Return the path of the innermost module in whose forward the traces first differ; None if they are equal.
+
+    Up to the first difference both traces ran the same forwards, so it is in one and the same module that they differ.
+    Others may differ as well: that shows in the next traces, with this one a leaf. A leaf returns a proxy, in which
+    its caller cannot see what it returns in each mode. If that is a tuple in one and a tensor in the other, a caller
+    that does more than return it is the one to become the leaf.
+    """
+    logs = (training.log, evaluation.log)
+    pairs = itertools.zip_longest(*logs)
+    first = next((index for index, (ours, theirs) in enumerate(pairs) if not _same(ours, theirs)), None)
+    if first is None:
+        return None
+    forwards = next(log[first][0] for log in logs if first < len(log))
+    owner = forwards[-1]
+    while len(forwards) > 1:
+        ends = [_end_of(forwards, log, first) for log in logs]
+        ours, theirs = (log[end][2] for log, end in zip(logs, ends, strict=True))
+        if _kinds(ours) == _kinds(theirs):
+            break
+        forwards = forwards[:-1]
+        if any(log[end + 1] != (forwards, *log[end][1:]) for log, end in zip(logs, ends, strict=True)):
+            owner = forwards[-1]
+    return owner
+
+
+def _end_of(forwards: tuple[str, ...], log: list[tuple], start: int) -> int:
+    """Return where in ``log``, from ``start`` on, the innermost of the running ``forwards`` returns."""
+    return next(index for index in range(start, len(log)) if log[index][:2] == (forwards, "return"))
+
+
+def _kinds(outline: tuple) -> tuple:
+    structure, leaves = outline
+    return structure, [type(leaf) for leaf in leaves]
+
+
+def _owner_of_differing_constant(training: _LeafTracer, evaluation: _LeafTracer) -> str | None:
+    """Return the path of a module whose forward makes different tensor constants in two traces with equal logs."""
+    for forwards, kind, *what in training.log:
+        if kind != "get_attr" or not what[1].startswith("_tensor_constant"):
+            continue
+        if not same_tensor(getattr(training.root, what[1]), getattr(evaluation.root, what[1])):
+            return forwards[-1]
     return None
 
 
-def _by_owner(graph: fx.Graph) -> dict[str, list]:
-    found: dict[str, list] = {}
-    for node in graph.nodes:
-        found.setdefault(node.meta["mfpsn_owner"], []).append(_constants(node, False))
-    return found
+def same_tensor(a: object, b: object) -> bool:
+    """Return whether two tensors are equal, NaN to NaN; True for what is no tensor."""
+    return not isinstance(a, torch.Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
-def _common(a: str, b: str) -> str:
-    shared = []
-    for left, right in zip(a.split("."), b.split("."), strict=False):
-        if left != right:
-            break
-        shared.append(left)
-    return ".".join(shared)
+def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
+    """Return ``owner``, or its nearest ancestor if that is a leaf already; finally the root, ``""``, which never is."""
+    while owner in leaves:
+        owner = owner.rpartition(".")[0]
+    return owner
 
 
 def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -174,6 +247,9 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     if _has_hooks(model):
         return _root_leaf(model), {"": "bears hooks"}
     with preserved_rng():
+        # Each turn ends the loop or adds a path to the leaves that was not there. The tracer knows the paths that its
+        # copy had before any forward ran, so these are paths of the model's modules, which are finitely many: the loop
+        # ends, even if the model's forwards do something else each time.
         while True:
             # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
             # not be met again.
@@ -182,17 +258,18 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
                 evaluation = _trace(copied(model).eval(), leaves)
                 training = _trace(scratch.train(), leaves)
                 owner = _differing_owner(training, evaluation)
+                if owner is None:
+                    owner = _owner_of_differing_constant(training, evaluation)
                 reason = "its graph differs between training and evaluation"
             except _Untraceable as error:
                 owner, reason = error.path, error.reason
             if owner is None:
                 break
+            owner = _next_leaf(owner, leaves)
             if owner == "":
                 return _root_leaf(model), {"": reason}
             leaves[owner] = reason
-    for node in training.nodes:
-        node.meta.pop("mfpsn_owner", None)
-    gm = fx.GraphModule(_with_constants(model, scratch, training), training, type(model).__name__)
+    gm = fx.GraphModule(_with_constants(model, scratch, training.graph), training.graph, type(model).__name__)
     # FX makes the containers anew; the layers in them are the source's own, with their modes
     for name, child in gm.named_modules():
         source = _submodule(model, name)

@@ -19,6 +19,7 @@ from .capture import (
     _with_constants,
     copied,
     preserved_rng,
+    same_tensor,
 )
 from .fused_layers import LinearThenCell
 from .source import qualified_name
@@ -136,7 +137,7 @@ class _StepTracer(_LeafTracer):
     def create_node(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             raise _Untraceable(
-                self.inside[-1] if self.inside else "",
+                self.inside[-1],
                 "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
             )
         node = super().create_node(*args, **kwargs)
@@ -286,7 +287,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
     concrete = _concrete(model, example)
     with preserved_rng(), torch.enable_grad():
         while True:
-            graphs, tracers, scratches = [], [], []
+            tracers, scratches = [], []
             owner = None
             try:
                 for training in (True, False):
@@ -296,7 +297,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                             stepping.reset(m)
                     tracer = _StepTracer(leaves, example)
                     try:
-                        graphs.append(tracer.trace(scratch, concrete))
+                        tracer.trace(scratch, concrete)
                     except _Untraceable:
                         raise
                     except Exception as error:
@@ -304,7 +305,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                         raise _Untraceable("", reason) from error
                     tracers.append(tracer)
                     scratches.append(scratch)
-                owner = _differing_owner(*graphs)
+                owner = _differing_owner(*tracers)
                 reason = "its code differs between training and evaluation; use layers (torch.nn.Dropout) for that"
             except _Untraceable as error:
                 owner, reason = error.path, error.reason
@@ -318,21 +319,18 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                     "without branches on values, with a loop over a range or over the input"
                 )
             leaves[owner] = reason
-    for graph in graphs:
-        _restore_output(graph)
-    graph = graphs[0]
+    graph = tracers[0].graph
+    _restore_output(graph)
     written = {n.args[0].target for n in graph.nodes if n.op == "call_method" and n.target == "__setitem__"}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant") and node.target not in written:
             ours, theirs = (_attribute(scratch, node.target) for scratch in scratches)
-            if not _same_tensor(ours, theirs):
+            if not same_tensor(ours, theirs):
                 raise NotSteppedError(
                     f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
                     "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
                 )
     _drop_specialisations(graph, concrete)
-    for node in graph.nodes:
-        node.meta.pop("mfpsn_owner", None)
     gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
     gm.meta["mfpsn_batch_layers"] = tuple(tracers[0].batch_layers)
     gm.training = model.training
@@ -350,10 +348,6 @@ def _restore_output(graph: fx.Graph) -> None:
         (output,) = (node for node in graph.nodes if node.op == "output")
         output.args = (pytree.tree_unflatten(list(output.args[0]), codegen.pytree_info.out_spec),)
         graph.set_codegen(fx.graph.CodeGen())
-
-
-def _same_tensor(a: object, b: object) -> bool:
-    return not isinstance(a, Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
