@@ -1,6 +1,13 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each sets up .venv if it has to.
+# `make test TORCH=2.11.0` passes them on another torch (with the Triton that it requires), in an environment of its own;
+# TESTS="tests/test_op.py" names the files.
 PYTHON ?= python3
+TESTS ?=
+ifdef TORCH
+VENV := .venv-torch-$(TORCH)
+else
 VENV := .venv
+endif
 BIN := $(VENV)/bin
 
 .PHONY: demo test clean
@@ -13,7 +20,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
@@ -22,9 +29,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt spikingjelly snntorch norse nir nirtorch aeon
+ifdef TORCH
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' constraints.txt > $(VENV)/constraints.txt
+else
+	cp constraints.txt $(VENV)/constraints.txt
+endif
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps -c $(VENV)/constraints.txt spikingjelly snntorch norse nir nirtorch aeon
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .venv .venv-torch-* build dist *.egg-info

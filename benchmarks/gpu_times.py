@@ -4,7 +4,7 @@ Run with ``python benchmarks/gpu_times.py [--device cuda] [--seconds 0.4] [--jso
 Small layers are bound by Python and launches, which a graph takes away; large ones by memory. A cell is a shape, an
 order and a dtype, with a mask or time-last where it says so; a variant is a neuron, or a batch norm and a neuron after
 it. Replays are timed by events, interleaved, and their medians reported; JSON is written after every cell. On a CPU
-the same runs without graphs, as a rehearsal.
+the same runs without graphs, as a rehearsal. ``--render FILE`` makes tables and picture of an earlier run's JSON.
 
 The yardstick is ``clone``, two passes over the tensor: passes = time / (clone / 2), as in ``neuron.py``.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
+import pathlib
 import random
 import re
 import statistics
@@ -32,6 +34,7 @@ from common import (
     markdown_table,
     output_options,
     preamble,
+    pyplot,
     ratio,
     three,
     write,
@@ -240,7 +243,7 @@ def launches(run: Run, device: torch.device) -> list[tuple[str, float]]:
         run()
         _synchronize(device)
     found = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [(e.name, e.time_range.elapsed_us()) for e in sorted(found, key=lambda e: e.time_range.start)]
+    return [(_short(e.name), e.time_range.elapsed_us()) for e in sorted(found, key=lambda e: e.time_range.start)]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -357,7 +360,7 @@ def tables(found: dict) -> str:
         markdown_table(
             ["(T, N, C, *)", "k", "kernel", "launches"],
             [
-                [c["cell"], c["order"], n, "; ".join(f"{_short(what)} {us:.0f}" for what, us in c["launches"][n])]
+                [c["cell"], c["order"], n, "; ".join(f"{what} {us:.0f}" for what, us in c["launches"][n])]
                 for c in cells
                 for n in c["launches"]
                 if n.startswith("fused") and c["launches"][n]
@@ -383,11 +386,31 @@ def _short(name: str) -> str:
 def main(argv: list[str] | None = None) -> dict[str, object]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser, png=False)
+    output_options(parser)
+    parser.add_argument("--render", type=pathlib.Path, metavar="JSON", help="measure nothing: show what this run found")
     parser.set_defaults(device="cuda", seconds=0.4)
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no cell after so many")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", default=["fused-cuda", "fused-triton"])
     settings = parser.parse_args(argv)
+    if settings.png is not None:
+        pyplot()  # that it is missing is to be known before, not after, the measuring
+    if settings.render is not None:
+        found = json.loads(settings.render.read_text(encoding="utf-8"))
+    else:
+        found = run(settings, argv, parser)
+    text = f"{found['made_by']}\n\n{tables(found)}"
+    print(text)
+    for cell in found["cells"]:
+        for name, reason in cell["errors"].items():
+            print(f"{cell['cell']}, k = {cell['order']}: {name} was not measured: {reason}")
+    write(settings.markdown, "# One neuron layer on a GPU\n\n" + text)
+    if settings.png is not None:
+        draw(found, settings.png)
+    return found
+
+
+def run(settings: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> dict[str, object]:
+    """Check the options and measure."""
     device = checked_device(settings.device)
     known = {kernel.name for kernel in kernels()}
     if unknown := sorted(set(settings.kernels) - known):
@@ -397,13 +420,41 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     found = measure(settings, device)
     found["made_by"] = preamble("gpu_times.py", argv, found["environment"])
     write(settings.json, found)
-    text = f"{found['made_by']}\n\n{tables(found)}"
-    print(text)
-    for cell in found["cells"]:
-        for name, reason in cell["errors"].items():
-            print(f"{cell['cell']}, k = {cell['order']}: {name} was not measured: {reason}")
-    write(settings.markdown, "# One neuron layer on a GPU\n\n" + text)
     return found
+
+
+def draw(found: dict, path: pathlib.Path) -> None:
+    """Time of a step as a ratio to PSN's by cell: by graph above, eager below."""
+    plt = pyplot()
+    cells = [cell for cell in found["cells"] if "PSN" in cell["graph_ms"][STEP]]
+    if not cells:
+        print("nothing to draw: without PSN there is no ratio to it")
+        return
+    style = {
+        "fused-cuda": ("tab:blue", "o"), "fused-triton": ("tab:cyan", "o"), "LIF": ("tab:gray", "s"),
+        "norm + fused-cuda": ("tab:blue", "^"), "norm + fused-triton": ("tab:cyan", "^"),
+        "norm + LIF": ("tab:gray", "^"),
+    }  # fmt: skip
+    figure, panels = plt.subplots(2, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
+    for axes, key, title in zip(panels, ("graph_ms", "eager_ms"), ("by CUDA graph", "eager"), strict=True):
+        tables = [cell[key][STEP] if key == "graph_ms" else cell[key] for cell in cells]
+        for name, (color, marker) in style.items():
+            points = [(i, ms[name] / ms["PSN"]) for i, ms in enumerate(tables) if name in ms]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=color, label=name, ms=5)
+        axes.axhline(1, color="black", lw=1)
+        axes.set(yscale="log", ylabel="time / PSN's (lower is faster)", title=f"forward and backward, {title}")
+        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(
+            plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.") in "235" else "")
+        )
+        axes.grid(axis="y", color="0.9", which="both")
+        axes.set_axisbelow(True)
+    panels[1].set_xticks(range(len(cells)), [f"{c['cell']}, k={c['order']}" for c in cells], rotation=60, ha="right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,14 @@ def _plain_eager(tensors: tuple[Tensor | None, ...]) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and not _autocasts(tensors[0].device.type)
         and torch._C._get_tracing_state() is None
     )
+
+
+def _autocasts(device: str) -> bool:
+    """Return True if autocast is on for ``device``; some device types have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def run_layer(

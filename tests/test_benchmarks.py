@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -9,6 +10,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -276,7 +278,7 @@ class TestPictures:
 
     def test_missing_matplotlib_is_told_before_measuring(self, load, monkeypatch):
         script = load("network")
-        monkeypatch.setattr(script, "measure", lambda settings: pytest.fail("measured first"))
+        monkeypatch.setattr(script, "measure", lambda *args, **options: pytest.fail("measured first"))
         common = sys.modules["common"]
         monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SystemExit, match="pip install matplotlib"):
@@ -321,6 +323,59 @@ class TestGpuKernels:
         assert f"FAILED wrong {where}, " in out
         assert ("RuntimeError: cannot" in out) is (fault == "raises")
 
+    def test_the_first_forty_cases_cover_all_ways_through_memory(self, load):
+        """Of the CUDA kernel: threads along channels or positions, vector width, tile; with each dtype, with a mask."""
+        script = load("gpu_kernels")
+        cases = script.cases()
+        assert len(set(cases)) == len(cases) > 10000
+        every = frozenset().union(*map(script.accesses, cases))
+        assert frozenset().union(*map(script.accesses, cases[:40])) == every
+        assert {a[1] for a, _ in every} == {1, 2, 4, 8}
+        assert {a[2] for a, _ in every} == {True, False}
+        # and by the time that greedy choice is through, every pair of settings was met
+        assert frozenset().union(*map(script.pairs, cases[:120])) == frozenset().union(*map(script.pairs, cases))
+
+    def test_shards_share_the_cases(self, load, capsys):
+        script = load("gpu_kernels")
+        cases = script.cases(tiny=True, layout="time_last")
+        assert cases
+        assert all(str(case.layout) == "time_last" for case in cases)
+        assert script.shard("2/3") == (2, 3)
+        for text in ("0/3", "4/3", "1", "a/b"):
+            with pytest.raises(SystemExit):
+                script.main(["--device", "cpu", "--shard", text])
+            assert "a shard is I/N" in capsys.readouterr().err
+
+    def test_it_writes_as_it_goes_and_ends_at_a_fault(self, load, tmp_path, capsys):
+        """After an illegal access every call of the process fails: what follows would say nothing."""
+
+        class Faulty(ShiftedAdd):
+            left = 3
+
+            def fire(self, call, x, taps, bias):
+                Faulty.left -= 1
+                if Faulty.left < 0:
+                    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+                return ShiftedAdd.fire(self, call, x, taps, bias)
+
+        mfpsn_fx.register_kernel("faulty")(Faulty)
+        script, file = load("gpu_kernels"), tmp_path / "k.json"
+        try:
+            assert script.main(["--device", "cpu", "--tiny", "--kernels", "faulty", "--json", str(file)]) == 1
+        finally:
+            unregister_kernel("faulty")
+        found = json.loads(file.read_text())
+        assert found["counts"]["faulty"]["failed"] == 1
+        assert found["cases"] < found["of"]
+        assert "illegal memory access" in found["failures"][0]
+        assert "ended at a fault of the device" in capsys.readouterr().out
+
+    def test_only_some_cases(self, load, capsys):
+        script = load("gpu_kernels")
+        text = str(script.cases(tiny=True)[5])
+        assert script.main(["--device", "cpu", "--tiny", "--kernels", "shifted-add", "--only", text]) == 0
+        assert "1 of 1 cases" in capsys.readouterr().out
+
     def test_nothing_checked_is_a_failure(self, load, capsys):
         mfpsn_fx.register_kernel("nowhere", unavailable=lambda: "not on this machine")(ShiftedAdd)
         try:
@@ -331,12 +386,100 @@ class TestGpuKernels:
         assert "not on this machine" in capsys.readouterr().out
 
 
+class TestGpuTimes:
+    def test_it_writes_what_it_measured(self, load, tmp_path, capsys):
+        script, files = load("gpu_times"), {n: tmp_path / f"n.{n}" for n in ("json", "md", "png", "again.md")}
+        arguments = ["--json", str(files["json"]), "--markdown", str(files["md"])]
+        script.main(
+            ["--device", "cpu", "--quick", "--seconds", "0", "--kernels", "shifted-add", "vanilla-conv1d", *arguments]
+        )
+        found = json.loads(files["json"].read_text())
+        assert [cell["cell"] for cell in found["cells"]] == [cell.name for cell in script.QUICK]
+        ours, rivals = {"shifted-add", "vanilla-conv1d"}, {"PSN", "LIF"}
+        norms = {f"norm + {name}" for name in ours | rivals} | {f"folded norm + {name}" for name in ours}
+        for cell in found["cells"]:
+            names = ours if cell["masked"] else ours | rivals | norms
+            assert cell["graph_ms"]["forward+backward"].keys() == names | {"clone"}
+            assert cell["eager_ms"].keys() == cell["host_ms"].keys() == names
+            assert not cell["errors"]
+        assert "| 4×2×8×4×4 | 2 |" in files["md"].read_text()
+        if importlib.util.find_spec("matplotlib") is not None:
+            script.main(
+                ["--render", str(files["json"]), "--markdown", str(files["again.md"]), "--png", str(files["png"])]
+            )
+            assert files["again.md"].read_text() == files["md"].read_text()
+            assert files["png"].read_bytes().startswith(b"\x89PNG")
+        capsys.readouterr()
+
+    def test_a_variant_that_fails_is_named_and_the_others_go_on(self, load, monkeypatch, capsys):
+        script = load("gpu_times")
+        monkeypatch.setattr(script.rivals, "psn", lambda steps: 1 / 0)
+        monkeypatch.setattr(script, "QUICK", script.QUICK[:1])
+        found = script.main(["--device", "cpu", "--quick", "--seconds", "0", "--kernels", "shifted-add"])
+        assert found["cells"][0]["errors"]["PSN"] == "ZeroDivisionError: division by zero"
+        assert {"shifted-add", "LIF"} <= found["cells"][0]["eager_ms"].keys()
+        assert "PSN was not measured: ZeroDivisionError" in capsys.readouterr().out
+
+    def test_a_graph_is_captured_after_warm_up(self, load, monkeypatch):
+        """The driver is a stand-in: what compiles or loads at a first call must have run before a capture begins."""
+        script, log = load("gpu_times"), []
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                log.append("wait")
+
+        class Graph:
+            def replay(self):
+                log.append("replay")
+
+        @contextlib.contextmanager
+        def during(what):
+            log.append(f"begin {what}")
+            yield
+            log.append(f"end {what}")
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: during("side stream"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: during(f"capture in {pool}"))
+        replay = script.captured(lambda: log.append("run"), torch.device("cuda"), "a pool")
+        assert log == [
+            "wait", "begin side stream", "run", "run", "run", "end side stream", "wait",
+            "begin capture in a pool", "run", "end capture in a pool",
+        ]  # fmt: skip
+        replay()
+        assert log[-1] == "replay"
+
+
 class TestGpuCheck:
-    def run(self, *arguments):
+    def run(self, *arguments, **environment):
         return subprocess.run(
             ["sh", str(FOLDER / "gpu_check.sh"), *arguments], capture_output=True, text=True, check=False,
-            env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+            env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment},
         )  # fmt: skip
+
+    def test_a_rehearsal_on_the_cpu(self, tmp_path):
+        """Every step but the sanitizer's, in small, on one thread; one archive with all that they wrote."""
+        environment = {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HOME": str(pathlib.Path.home()), "LIMIT": "900"}
+        done = self.run(str(tmp_path / "out"), **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = (tmp_path / "out" / "summary.txt").read_text()
+        for step in ("facts", "kernels-fused-cpp-1", "kernels-pytorch", "tests-cuda", "times", "neuron", "network"):
+            assert f"{step}: passed in " in summary
+        assert "sanitizer: skipped, " in summary
+        with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as archive:
+            names = archive.getnames()
+        assert {"summary.txt", "times.json", "times.md", "neuron.json", "network.json", "facts.log"} <= set(names)
+
+    def test_a_step_past_its_time_fails_and_the_archive_is_there(self, tmp_path):
+        done = self.run(str(tmp_path / "out"), DEVICE="cpu", HOME=str(pathlib.Path.home()), LIMIT="0")
+        assert done.returncode == 1
+        assert "facts: FAILED: no time was left of 0 s" in (tmp_path / "out" / "summary.txt").read_text()
+        assert (tmp_path / "out" / "gpu_check.tar.gz").exists()
 
     def test_it_wants_a_folder(self):
         done = self.run()
