@@ -65,9 +65,8 @@ def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module]
     """
     run, calls = _run(copy.deepcopy(gm), example, prepare)
     if 0 in calls.values():
-        with contextlib.suppress(
-            Exception
-        ):  # not every network runs in both modes: such neurons then count as not reached
+        # not every network runs in both modes: such neurons then count as not reached
+        with contextlib.suppress(Exception):
             other, others = _run(copy.deepcopy(gm).train(not gm.training), example, prepare)
             for path in (path for path, count in others.items() if count and not calls[path]):
                 run.graph.set_submodule(path, other.graph.get_submodule(path))
