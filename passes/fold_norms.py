@@ -11,9 +11,9 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem, kernels
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS
 from mfpsn_fx.model.folded_norm import fused_time, norm_affine
-from mfpsn_fx.model.masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from mfpsn_fx.model.masked_norm import MaskedBatchNorm, is_batch_norm
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.time_last import run_time_last
+from mfpsn_fx.model.time_last import has_hooks, run_time_last
 
 from .base import Pass, Result
 from .neurons import input_meta, neurons
@@ -132,7 +132,7 @@ def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: La
         norm, inputs = gm.get_submodule(node.target), node.args
     else:
         return None
-    if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm) or "forward" in vars(norm):
+    if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm):
         return None
     if norm.num_features != module.channels or len(inputs) != 1 or node.kwargs:
         return None

@@ -10,10 +10,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from mfpsn_fx.kernels.layout import Layout, per_channel, valid_steps
 from mfpsn_fx.kernels.op import statistics
 
-from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from .masked_norm import MaskedBatchNorm, is_batch_norm
 from .ranks import joined
 from .steps import current_mask
-from .time_last import run_time_last
+from .time_last import has_hooks, run_time_last
 
 __all__ = ["affine_of", "fused_time", "norm_affine"]
 
@@ -29,9 +29,9 @@ def norm_affine(
     In training scale and shift are made of the batch's mean and variance, through which gradients flow, and the running
     statistics are updated as the layer itself does it; in evaluation they are made of the running statistics.
 
-    What cannot be put so is run as the layer that it is, and (norm(x), None, None) is the answer: a norm that has been
-    replaced by one of another class (``SyncBatchNorm``, say) or bears hooks by now, an input that it does not take, a
-    batch with one value per channel.
+    Other norms run as the layers that they are, and (norm(x), None, None) is the answer: one that has been replaced by
+    another class (``SyncBatchNorm``, say), that has hooks or a forward of its own by now, that does not take the
+    input, or that gets one value per channel.
 
     Args:
         norm: a BatchNorm1d, 2d or 3d of torch or SpikingJelly, or a :class:`MaskedBatchNorm`.

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from .reruns import Reruns
 from .source import qualified_name
 from .steps import current_mask
+from .time_last import has_hooks
 
-__all__ = ["MaskedBatchNorm", "has_hooks", "is_batch_norm", "mask_batch_norms"]
+__all__ = ["MaskedBatchNorm", "is_batch_norm", "mask_batch_norms"]
 
 _HOMES = ("torch.nn.modules.batchnorm.", "spikingjelly.activation_based.layer.")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 
@@ -21,11 +21,6 @@ def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a BatchNorm1d, 2d or 3d of torch or SpikingJelly itself, not of a class derived from it."""
     name = qualified_name(type(module))
     return name.startswith(_HOMES) and name.rpartition(".")[2] in _NAMES
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs hooks."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -126,7 +121,9 @@ def mask_batch_norms(model: nn.Module) -> int:
             name = qualified_name(type(module))
             raise TypeError(f"{path or 'the model'}: {name} is no batch norm that could be masked; replace it yourself")
         if has_hooks(module):
-            raise TypeError(f"{path}: it bears hooks, which its replacement would not have; remove them first")
+            raise TypeError(
+                f"{path}: it has hooks or a forward of its own, which its replacement would not have; remove them first"
+            )
         found.append((path, module))
     made = {id(module): MaskedBatchNorm(module) for _, module in found}
     for path, module in found:

@@ -6,10 +6,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .folded_norm import affine_of
-from .masked_norm import MaskedBatchNorm, has_hooks, is_batch_norm
+from .masked_norm import MaskedBatchNorm, is_batch_norm
 from .neuron import MulFreePSN
 from .ranks import Group
 from .source import qualified_name
+from .time_last import has_hooks
 
 __all__ = ["SynchronisedBatchNorm", "synchronise_statistics"]
 
@@ -77,7 +78,9 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
                 f"{path or 'the model'}: {name} is no batch norm that could be synchronised; replace it yourself"
             )
         if has_hooks(module):
-            raise TypeError(f"{path}: it bears hooks, which its replacement would not have; remove them first")
+            raise TypeError(
+                f"{path}: it has hooks or a forward of its own, which its replacement would not have; remove them first"
+            )
         norms.append((path, module))
     made = {id(module): SynchronisedBatchNorm(module, process_group) for _, module in norms}
     for path, module in norms:
