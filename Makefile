@@ -8,12 +8,17 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m mfpsn_fx demo
 
+# What exercises the C++ kernels, but for how they are built
+CPP_TESTS := $(addprefix tests/test_,fused_cpu.py kernels.py layer.py op.py fold_norms.py) \
+	-k '(fused_cpu or fused-cpp or test_layer) and not (TestBuild or memory_of)'
+
 # Two processes of one thread each: one process leaves a second core idle most of the time, and threads of two would wait
 # for each other
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --another-level $(CPP_TESTS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
