@@ -82,10 +82,10 @@ def register_bytes(march: str) -> int:
 
 def _lacking(compiler: list[str], march: str) -> list[str]:
     """Return the instruction sets of ``march`` that this processor lacks, as far as /proc/cpuinfo tells."""
+    macros = {name.replace("_", "") for name in _macros(compiler, march)}
     has = {flag for line in _processor().splitlines() if line.startswith("flags") for flag in line.split()[2:]}
     if not has:
         return []
-    macros = {name.replace("_", "") for name in _macros(compiler, march)}
     return [f for f in _FLAGS if f not in has and _MACROS.get(f, f.upper().replace("_", "")) in macros]
 
 
