@@ -2,7 +2,6 @@
 # `make test TORCH=2.11.0` passes them on another torch (with the Triton that it requires), in an environment of its own;
 # TESTS="tests/test_op.py" names the files.
 PYTHON ?= python3
-TESTS ?=
 ifdef TORCH
 VENV := .venv-torch-$(TORCH)
 else
@@ -15,13 +14,22 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m mfpsn_fx demo
 
+# What exercises the C++ kernels, but for how they are built
+CPP_TESTS := $(addprefix tests/test_,fused_cpu.py kernels.py layer.py op.py fold_norms.py) \
+	-k '(fused_cpu or fused-cpp or test_layer) and not (TestBuild or memory_of)'
+
 # Two processes of one thread each: one process leaves a second core idle most of the time, and threads of two would wait
 # for each other
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+ifndef TESTS
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --another-level $(CPP_TESTS)
+endif
+ifneq (,$(if $(TESTS),$(filter %test_fused_triton.py,$(TESTS)),all))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
+endif
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
 # the data is used.

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import random
 import shlex
@@ -17,6 +18,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import ModuleType
 
 import torch
+
+from mfpsn_fx.kernels import cpu_build
 
 __all__ = [
     "Compiler",
@@ -162,12 +165,35 @@ def environment(device: torch.device) -> dict[str, object]:
         found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip}
         found["text"] = f"torch {found['torch']}, {found['device']}, CUDA {found['cuda']}"
     elif device.type == "cpu":
-        vectors = torch.backends.cpu.get_cpu_capability()
+        ours = "none (not built)" if cpu_build.unavailable() is not None else str(cpu_build.level())
+        vectors = f"{torch.backends.cpu.get_cpu_capability()} in torch, {ours} in fused-cpp"
+        if limit := os.environ.get("MKL_ENABLE_INSTRUCTIONS"):
+            vectors += f", {limit} in MKL"
         found |= {"device": "CPU", "threads": torch.get_num_threads(), "vectors": vectors}
         found["text"] = f"torch {found['torch']}, CPU, threads: {found['threads']}, vectors: {vectors}"
     else:
         found |= {"device": device.type, "text": f"torch {found['torch']}, {device.type}"}
     return found
+
+
+# What holds torch, MKL and oneDNN to the vectors of a processor whose registers have so many bytes
+_LIBRARIES = {
+    16: {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    32: {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    64: {},
+}
+
+
+def restart_for(march: str, script: str, argv: Sequence[str]) -> None:
+    """Start the benchmark anew with our kernels and torch held to ``march``, unless it was; exit if it cannot run here.
+
+    The libraries read these settings when they are loaded, which they are by now.
+    """
+    if (reason := cpu_build.refusal(march)) is not None:
+        raise SystemExit(reason)
+    wanted = {cpu_build.VARIABLE: march, **_LIBRARIES[cpu_build.register_bytes(march)]}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, script, *argv], {**os.environ, **wanted})
 
 
 def output_options(parser: argparse.ArgumentParser, png: bool = True) -> None:

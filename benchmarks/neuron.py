@@ -1,6 +1,7 @@
 """One neuron layer: each of our kernels, and what a user would take instead, beside ``clone`` of the same tensor.
 
 Run with ``python benchmarks/neuron.py [--device cuda] [--quick] [--json FILE] [--markdown FILE] [--png FILE]``.
+``--march x86-64-v3`` measures as on a processor of that level: our kernels are compiled for it, torch is held to it.
 Variants are interleaved in one run, and medians reported. SpikingJelly's PSN, SlidingPSN and LIF are there if it is
 installed.
 
@@ -34,6 +35,7 @@ from common import (
     preamble,
     pyplot,
     ratio,
+    restart_for,
     three,
     write,
 )
@@ -431,7 +433,10 @@ def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     for name in ("batch", "channels", "length"):
         parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
     parser.add_argument("--no-past-cache", action="store_true", help="leave out the tensors past the last-level cache")
+    parser.add_argument("--march", metavar="LEVEL", help="as on a processor of this level, such as x86-64-v3")
     options = parser.parse_args(argv)
+    if options.march:
+        restart_for(options.march, __file__, argv)
     device = checked_device(options.device)
     settings = Settings(device, kernels=tuple(options.kernels))
     if device.type != "cpu":

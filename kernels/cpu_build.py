@@ -1,4 +1,4 @@
-"""Compile the C++ kernels on first use, into PyTorch's extension cache."""
+"""Compile the C++ kernels on first use, into PyTorch's extension cache, for this processor or another level."""
 
 from __future__ import annotations
 
@@ -10,15 +10,44 @@ import platform
 import shlex
 import shutil
 import sys
+from typing import NamedTuple
 
 import torch
 from torch.utils import cpp_extension
 
 from .build_cache import BuildError, cached, run
 
-__all__ = ["BuildError", "library", "unavailable"]
+__all__ = ["VARIABLE", "BuildError", "Level", "level", "library", "march", "refusal", "register_bytes", "unavailable"]
 
+VARIABLE = "MFPSN_FX_MARCH"
 _SOURCE = pathlib.Path(__file__).resolve().parent / "csrc" / "fused_cpu.cpp"
+
+# Instruction sets that a compiler may use unasked, as Linux names them in /proc/cpuinfo. The compiler's macros have the
+# same names but for underscores and _MACROS.
+_FLAGS = (
+    "pni", "ssse3", "sse4_1", "sse4_2", "sse4a", "popcnt", "avx", "f16c", "fma", "fma4", "xop", "tbm", "bmi1", "bmi2",
+    "abm", "movbe", "avx2", "avx_vnni", "gfni", "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx512er",
+    "avx512pf", "avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq",
+    "avx512_bf16", "avx512_fp16",
+)  # fmt: skip
+_MACROS = {"pni": "SSE3", "bmi1": "BMI", "abm": "LZCNT"}
+
+
+class Level(NamedTuple):
+    """What the library was compiled for: a value of ``-march=``, its vector instructions, bytes of one register."""
+
+    march: str
+    instructions: str
+    register_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.instructions} (-march={self.march})"
+
+
+@functools.cache
+def march() -> str:
+    """Return the value of ``-march=`` for this process: MFPSN_FX_MARCH, or ``native``."""
+    return os.environ.get(VARIABLE) or "native"
 
 
 def _compiler() -> list[str]:
@@ -39,6 +68,43 @@ def _processor() -> str:
     return "".join(sorted(set(lines)))
 
 
+def _macros(compiler: list[str], march: str) -> set[str]:
+    """Return the names that ``compiler`` predefines for ``march``, stripped of the outer underscores."""
+    text = run([*compiler, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull])
+    return {line.split()[1].strip("_") for line in text.splitlines() if line.startswith("#define ")}
+
+
+def register_bytes(march: str) -> int:
+    """Return the width of the vectors under ``march``, as cpu_vectors.h has it; :class:`BuildError` if unknown."""
+    macros = _macros(_compiler(), march)
+    return 64 if "AVX512F" in macros else 32 if "AVX" in macros else 16
+
+
+def _lacking(compiler: list[str], march: str) -> list[str]:
+    """Return the instruction sets of ``march`` that this processor lacks, as far as /proc/cpuinfo tells."""
+    macros = {name.replace("_", "") for name in _macros(compiler, march)}
+    has = {flag for line in _processor().splitlines() if line.startswith("flags") for flag in line.split()[2:]}
+    if not has:
+        return []
+    return [f for f in _FLAGS if f not in has and _MACROS.get(f, f.upper().replace("_", "")) in macros]
+
+
+def refusal(march: str) -> str | None:
+    """Return why the kernels cannot be compiled for ``march`` and run here, or None.
+
+    On x86 under Linux a level that the processor lacks is found before the library is loaded, which would end the
+    process by an illegal instruction. Elsewhere only the compiler is asked.
+    """
+    if march == "native":
+        return None
+    remedy = f"unset {VARIABLE} to compile for this processor, or name a level that it has, such as x86-64-v2 on x86"
+    try:
+        lacking = _lacking(_compiler(), march)
+    except BuildError as error:
+        return f"{VARIABLE}={march} is not known to the compiler ({error}); {remedy}"
+    return f"{VARIABLE}={march} needs {', '.join(lacking)}, which this processor lacks; {remedy}" if lacking else None
+
+
 def _command(compiler: list[str], output: str) -> list[str]:
     lib = pathlib.Path(torch.__file__).parent / "lib"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -46,7 +112,7 @@ def _command(compiler: list[str], output: str) -> list[str]:
     runtime = [str(path) for path in sorted(lib.glob("libgomp*.so*"))]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     return [
-        *compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include,
+        *compiler, "-std=c++20", "-O3", f"-march={march()}", "-fPIC", "-shared", "-Wno-psabi", *openmp, *include,
         str(_SOURCE), "-o", output, *runtime, f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 
@@ -56,6 +122,8 @@ def _library() -> ctypes.CDLL | BuildError:
     """The library, or why there is none: both are found out once a process."""
     try:
         compiler = _compiler()
+        if (reason := refusal(march())) is not None:
+            raise BuildError(reason)
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
         # by content, not by path: another checkout, or an environment made anew, finds what is there
         flags = [part for part in _command(compiler, "") if part != str(_SOURCE)]
@@ -73,6 +141,13 @@ def library() -> ctypes.CDLL:
     if isinstance(found, BuildError):
         raise found
     return found
+
+
+def level() -> Level:
+    """Return what the library says it was compiled for; :class:`BuildError` if there is none."""
+    built = library()
+    built.mfpsn_instructions.restype = ctypes.c_char_p
+    return Level(march(), built.mfpsn_instructions().decode(), built.mfpsn_register_bytes())
 
 
 def unavailable() -> str | None:

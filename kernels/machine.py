@@ -11,6 +11,8 @@ import platform
 
 import torch
 
+from .cpu_build import march
+
 __all__ = ["machine", "source_of", "sources_hash"]
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
@@ -33,6 +35,8 @@ def _fixed(device: torch.device) -> dict[str, object]:
         "hip": torch.version.hip,
         "sources": sources_hash(),
     }
+    if device.type == "cpu":
+        found["march"] = march()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {

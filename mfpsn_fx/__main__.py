@@ -122,6 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "build":
         return build(options.arch)
     print(tabulate(kernel_rows(), ["kernel", "layouts", "input dtypes", "runs here", "how"]))
+    if cpu_build.unavailable() is None:
+        level = cpu_build.level()
+        print(f"\nfused-cpp is compiled for {level}: vectors of {level.register_bytes} bytes ({cpu_build.VARIABLE})")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -24,9 +26,44 @@ _torchvision_stub()
 
 from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402
 
-from mfpsn_fx.kernels import fold  # noqa: E402
+from mfpsn_fx.kernels import cpu_build, fold  # noqa: E402
 from mfpsn_fx.kernels.contests import Outcome, Results  # noqa: E402
 from mfpsn_fx.passes import autoselect, stateless_times  # noqa: E402
+
+
+def _another_level() -> str | None:
+    """Return a level of x86-64 that runs here, with vectors narrower than this processor's; None if there is none."""
+    for march in ("x86-64-v3", "x86-64-v2"):
+        with contextlib.suppress(cpu_build.BuildError):
+            narrower = cpu_build.register_bytes(march) != cpu_build.register_bytes("native")
+            if narrower and cpu_build.refusal(march) is None:
+                return march
+    return None
+
+
+_NO_LEVEL = "the C++ kernels have no second level here: none of x86-64, or no compiler for it"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--another-level", action="store_true", help="compile the C++ kernels for narrower vectors")
+
+
+def pytest_configure(config):
+    if config.getoption("--another-level"):
+        march = _another_level()
+        if march is None:
+            pytest.exit(_NO_LEVEL, returncode=0)
+        os.environ[cpu_build.VARIABLE] = march
+
+
+def pytest_report_header():
+    return f"C++ kernels: -march={os.environ.get(cpu_build.VARIABLE) or 'native'}"
+
+
+@pytest.fixture
+def another_level() -> str:
+    """What MFPSN_FX_MARCH may be for vectors narrower than this processor's; skips where nothing is."""
+    return _another_level() or pytest.skip(_NO_LEVEL)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import torch
 
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import unregister_kernel
+from mfpsn_fx.kernels import cpu_build, unregister_kernel
 from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
@@ -107,6 +107,7 @@ class TestTimer:
         text = json.dumps(load("common").environment(torch.device("cpu")))
         assert torch.__version__ in text
         assert "threads" in text
+        assert f"{cpu_build.level()} in fused-cpp" in text
         for name in {socket.gethostname(), platform.node(), str(FOLDER), str(pathlib.Path.home())}:
             assert len(name) < 3 or name not in text
 
@@ -178,6 +179,18 @@ class TestNeuron:
         assert "were spent" in found["cells"][0]["errors"]["LIF compiled, forward+backward"]
         assert "PSN compiled" in script.tables(found)
 
+    def test_another_level(self, another_level, tmp_path):
+        """Our kernels are compiled for it, and torch, which reads its setting when it is loaded, is held to it."""
+        file = tmp_path / "n.json"
+        command = [sys.executable, str(FOLDER / "neuron.py"), "--march", another_level, "--quick", "--steps", "2"]
+        small = ["--orders", "2", "--batch", "2", "--kernels", "fused-cpp", "--seconds", "0", "--json", str(file)]
+        subprocess.run([*command, *small], check=True, capture_output=True)
+        found = json.loads(file.read_text())
+        ours, theirs = {32: ("AVX2", "AVX2"), 16: ("SSE4.2", "DEFAULT")}[cpu_build.register_bytes(another_level)]
+        text = f"vectors: {theirs} in torch, {ours} (-march={another_level}) in fused-cpp, "
+        assert text in found["environment"]["text"]
+        assert f"--march {another_level}" in found["made_by"]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [(["--kernels", "nonsense"], "unknown kernels nonsense"), (["--steps", "2", "--orders", "4"], "grid is empty")],
@@ -186,6 +199,10 @@ class TestNeuron:
         with pytest.raises(SystemExit):
             load("neuron").main(["--no-past-cache", *arguments])
         assert message in capsys.readouterr().err
+
+    def test_unknown_level(self, load):
+        with pytest.raises(SystemExit, match="MFPSN_FX_MARCH=nonsense is not known to the compiler"):
+            load("neuron").main(["--march", "nonsense"])
 
     def test_without_spikingjelly(self, load, monkeypatch, capsys):
         script = load("neuron")

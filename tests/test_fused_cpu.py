@@ -254,6 +254,15 @@ def test_results_that_are_written_past_the_caches(length):
         assert torch.equal(dx[:, n : n + 1], OPS.neuron_backward(its, one, *eval_only, method="fused-cpp")[0])
 
 
+@pytest.mark.parametrize("width", [16, 60, 1040])
+@pytest.mark.parametrize("steps", [8, 9, 64, 65])
+def test_rows_of_many_steps(steps, width):
+    """Where a line of the caches is several registers spikes of more than 8 steps are put together to lines first."""
+    x, w, bias = torch.randn(steps, 2, 4, width), power_of_two(torch.randn(4, 3)), torch.randn(4)
+    for memory in (x, torch.randn(x.numel() + 1)[1:].view(x.shape), x[..., 1:]):
+        assert torch.equal(fire(memory, w, bias, method="fused-cpp"), fire(memory, w, bias))
+
+
 def test_what_a_call_reads_outlives_the_cache():
     """Other threads may prepare any number of other shapes while a call runs."""
     run = fused_cpu._Run(Call(Layout.TIME_FIRST, 1, torch.float32, ATan(2.0)), torch.randn(3, 2, 4, 5), 2)

@@ -31,6 +31,9 @@ constexpr int64_t kSum = 4096;
 // long in place; the reductions at 8 steps, 16 rows, 0.7 to 0.9 times. Whole registers are always written in place (firing
 // took 0.55 to 0.8 of the time that it took through a slab), up to where steps would outnumber the TLB's pages.
 constexpr int64_t kReadInPlace = 16, kWriteInPlace = 64;
+// Rows that a set of the first-level cache may hold: spikes of more steps are written by the line (at 12 to 48 steps firing
+// took 0.75 of the time on 32-byte registers, 0.55 on 16; at order 8 up to 1.15). It did not pay for dX.
+constexpr int64_t kWays = 8;
 
 // Bytes that a result must have to be written past the caches, where nobody would find it anyway: on 256 MB firing took 0.75
 // of the time, the sweep for dX 0.77. The system is not asked for the cache's size: a virtual machine that had 32 MB told 320.
@@ -50,7 +53,8 @@ struct Cut {
     order = std::min(p.order, (T - 1) / p.dilation + 1);
     skipped = p.order - order;
     block = std::min(std::max(kSlab / T, kRow), std::min(kLongest, kMost / T));
-    block = std::min(std::max(block / V * V, V), ceil_div(J, V) * V);
+    const int64_t line = V * kRegistersOfLine;
+    block = std::min(std::max(block / line * line, line), ceil_div(J, V) * V);
     group = 1;
     if (p.inner < V && period < J && period * T <= kMost) {
       // channels follow each other (channels-last): blocks of whole periods have the same channels in the same lanes
@@ -83,9 +87,10 @@ template <typename acc>
 acc* scratch(int64_t size) {
   // kept by the thread: fresh memory would cost a page fault for every 4 KiB, in every call
   thread_local std::vector<acc> kept;
-  if (static_cast<int64_t>(kept.size()) < size + lanes<acc>) kept.resize(size + lanes<acc>);
+  constexpr int64_t spare = kLine / sizeof(acc);
+  if (static_cast<int64_t>(kept.size()) < size + spare) kept.resize(size + spare);
   const auto address = reinterpret_cast<uintptr_t>(kept.data());
-  return reinterpret_cast<acc*>((address + 63) / 64 * 64);
+  return reinterpret_cast<acc*>((address + kLine - 1) / kLine * kLine);
 }
 
 // Runs f with the order as a compile-time constant where there is a version for it
@@ -224,20 +229,40 @@ Tiles<acc> tiles_of(const Task<scalar, acc>& task, const View& v, const scalar* 
   return out;
 }
 
-// The tiles of one n of a result
+// The tiles of one n of a result. Where a line of the caches is several registers, some are put together to whole lines, in
+// their slab, which tiles in place leave free, as [T][R][V]: memory takes half a line past the caches as slowly as it takes
+// two (firing 256 MB took 2.5 times as long on 32-byte registers, 4.5 on 16), and a line that many rows' first halves have
+// driven out of the cache is fetched again for its second half.
 template <typename acc>
 struct Targets {
+  static constexpr int64_t V = lanes<acc>, R = kRegistersOfLine;
   Tiles<acc> tiles;
+  int64_t by_line;  // so many tiles
   bool past_caches;
 
-  Target<acc> operator()(int64_t tile) const { return {tiles(tile), past_caches && tile < tiles.in_place}; }
+  Target<acc> operator()(int64_t tile) const {
+    if (tile >= by_line) return {tiles(tile), false};
+    if constexpr (R == 1) return {tiles(tile), past_caches};
+    return {{tiles.slab + tile % R * V, R * V}, false};
+  }
+
+  // To be called after each tile
+  void written(int64_t tile, int64_t steps) const {
+    if (R == 1 || tile >= by_line || tile % R != R - 1) return;
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t r = 0; r < R; ++r)
+        Target<acc>{tiles(tile - (R - 1) + r), past_caches}.write(t, get(tiles.slab + (t * R + r) * V));
+  }
 };
 
 template <typename scalar, typename acc>
-Targets<acc> target_of(const Task<scalar, acc>& task, const View& v, scalar* x, int64_t n, bool in_place, acc* slab) {
+Targets<acc> target_of(const Task<scalar, acc>& task, const View& v, scalar* x, int64_t n, bool in_place, acc* slab, bool by_line) {
+  constexpr int64_t R = kRegistersOfLine;
   const Problem& p = task.p;
   const Tiles<acc> tiles = tiles_of<scalar, acc>(task, v, x, n, in_place && p.steps <= kWriteInPlace, slab);
-  return {tiles, bytes<scalar>(p) >= kPastCaches && reinterpret_cast<uintptr_t>(tiles.place) % 64 == 0 && v.st % lanes<acc> == 0};
+  const bool lines = reinterpret_cast<uintptr_t>(tiles.place) % kLine == 0 && v.st * sizeof(acc) % kLine == 0;
+  const bool past_caches = lines && bytes<scalar>(p) >= kPastCaches;
+  return {tiles, by_line || past_caches ? tiles.in_place / R * R : 0, past_caches};
 }
 
 template <typename scalar, typename acc>
@@ -382,10 +407,13 @@ void fire(const Problem& p, const Cut& cut, const View& v, const scalar* x, cons
       task.at(task.group * cut.group + g);
       for (int64_t n = task.n0; n < task.n1; ++n) {
         const Tiles<const acc> tiles = lifted(task, v, x, n, scale, shift, slab);
-        const Targets<acc> target = target_of<scalar, acc>(task, vs, spikes, n, true, out);
+        const Targets<acc> target = target_of<scalar, acc>(task, vs, spikes, n, true, out, p.steps > kWays);
         const Walk walk = task.walk(n);
         with_order<acc>(p, cut.order, [&](auto K) {
-          for (int64_t i = 0; i < task.tiles; ++i) fire_tile<K>(walk, tiles(i), w + i * cut.order * V, b + i * V, target(i));
+          for (int64_t i = 0; i < task.tiles; ++i) {
+            fire_tile<K>(walk, tiles(i), w + i * cut.order * V, b + i * V, target(i));
+            target.written(i, p.steps);
+          }
         });
         write_back(task, vs, spikes, n, target);
       }
@@ -457,7 +485,7 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
         Tiles<const acc> grads{};
         if (wanted) grads = read(task, vg, grad, n, true, gradients);
         const bool after = affine || p.mask != nullptr || dx == nullptr;
-        const Targets<acc> target = target_of<scalar, acc>(task, vd, dx, n, !after, out);
+        const Targets<acc> target = target_of<scalar, acc>(task, vd, dx, n, !after, out, false);
         const Walk walk = task.walk(n);
         with_order<acc>(p, cut.order, [&](auto K) {
           for (int64_t i = 0; i < task.tiles; ++i) {
@@ -480,6 +508,7 @@ void backward_input(const Problem& p, const Cut& cut, const View& v, const scala
               transposed_tile<K, true>(walk, du, qi, dh, wi, target(i));
             else
               transposed_tile<K, false>(walk, du, qi, dh, wi, target(i));
+            target.written(i, T);
           }
         });
         if (!wanted) continue;
@@ -608,6 +637,9 @@ int guarded(const F& f) {
                             OUT(acc, dgamma), OUT(acc, dbeta), OUT(acc, dscale), OUT(acc, dshift));                      \
     });                                                                                                                  \
   }
+
+extern "C" const char* mfpsn_instructions() { return kInstructions; }
+extern "C" int mfpsn_register_bytes() { return kRegister; }
 
 MFPSN_EXPORT(float32, float, float)
 MFPSN_EXPORT(float64, double, double)
