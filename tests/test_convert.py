@@ -324,14 +324,19 @@ class TestSourceInit:
         assert converted.get_buffer("features.1.num_batches_tracked") == 0
 
 
-def test_reset_net_still_works(net, example):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_reset_net_still_works(net, example, inplace):
+    """It keeps a list of modules to reset: what has no state computes the same after it, the source starts afresh."""
+    first = copy.deepcopy(net)(example)
     functional.reset_net(net)
-    converted = quick(net, example)
-    converted(example)
+    converted = quick(net, example, inplace=inplace).eval()
+    expected = converted(example)
     functional.reset_net(converted)
-    inplace = quick(net, example, inplace=True)
-    functional.reset_net(inplace)
-    functional.reset_net(net)
+    assert torch.equal(converted(example), expected)
+    if not inplace:
+        net(example)
+        functional.reset_net(net)
+        assert torch.equal(net(example), first)
 
 
 def test_shared_neuron_serves_several_nodes(example):

@@ -43,7 +43,13 @@ class TestOneByOne:
         for one in conversion_pipeline((example,), repeats=1, progress=False):
             result = one(gm)
             gm = result.graph_module
-            gm(example).sum().backward()
+            out = gm(example)
+            out.sum().backward()
+            assert out.shape == (5, 3), one.name
+            for name, parameter in gm.named_parameters():
+                assert parameter.grad is not None, (one.name, name)
+                assert parameter.grad.isfinite().all(), (one.name, name)
+            gm.zero_grad()
             for module in gm.modules():
                 if isinstance(module, neuron.LIFNode):
                     module.reset()
@@ -105,7 +111,6 @@ class TestConversions:
         # x once for three readers, and the end; the linear layer runs time-last
         assert len(conversion_nodes(gm)) == 2
         assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 3
-        assert gm.graph is not None
         again = InsertConversions("time_last")(gm)
         assert torch.equal(again.graph_module(x), expected)
         assert len(conversion_nodes(gm)) == 2
