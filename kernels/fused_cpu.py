@@ -118,6 +118,13 @@ def _function(part: str, dtype: torch.dtype, arguments: int) -> ctypes._CFuncPtr
     return function
 
 
+def _error() -> str:
+    """What the library met when a call failed on this thread, other than that memory ran out."""
+    tell = library().mfpsn_error
+    tell.restype = ctypes.c_char_p
+    return (tell() or b"").decode(errors="replace")
+
+
 class _Run:
     """One call into the library: sizes, constants, and what has to stay alive meanwhile."""
 
@@ -145,8 +152,11 @@ class _Run:
         return [None if t is None else t.data_ptr() for t in dense]
 
     def __call__(self, part: str, *addresses: int | None) -> None:
-        if _function(part, self.dtype, 1 + len(addresses))(self.problem, *addresses) != 0:
+        code = _function(part, self.dtype, 1 + len(addresses))(self.problem, *addresses)
+        if code == 1:
             raise MemoryError(f"fused-cpp: no memory for the scratch space of {part}, order {self.order}")
+        if code:
+            raise RuntimeError(f"fused-cpp: {part} of order {self.order} failed: {_error()}")
 
 
 def _supports(problem: Problem) -> str | None:

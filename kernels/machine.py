@@ -15,6 +15,7 @@ from .cpu_build import march
 
 __all__ = ["machine", "source_of", "sources_hash"]
 
+_SUFFIXES = frozenset({".py", ".cpp", ".h", ".cu", ".cuh"})
 _FOLDER = pathlib.Path(__file__).resolve().parent
 
 
@@ -83,11 +84,10 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def sources_hash() -> str:
-    """A hash of all sources in this folder, those in C++ and CUDA too."""
+    """Return a hash of all sources in this folder and below it, those in C++ and CUDA too, and of where they stand."""
     digest = hashlib.sha256()
-    for path in sorted([*_FOLDER.glob("*.py"), *(_FOLDER / "csrc").glob("*")]):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for path in _FOLDER.rglob("*") if path.suffix in _SUFFIXES):
+        digest.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

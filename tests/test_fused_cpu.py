@@ -319,6 +319,21 @@ def test_out_of_memory_is_told(monkeypatch):
         fire(torch.randn(4, 2, 3), torch.ones(3, 2), torch.zeros(3), method="fused-cpp")
 
 
+def test_other_errors_are_told_as_they_are(monkeypatch):
+    """The library is told of more channels than a vector can have entries: that is not std::bad_alloc."""
+    x, weight, one = torch.randn(4, 2, 3), torch.ones(3, 2), torch.ones(3)
+    prepared = fused_cpu._prepared
+
+    def of_many_channels(*key):
+        found = prepared.__wrapped__(*key)
+        found.problem.channels = 2**61
+        return found
+
+    monkeypatch.setattr(fused_cpu, "_prepared", of_many_channels)
+    with pytest.raises(RuntimeError, match=r"fused-cpp: backward of order 2 failed: \w"):
+        OPS.neuron_backward(x, x, weight, one, one, one, one, training=True, method="fused-cpp")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_the_process():
     """Scratch space of the library's own counts too: beyond dX, backward takes under a tenth of X."""

@@ -171,12 +171,18 @@ class TestKeys:
         before = machine.sources_hash()
         assert machine.sources_hash.__wrapped__() == before
         monkeypatch.setattr(machine, "_FOLDER", tmp_path)
-        (tmp_path / "csrc").mkdir()
         hashes = {before}
-        for file, text in (("a.py", "1"), ("a.py", "2"), ("csrc/a.cu", "1"), ("csrc/a.cu", "2")):
+        files = ("a.py", "csrc/a.cu", "csrc/cpu/a.h", "implementations/a.py")  # however deep they stand
+        for file, text in ((file, text) for file in files for text in "12"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text(text)
             hashes.add(machine.sources_hash.__wrapped__())
-        assert len(hashes) == 5
+        (tmp_path / "a.py").rename(tmp_path / "csrc" / "a.py")
+        hashes.add(machine.sources_hash.__wrapped__())
+        assert len(hashes) == 1 + 8 + 1
+        (tmp_path / "__pycache__").mkdir()
+        (tmp_path / "__pycache__" / "a.pyc").write_text("1")
+        assert machine.sources_hash.__wrapped__() in hashes
 
     def test_a_kernel_of_the_users(self, folder, samples):
         """Measured again when its source is another; not kept where that cannot be read."""

@@ -8,7 +8,9 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <exception>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "cpu_fold.h"
@@ -573,16 +575,28 @@ void backward(const Problem& p, const Folding& f, const View& v, const scalar* x
     for (int64_t i = 0; i < C * k; ++i) dweight[i] += through[i];
 }
 
-// The C interface: each function returns 0, or 1 if memory ran out.
+// What the last function of the C interface that failed on this thread met
+inline thread_local std::string last_error;
+
+// The C interface: each function returns 0, 1 if memory ran out, or 2 for whatever else mfpsn_error() then tells; no
+// exception may leave through it.
 template <typename F>
 int guarded(const F& f) {
   try {
     f();
     return 0;
-  } catch (...) {  // nothing else than memory can fail here, and nothing may leave through the C interface
+  } catch (const std::bad_alloc&) {
     return 1;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return 2;
+  } catch (...) {
+    last_error = "an exception of unknown type";
+    return 2;
   }
 }
+
+extern "C" const char* mfpsn_error() { return last_error.c_str(); }
 
 #define IN(type, name) static_cast<const type*>(name)
 #define OUT(type, name) static_cast<type*>(name)
