@@ -33,7 +33,9 @@ class NotAFilterError(ValueError):
     """A neuron that has no linear causal filter, with the reason; ``convert`` names the layer."""
 
 
-@dataclasses.dataclass(frozen=True)
+# Responses are not frozen, since LeakyIntegrator makes them in its forward: Dynamo of torch 2.11 cannot make a frozen
+# dataclass.
+@dataclasses.dataclass(eq=False)
 class Geometric:
     """The response gain·ratio^j at lag j: LIF, IF (ratio 1). ``gain`` and ``ratio`` are () or (C,) tensors."""
 
@@ -46,7 +48,7 @@ class Geometric:
         return gain.unsqueeze(-1) * ratio.unsqueeze(-1) ** lags.to(ratio.device).double()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Taps:
     """A finite response, ``values[..., j]`` at lag j: (L,) or (C, L); zero from lag L on."""
 
@@ -59,7 +61,7 @@ class Taps:
         return torch.where(lags < values.shape[-1], reached, torch.zeros_like(reached))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class TwoPole:
     """Two exponentials in series, a current that decays and a membrane that decays: CUBA-LIF, Synaptic, Norse's LIF.
 
