@@ -11,7 +11,7 @@ from .contests import Contest, Entrant
 from .layout import Layout, to_layout
 from .machine import source_of
 from .op import neuron
-from .registry import DEFAULT_KERNEL, Problem, get_kernel
+from .registry import FALLBACK_KERNEL, Problem, get_kernel
 from .working_set import Pool
 
 __all__ = ["EVALUATION", "TRAINING", "conversion_contest", "kernel_contest"]
@@ -27,7 +27,7 @@ def kernel_contest(
     name: str,
     alpha: float = 2.0,
     strides: Sequence[int] | None = None,
-    default: str = DEFAULT_KERNEL,
+    default: str = FALLBACK_KERNEL,
 ) -> Contest:
     """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
 

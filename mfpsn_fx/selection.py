@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from mfpsn_fx.kernels.contests import NOT_REACHED
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
@@ -28,7 +27,7 @@ class Row:
     """One call of one neuron. Times are milliseconds; ``shape`` is that of the input in its layout.
 
     ``ratio`` is the vanilla way's forward and backward over the chosen kernel's: above 1 is faster than vanilla.
-    What was not measured is None.
+    What was not measured is None. The kernel of a neuron that is not bound is the one of highest rank, as a note says.
     """
 
     layer: str
@@ -254,8 +253,8 @@ def _row(neuron) -> Row:
         order=neuron.order,
         dilation=neuron.dilation,
         layout=str(neuron.layout),
-        kernel=neuron.kernel or DEFAULT_KERNEL,
-        eval_kernel=neuron.eval_kernel or DEFAULT_KERNEL,
+        kernel=neuron.kernel or _default_kernel(neuron, training=True),
+        eval_kernel=neuron.eval_kernel or _default_kernel(neuron, training=False),
         notes=tuple(_notes(neuron, measured)),
     )
     if measured is None:
@@ -275,6 +274,10 @@ def _row(neuron) -> Row:
     )
 
 
+def _default_kernel(neuron, training: bool) -> str:
+    return "" if neuron.module is None else neuron.module.default_kernel(neuron.layout, training)
+
+
 def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidate | None:
     return next((c for c in candidates if (c.kernel, c.layout) == (kernel, layout) and c.error is None), None)
 
@@ -282,6 +285,8 @@ def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidat
 def _notes(neuron, measured: Measured | None):
     if neuron.node is None:
         yield "inside a leaf"
+    if not (neuron.kernel and neuron.eval_kernel):
+        yield "not bound: the kernel of highest rank"
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
     failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]

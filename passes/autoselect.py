@@ -12,7 +12,7 @@ from torch import fx
 from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL, Kernel, get_kernel, kernels
+from mfpsn_fx.kernels.registry import FALLBACK_KERNEL, Kernel, get_kernel, kernels
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.record import Candidate, Measured
@@ -196,7 +196,7 @@ class Autoselect(Pass):
                         name=f"{neuron.name}, {layout}",
                         alpha=neuron.alpha,
                         strides=neuron.strides(layout),
-                        default=DEFAULT_KERNEL if DEFAULT_KERNEL in able else able[0],
+                        default=FALLBACK_KERNEL if FALLBACK_KERNEL in able else able[0],
                     )
                 )
         return places, refused
@@ -280,7 +280,7 @@ def fastest(
     if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
         working = [c for c in working if c.training_ms is not None] or working
     best = min(working, key=cost, default=None)
-    default = next((c for c in working if c.kernel == DEFAULT_KERNEL), None)
+    default = next((c for c in working if c.kernel == FALLBACK_KERNEL), None)
     if best is None or default is None or beats(cost(best), spread(best), cost(default), spread(default)):
         return best
     return default
