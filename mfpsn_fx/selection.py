@@ -52,7 +52,8 @@ class Selection:
     Totals are milliseconds of forward and backward of the whole network, as predicted; ``verified_ms`` holds what was
     measured end to end: (mode, name as in the totals, milliseconds, spread). ``conversion_bytes`` is the size of the
     tensors that are converted in one forward. ``pinned``: (operator, why, how many) of what stays time-first.
-    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose.
+    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose. Selections are equal
+    if what they say is, whether it was measured now (``measured`` ways, in ``autoselect_s``) or known (``kept``).
     """
 
     rows: tuple[Row, ...]
@@ -65,11 +66,11 @@ class Selection:
     pinned: tuple[tuple[str, str, int], ...] = ()
     verified_ms: tuple[tuple[str, str, float, float], ...] = ()
     verdict: str = ""
-    autoselect_s: float | None = None
+    autoselect_s: float | None = dataclasses.field(default=None, compare=False)
     repeats: int | None = None
     noise: float | None = None
-    measured: int | None = None
-    kept: int | None = None
+    measured: int | None = dataclasses.field(default=None, compare=False)
+    kept: int | None = dataclasses.field(default=None, compare=False)
     unconverted: tuple[tuple[str, str], ...] = ()
     readouts: tuple[tuple[str, str], ...] = ()
 
@@ -175,8 +176,8 @@ class Selection:
     def _how(self) -> str:
         now = f"{self.measured} ways measured" if self.measured else "nothing measured"
         kept = f", {self.kept} known from earlier" if self.kept else ""
-        noise = f"; this machine's noise: {self.noise:.1%}" if self.noise is not None else ""
-        return f"{now}{kept}, medians{noise}"
+        noise = f"; noise: {self.noise:.1%}" if self.noise is not None else ""
+        return f"{now}{kept}, lowest of their samples{noise}"
 
     def __str__(self) -> str:
         return self.table()
