@@ -14,11 +14,20 @@ from .fold import fold
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
 from .quantiser import Gradient, dequantise, exponents, power_of_two, quantise
-from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, kernels, register_kernel, unregister_kernel
+from .registry import (
+    FALLBACK_KERNEL,
+    Kernel,
+    Problem,
+    default_kernel,
+    get_kernel,
+    kernels,
+    register_kernel,
+    unregister_kernel,
+)
 from .surrogate import ATan, Rational, Sigmoid, Surrogate, register_surrogate, spike
 
 __all__ = [
-    "DEFAULT_KERNEL",
+    "FALLBACK_KERNEL",
     "ATan",
     "Gradient",
     "Kernel",
@@ -29,6 +38,7 @@ __all__ = [
     "Surrogate",
     "backward_input",
     "backward_reductions",
+    "default_kernel",
     "dequantise",
     "exponents",
     "fire",

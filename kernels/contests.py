@@ -5,6 +5,7 @@ Nothing here knows of neurons: kernels, layouts, conversions and whole networks 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -12,13 +13,13 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
 from .selection_cache import SelectionCache
-from .timing import machine_noise, sample, spread_of
+from .timing import ClockError, estimate, noise_of, sample, spread_of
 from .watchdog import Hung, Watchdog
 
 __all__ = ["NOT_REACHED", "Contest", "Entrant", "Outcome", "Results", "beats", "run_contests"]
@@ -31,10 +32,11 @@ NOT_REACHED = "not measured"  # how the error of an entrant begins that the budg
 
 _SHORTEST = 0.2  # ms that a sample should last, so that the clock's own grain does not show
 _MOST_CALLS = 50
-_LONG = 50.0  # ms: a run this long needs no other before it, and is a sample at once
-_WIDE = 2.0  # times the best: a loser by a wide margin
-_TIE = 0.02  # of the best: what is known this well and differs by less may stay undecided
-_MOST = 6  # times the fewest samples: a contest that is open by then stays so
+# One of lower rank leaves after three samples if it is slower than twice the best, and after two if by more than other
+# processes explain: on two cores beside two busy ones, short calls took 4 to 120 ms longer, sample after sample
+_WIDE, _FAR, _STALL = 2.0, 4.0, 20.0
+_TIE = 0.02  # relative: what differs by less is not worth a sample
+_MOST = 6  # times the fewest samples: what is open by then stays so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +50,15 @@ class Entrant:
             is compiled at the first call should have run once when it returns. Whatever it or a part raises is an
             error of this entrant only.
         kept: whether ``key`` says enough for times to be kept for other processes.
+        rank: in doubt the highest wins, and it is measured first. Those below 0 are baselines: they are measured when
+            the others are decided and time is left.
     """
 
     name: str
     key: object
     prepare: Callable[[], Mapping[str, Part]]
     kept: bool = True
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +68,12 @@ class Contest:
     Attributes:
         name: what messages call it.
         entrants: measured in turn, sample by sample.
-        default: the entrant that stands unless another is clearly faster; it is measured first.
+        default: the entrant that precedes those of any rank; "": none does.
         objectives: the sums of parts that are to be small, e.g. ``(("forward", "backward"), ("eval",))``; empty: all
             parts together. A part that an entrant does not have is left out of its sums.
         device: where it runs.
-        heat: contests with equal heats are measured together, so that their entrants compare as well as those of one
-            contest; None: on its own.
+        heat: contests with equal heats are measured together, in turn; None: on its own.
+        setup: makes what entrants share, such as random data, before the time of the budget runs.
     """
 
     name: str
@@ -77,36 +82,47 @@ class Contest:
     objectives: tuple[tuple[str, ...], ...] = ()
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     heat: Hashable = None
+    setup: Callable[[], object] | None = None
 
     @property
     def key(self) -> dict:
         """What identifies it, as JSON-able data."""
-        entrants = [[entrant.name, entrant.key] for entrant in self.entrants]
+        entrants = sorted([entrant.name, entrant.key] for entrant in self.entrants)
         return {"entrants": entrants, "default": self.default, "objectives": self.objectives}
+
+    @property
+    def precedence(self) -> list[Entrant]:
+        """The entrants, the one that wins in doubt first: the default, then by rank, then as they are given."""
+        return sorted(self.entrants, key=lambda entrant: (entrant.name != self.default, -entrant.rank))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What came of an entrant: the samples of each part in milliseconds, or why there are none.
 
-    ``noise`` is the relative noise of single samples on the machine when they were taken.
+    ``thin``: there are fewer than the decision needs, or than one that may win must have.
     """
 
     samples: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     error: str | None = None
-    noise: float = 0.0
+    thin: bool = False
 
     def ms(self, *parts: str) -> float | None:
-        """The sum of the medians of ``parts``; None if one is missing."""
-        if any(part not in self.samples for part in parts):
-            return None
-        return sum(statistics.median(self.samples[part]) for part in parts)
+        """The sum of the lowest samples of ``parts``; None if one is missing."""
+        return self._sum(estimate, parts)
 
     def spread_ms(self, *parts: str) -> float | None:
-        """Half the width of the interval in which :meth:`ms` lies with 95 %; None if a part is missing."""
+        """How far below :meth:`ms` the true time may lie; None if a part is missing.
+
+        That is the sum of :func:`~.timing.spread_of`; of too few samples as much as the time itself: in doubt the
+        higher rank wins, and of one that was hardly measured nothing is certain.
+        """
+        return self._sum(estimate if self.thin else spread_of, parts)
+
+    def _sum(self, of: Callable[[Sequence[float]], float], parts: Sequence[str]) -> float | None:
         if any(part not in self.samples for part in parts):
             return None
-        return math.hypot(*(spread_of(self.samples[part], self.noise) for part in parts))
+        return sum(of(self.samples[part]) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +132,8 @@ class Results:
     Attributes:
         outcomes: for each contest, in order, that of each entrant by name.
         measured, kept: how many entrants were measured now, and how many had been, in an earlier run.
-        noise: relative noise of single samples: of now, or the most that was noted with results that were kept.
+        noise: how far the median of the samples lies above the lowest, relative to it, in the middle of all that were
+            sampled more than once.
     """
 
     outcomes: tuple[dict[str, Outcome], ...] = ()
@@ -126,8 +143,12 @@ class Results:
 
 
 def beats(new_ms: float, new_spread: float | None, old_ms: float, old_spread: float | None) -> bool:
-    """Whether ``new`` is faster than ``old`` by more than the spread of the two."""
-    return old_ms - new_ms > math.hypot(new_spread or 0.0, old_spread or 0.0)
+    """Whether ``new`` is faster than ``old``, which is of higher rank, by more than the spread.
+
+    That is the spread of ``old``: time is only ever added, so ``new`` takes ``new_ms`` at the most, however much its
+    samples vary, while ``old`` may take ``old_spread`` less than was seen.
+    """
+    return old_ms - new_ms > (old_spread or 0.0)
 
 
 def run_contests(
@@ -142,12 +163,18 @@ def run_contests(
 ) -> Results:
     """Measure all contests, those that are alike once.
 
-    Of each heat, every entrant is warmed up; then all are sampled in turn, in an order drawn anew for each round, until
-    in each objective the best is faster than every other by more than the spread of the two (:func:`spread_of`), or
-    differs by less than 2 % and is known that well. Each has at least ``repeats`` samples by then, except those slower
-    than twice the best, which leave after two, or one long one. It also ends when the heat's share of the budget is
-    spent; what a heat leaves over goes to those behind it. An entrant not reached by then has an error that says so.
-    A run longer than a tenth of the budget (and a second) is its entrant's only one.
+    Entrants are warmed up and sampled once, those of the highest rank first. Then all are sampled in turn, in an order
+    drawn anew for each round, until no doubt is left that more samples could take away. Each has at least ``repeats``
+    samples, except those of lower rank than the fastest that are far behind, which leave after two or three. One of
+    higher rank that seems slower has twice as many, and is slower by more than its spread
+    (:func:`~.timing.spread_of`). What is open after six times ``repeats`` stays so. Baselines, of ranks below 0, come
+    when the others are decided.
+
+    A heat also ends when its share of the budget is spent; what it leaves over goes to those after it. An entrant not
+    reached by then has an error that says so, but one of each contest is always measured. A run longer than a tenth of
+    the budget (and a second) is its entrant's only one after the warm-up.
+
+    Samples that are kept from an earlier run are used. If by these rules they are too few, more are added to them.
 
     In an initialised process group, rank 0 measures and all ranks take its results: every rank must call, with
     contests of the same names.
@@ -157,13 +184,14 @@ def run_contests(
         budget_s: seconds for all of them.
         repeats: the fewest samples of an entrant that may win.
         progress: show a progress bar; None: if the terminal is one.
-        cache: results of earlier runs, where new ones are kept too; None: neither.
+        cache: samples of earlier runs, where new ones are kept too; None: neither.
         hang_s: a run longer than this is broken off, if it runs in Python, and recorded as hanging either way
             (:class:`~.watchdog.Watchdog` says what can be broken off).
         clock: of nanoseconds, for devices without events.
 
     Raises:
         RuntimeError: another rank's results do not fit, or rank 0 failed.
+        ClockError: the clock does not go forwards.
     """
     if not contests:
         return Results()
@@ -179,147 +207,262 @@ def run_contests(
 
 def _run(contests, budget_s, repeats, progress, cache, hang_s, clock) -> Results:
     texts = [json.dumps([contest.key, str(contest.device)], sort_keys=True) for contest in contests]
-    found: dict[str, dict[str, Outcome]] = {}
     heats: dict[Hashable, dict[str, Contest]] = {}
-    noises: list[float] = []
-    kept = 0
+    runners: dict[str, list[_Runner]] = {}
     for text, contest in zip(texts, contests, strict=True):
-        if text in found or any(text in heat for heat in heats.values()):
+        if text in runners:
             continue
-        old = _kept(cache, contest, budget_s, repeats)
-        if old is None:
+        old = _recorded(cache, contest)
+        runners[text] = [_Runner(text, entrant, old.get(entrant.name)) for entrant in contest.precedence]
+        if _needs(contest, runners[text], repeats):
             heat = ("alone", text) if contest.heat is None else ("together", contest.heat)
             heats.setdefault((*heat, contest.device), {})[text] = contest
-        else:
-            found[text] = old
-            kept += len(old)
-            noises += [outcome.noise for outcome in old.values()]
-    count = sum(len(contest.entrants) for heat in heats.values() for contest in heat.values())
     if heats:
+        for heat in heats.values():
+            for contest in heat.values():
+                if contest.setup is not None:
+                    with contextlib.suppress(Exception):  # it goes wrong again in the entrants, which say so
+                        contest.setup()
         ends = time.monotonic() + budget_s
-        noise = {
-            device: machine_noise(device, clock) for device in {c.device for h in heats.values() for c in h.values()}
-        }
-        noises += noise.values()
         silent = None if progress is None else not progress
+        count = sum(len(runners[text]) for heat in heats.values() for text in heat)
         dog = Watchdog(hang_s)
         try:
             with tqdm(total=count, desc="autoselect", unit="way", disable=silent) as bar:
                 for index, heat in enumerate(heats.values()):
-                    device = next(iter(heat.values())).device
                     share = max(0.0, ends - time.monotonic()) / (len(heats) - index)
-                    run = _Heat(heat, device, share, budget_s, repeats, noise[device], dog, cache, clock, bar)
-                    found |= run.outcomes()
+                    mine = {text: runners[text] for text in heat}
+                    _Heat(heat, mine, share, budget_s, repeats, dog, cache, clock, bar).run()
         finally:
             dog.close()
-    return Results(tuple(found[text] for text in texts), count, kept, max(noises, default=None))
+    found = {
+        text: _outcomes_of(contest, runners[text], budget_s, repeats)
+        for text, contest in zip(texts, contests, strict=True)
+    }
+    everyone = [runner for ours in runners.values() for runner in ours]
+    return Results(
+        tuple(found[text] for text in texts),
+        sum(runner.started for runner in everyone),
+        sum(not runner.started and runner.known for runner in everyone),
+        _noise(outcome for outcomes in found.values() for outcome in outcomes.values()),
+    )
+
+
+def _noise(outcomes: Iterable[Outcome]) -> float | None:
+    several = [values for outcome in outcomes for values in outcome.samples.values() if len(values) > 1]
+    return statistics.median(noise_of(values) / estimate(values) for values in several) if several else None
 
 
 class _Runner:
-    """An entrant while it is measured."""
+    """An entrant while it is measured, with the samples that were kept of it."""
 
-    def __init__(self, contest: str, entrant: Entrant) -> None:
+    def __init__(self, contest: str, entrant: Entrant, old: Outcome | None) -> None:
         self.contest, self.entrant = contest, entrant
-        self.parts: Mapping[str, Part] = {}
-        self.calls: dict[str, int] = {}
-        self.warm: dict[str, float] = {}
         self.samples: dict[str, list[float]] = {}
         self.error: str | None = None
+        if old is not None:
+            self.samples = {part: list(values) for part, values in old.samples.items()}
+            self.error = None if (old.error or "").startswith(NOT_REACHED) else old.error
+        self.runs: Mapping[str, Part] = {}
+        self.calls: dict[str, int] = {}
+        self.started = False
         self.passing = False  # the error may not come again
-        self.stopped = False
+        self.stopped = False  # a run takes so long that it is not repeated
 
-    def cost(self, objective: tuple[str, ...]) -> float | None:
-        """Milliseconds; None where it has none of the parts, or an error."""
-        parts = [part for part in objective if part in self.parts]
-        if self.error is not None or not parts or any(not self._values(part) for part in parts):
-            return None
-        return sum(statistics.median(self._values(part)) for part in parts)
+    @property
+    def known(self) -> bool:
+        """Whether there are samples, or an error that would come again."""
+        return bool(self.samples) or self.error is not None
 
-    def spread(self, objective: tuple[str, ...], noise: float) -> float:
-        return math.hypot(*(spread_of(self._values(part), noise) for part in objective if part in self.parts))
+    def parts(self, objective: tuple[str, ...]) -> list[str]:
+        """The parts of ``objective`` that it has."""
+        return [part for part in objective if part in self.samples]
 
-    def least(self, objective: tuple[str, ...]) -> int:
+    def cost(self, objective: tuple[str, ...]) -> float:
+        """Milliseconds, as far as they are known."""
+        return sum(estimate(self.samples[part]) for part in self.parts(objective))
+
+    def spread(self, objective: tuple[str, ...]) -> float:
+        return sum(spread_of(self.samples[part]) for part in self.parts(objective))
+
+    def count(self, objective: tuple[str, ...]) -> int:
         """Samples of the part that has the fewest."""
-        return min(len(self.samples[part]) for part in objective if part in self.parts)
+        return min(len(self.samples[part]) for part in self.parts(objective))
 
-    def long(self, objective: tuple[str, ...]) -> bool:
-        """Whether a run takes so long that another costs more than it tells."""
-        return any(self.samples[part] and self.samples[part][0] > _LONG for part in objective if part in self.parts)
-
-    def _values(self, part: str) -> Sequence[float]:
-        return self.samples.get(part) or ([self.warm[part]] if part in self.warm else [])
-
-    def outcome(self, noise: float) -> Outcome:
+    def outcome(self, budget_s: float, thin: bool) -> Outcome:
         if self.error is not None:
-            return Outcome(error=self.error, noise=noise)
-        return Outcome({part: tuple(self._values(part)) for part in self.parts}, noise=noise)
+            return Outcome(error=self.error)
+        if not self.samples:
+            return Outcome(error=f"{NOT_REACHED}: its share of the budget of {budget_s:g} s was spent")
+        return Outcome({part: tuple(values) for part, values in self.samples.items()}, thin=thin)
+
+
+def _outcomes_of(contest: Contest, runners: Sequence[_Runner], budget_s: float, repeats: int) -> dict[str, Outcome]:
+    """What came of ``runners`` by name, in the order of the contest's entrants."""
+    wanted = {id(runner) for runner, _ in _wanted(contest, runners, repeats)}
+    found = {}
+    for runner in runners:
+        few = any(len(values) < repeats for values in runner.samples.values())
+        found[runner.entrant.name] = runner.outcome(budget_s, few or id(runner) in wanted)
+    return {entrant.name: found[entrant.name] for entrant in contest.entrants}
+
+
+def _needs(contest: Contest, runners: Sequence[_Runner], repeats: int) -> bool:
+    """Whether what is known of ``runners`` is too little, by the rules by which they are sampled."""
+    return any(not runner.known for runner in runners) or bool(_wanted(contest, runners, repeats))
+
+
+def _wanted(contest: Contest, runners: Sequence[_Runner], repeats: int) -> list[tuple[_Runner, str]]:
+    """Who needs another sample of which part, of those that have samples."""
+    every = tuple({part: None for runner in runners for part in runner.samples})
+    wanted: dict[tuple[int, str], tuple[_Runner, str]] = {}
+    for objective in contest.objectives or (every,):
+        able = [runner for runner in runners if runner.error is None and runner.parts(objective)]
+        for runner in _undecided(able, objective, repeats):
+            if not runner.stopped:
+                wanted |= {(id(runner), part): (runner, part) for part in runner.parts(objective)}
+    return list(wanted.values())
+
+
+def _undecided(able: Sequence[_Runner], objective: tuple[str, ...], repeats: int) -> list[_Runner]:
+    """Those of ``able``, which are in order of precedence, that need more samples for the objective to be decided."""
+    if not able:
+        return []
+    costs = {runner: runner.cost(objective) for runner in able}
+    best = min(costs, key=costs.get)
+    few, rivals = [], []
+    outranks = True
+    for runner, cost in costs.items():
+        outranks = outranks and runner is not best
+        count = runner.count(objective)
+        far = cost > _FAR * costs[best] + _STALL
+        if not outranks and count >= min(2 if far else 3, repeats) and cost > _WIDE * costs[best]:
+            continue
+        if count < repeats:
+            few.append(runner)
+        elif outranks and cost - costs[best] > _TIE * cost:
+            # in doubt it wins: so let there be none, and let none lose by what disturbed it for a while
+            doubtful = cost - runner.spread(objective) <= costs[best]
+            if doubtful or count < 2 * repeats:
+                rivals.append(runner)
+    wanted = dict.fromkeys([*few, *rivals, *([best] if rivals else [])])
+    return [runner for runner in wanted if runner.count(objective) < max(_MOST * repeats, 3)]
 
 
 class _Heat:
     """Contests measured together."""
 
-    def __init__(self, contests, device, share_s, budget_s, repeats, noise, dog, cache, clock, bar) -> None:
+    def __init__(self, contests, runners, share_s, budget_s, repeats, dog, cache, clock, bar) -> None:
         self.contests: dict[str, Contest] = contests
-        self.device, self.budget_s, self.repeats, self.noise = device, budget_s, repeats, noise
+        self.runners: dict[str, list[_Runner]] = runners
+        self.device = next(iter(contests.values())).device
+        self.budget_s, self.repeats = budget_s, repeats
         self.dog, self.cache, self.clock, self.bar = dog, cache, clock, bar
         self.ends = time.monotonic() + share_s
         self.limit_ms = max(1.0, budget_s / 10) * 1e3
-        self.runners = {text: [_Runner(text, e) for e in contest.entrants] for text, contest in contests.items()}
 
-    def outcomes(self) -> dict[str, dict[str, Outcome]]:
-        for text, contest in self.contests.items():
-            # the default first: it is measured even if the time is out
-            for runner in sorted(self.runners[text], key=lambda r: r.entrant.name != contest.default):
-                self.bar.set_postfix_str(f"{contest.name}: {runner.entrant.name}", refresh=False)
-                self._warm_up(runner, contest)
+    def run(self) -> None:
+        # the highest ranks of all contests before the others, baselines last
+        places = [
+            (runner.entrant.rank < 0, place, runner)
+            for runners in self.runners.values()
+            for place, runner in enumerate(runners)
+        ]
+        pending = [(baseline, runner) for baseline, _, runner in sorted(places, key=lambda one: one[:2])]
+        while pending:
+            # half of what is left at the most, so that those which were started can be sampled, too
+            until = time.monotonic() + (self.ends - time.monotonic()) / 2
+            baselines = pending[0][0]
+            while pending and pending[0][0] is baselines:
+                self._start_if_needed(pending.pop(0)[1])
                 self.bar.update()
-        self._sample_in_turn()
-        found = {}
+                if time.monotonic() >= until and not self._late:
+                    break
+            self._sample_in_turn()
         for text, contest in self.contests.items():
-            found[text] = {r.entrant.name: r.outcome(self.noise) for r in self.runners[text]}
-            passing = any(r.passing for r in self.runners[text])
-            if self.cache is not None and not passing and all(e.kept for e in contest.entrants):
-                spent = any(r.error == self._not_reached for r in self.runners[text])
-                self.cache.put(contest.key, self.device, _record(found[text], self.repeats, self.budget_s, spent))
-        return found
+            runners = self.runners[text]
+            usable = not any(r.passing for r in runners) and all(e.kept for e in contest.entrants)
+            if self.cache is not None and usable and any(r.started for r in runners):
+                spent = _needs(contest, runners, self.repeats)
+                outcomes = _outcomes_of(contest, runners, self.budget_s, self.repeats)
+                self.cache.put(contest.key, self.device, _record(outcomes, self.repeats, self.budget_s, spent))
 
     @property
     def _late(self) -> bool:
         return time.monotonic() >= self.ends
 
-    @property
-    def _not_reached(self) -> str:
-        return f"{NOT_REACHED}: its share of the budget of {self.budget_s:g} s was spent"
+    def _may_start(self, runner: _Runner) -> bool:
+        """Whether there is time; there always is for one of each contest."""
+        return not self._late or not any(r.samples for r in self.runners[runner.contest] if r is not runner)
 
-    def _warm_up(self, runner: _Runner, contest: Contest) -> None:
+    def _start_if_needed(self, runner: _Runner) -> None:
+        contest = self.contests[runner.contest]
+        wanted = not runner.known or any(
+            one is runner for one, _ in _wanted(contest, self.runners[runner.contest], self.repeats)
+        )
+        if wanted and (self._may_start(runner) if not runner.known else not self._late):
+            self.bar.set_postfix_str(f"{contest.name}: {runner.entrant.name}", refresh=False)
+            self._start(runner)
+
+    def _start(self, runner: _Runner) -> None:
+        """Warm up, and take a first sample of each part."""
         entrant = runner.entrant
-        if self._late and entrant.name != contest.default:
-            runner.error = self._not_reached
-            return
         if self.cache is not None and entrant.kept and (reason := self.cache.hung(entrant.key, self.device)):
             runner.error = reason
             return
+        runner.started = True
 
         def start() -> None:
-            runner.parts = dict(entrant.prepare())
-            for part, run in runner.parts.items():
-                runner.samples[part] = []
+            runner.runs = dict(entrant.prepare())
+            taken: dict[str, float] = {}
+            lowest: dict[str, float] = {}
+            for part, run in runner.runs.items():
+                if not self._may_start(runner):  # too slow for what is left
+                    return
+                if self._leaves(runner, part, lowest):
+                    continue
                 first = sample(run, 1, self.device, self.clock)
-                if first > _LONG:
-                    runner.samples[part].append(first)
-                    runner.calls[part] = 1
-                else:
-                    once = runner.warm[part] = sample(run, 1, self.device, self.clock)
-                    runner.calls[part] = max(1, min(_MOST_CALLS, math.ceil(_SHORTEST / once)))
-                runner.stopped |= first > self.limit_ms
+                runner.calls[part] = 1
+                taken[part] = self._sample(runner, part)
+                lowest[part] = min(first, taken[part])
+                runner.stopped |= taken[part] > self.limit_ms
+            for part, ms in taken.items():
+                if all(other in taken for objective in self._with(runner, part) for other in objective):
+                    runner.samples.setdefault(part, []).append(ms)
 
         self._guarded(runner, start)
+
+    def _with(self, runner: _Runner, part: str) -> list[list[str]]:
+        """The objectives that need ``part``, each as the parts of them that ``runner`` has."""
+        objectives = self.contests[runner.contest].objectives
+        return [[one for one in objective if one in runner.runs] for objective in objectives if part in objective]
+
+    def _leaves(self, runner: _Runner, part: str, lowest: Mapping[str, float]) -> bool:
+        """Whether ``part`` need not be measured, since the other parts of its objective took too long already.
+
+        ``lowest`` is the faster of two calls of each. Baselines stay: of them a ratio is wanted.
+        """
+        higher = []
+        for other in self.runners[runner.contest]:
+            if other is runner:
+                break
+            higher += [other] if other.error is None else []
+        objectives = self._with(runner, part)
+        if runner.entrant.rank < 0 or runner.samples or not objectives:
+            return False
+        for objective in objectives:
+            costs = [other.cost(objective) for other in higher if len(other.parts(objective)) == len(objective)]
+            if not costs or sum(lowest.get(one, 0.0) for one in objective) <= _FAR * min(costs) + _STALL:
+                return False
+        return True
 
     def _guarded(self, runner: _Runner, run: Callable[[], None]) -> None:
         """Run on behalf of ``runner``; whatever goes wrong is its own fault and nobody else's."""
         try:
             with self.dog.watching(lambda: self._hangs(runner)):
                 run()
+        except ClockError:
+            raise
         except Hung:
             runner.error = f"hangs: it did not return within {self.dog.limit_s:g} s"
         except Exception as error:
@@ -338,10 +481,12 @@ class _Heat:
             self.cache.mark_hung(runner.entrant.key, self.device, self.dog.limit_s)
 
     def _sample_in_turn(self) -> None:
-        draw, rounds = random.Random(0), 0
-        while rounds < max(_MOST * self.repeats, 3) and not self._late:
+        draw = random.Random(0)
+        while not self._late:
             turns = [
-                turn for text, contest in self.contests.items() for turn in self._open(self.runners[text], contest)
+                turn
+                for text, contest in self.contests.items()
+                for turn in _wanted(contest, self.runners[text], self.repeats)
             ]
             if not turns:
                 return
@@ -349,56 +494,39 @@ class _Heat:
             for runner, part in turns:
                 if self._late:
                     return
-                if runner.error is None:
+                if runner.error is not None:
+                    continue
+                if not runner.started:  # its samples are from an earlier run
+                    self._start(runner)
+                elif part in runner.runs:
                     self._guarded(runner, lambda runner=runner, part=part: self._take(runner, part))
-            rounds += 1
 
     def _take(self, runner: _Runner, part: str) -> None:
-        runner.samples[part].append(sample(runner.parts[part], runner.calls[part], self.device, self.clock))
+        runner.samples[part].append(self._sample(runner, part))
 
-    def _open(self, runners: list[_Runner], contest: Contest) -> list[tuple[_Runner, str]]:
-        """Who needs another sample of what."""
-        every = tuple({part: None for runner in runners for part in runner.parts})
-        wanted: dict[tuple[int, str], tuple[_Runner, str]] = {}
-        for objective in contest.objectives or (every,):
-            costs = {runner: cost for runner in runners if (cost := runner.cost(objective)) is not None}
-            for runner in self._contenders(costs, objective):
-                if not runner.stopped:
-                    wanted |= {(id(runner), p): (runner, p) for p in objective if p in runner.parts}
-        return list(wanted.values())
-
-    def _contenders(self, costs: dict[_Runner, float], objective: tuple[str, ...]) -> list[_Runner]:
-        """Those who need more samples for the objective to be decided."""
-        if not costs:
-            return []
-        best = min(costs, key=costs.get)
-        spread = {runner: runner.spread(objective, self.noise) for runner in costs}
-        few, rivals = [], []
-        for runner, cost in costs.items():
-            count = runner.least(objective)
-            if cost > _WIDE * costs[best] and (runner.long(objective) or count >= min(2, self.repeats)):
-                continue
-            if count < self.repeats:
-                few.append(runner)
-            elif runner is not best and cost - costs[best] <= math.hypot(spread[runner], spread[best]):
-                known = max(spread[runner], spread[best]) <= _TIE * costs[best]
-                if not (known and cost - costs[best] <= _TIE * costs[best]):
-                    rivals.append(runner)
-        return [*dict.fromkeys([*few, *rivals, *([best] if rivals else [])])]
+    def _sample(self, runner: _Runner, part: str) -> float:
+        """Milliseconds of a call, of as many in a row as the clock needs."""
+        ms = sample(runner.runs[part], runner.calls[part], self.device, self.clock)
+        calls = min(_MOST_CALLS, math.ceil(_SHORTEST / ms))
+        if calls > 2 * runner.calls[part]:  # it is the first, or what made the first one long is over
+            runner.calls[part] = calls
+            ms = sample(runner.runs[part], calls, self.device, self.clock)
+        return ms
 
 
 def _record(outcomes: Mapping[str, Outcome], repeats: int, budget_s: float, spent: bool) -> dict:
+    """What is kept of a contest: all samples, what was asked for, and whether it ended before enough was known."""
     return {
         "repeats": repeats,
         "budget_s": budget_s,
         "spent": spent,
         "outcomes": {
             name: {
-                "samples": {part: [float(f"{ms:.5g}") for ms in values] for part, values in outcome.samples.items()},
-                "error": outcome.error,
-                "noise": outcome.noise,
+                "samples": {part: list(ms) for part, ms in one.samples.items()},
+                "error": one.error,
+                "thin": one.thin,
             }
-            for name, outcome in outcomes.items()
+            for name, one in outcomes.items()
         },
     }
 
@@ -410,27 +538,25 @@ def _outcomes(data: Mapping) -> dict[str, Outcome]:
         samples = {str(part): tuple(float(ms) for ms in values) for part, values in one["samples"].items()}
         if any(not values or not all(0 < ms < math.inf for ms in values) for values in samples.values()):
             raise ValueError(f"{name}: times must be positive numbers")
-        error, noise = one["error"], float(one["noise"])
-        if not (samples if error is None else isinstance(error, str)) or not 0 <= noise < math.inf:
+        error = one["error"]
+        if not (samples if error is None else isinstance(error, str)):
             raise ValueError(f"{name}: neither times nor an error")
-        found[name] = Outcome(samples, error, noise)
+        found[name] = Outcome(samples, error, bool(one["thin"]))
     return found
 
 
-def _kept(cache: SelectionCache | None, contest: Contest, budget_s: float, repeats: int) -> dict[str, Outcome] | None:
-    """Outcomes of an earlier run that took at least as many samples, and as much time if that was short."""
+def _recorded(cache: SelectionCache | None, contest: Contest) -> dict[str, Outcome]:
+    """Outcomes of earlier runs; empty if there are none."""
     if cache is None or not all(entrant.kept for entrant in contest.entrants):
-        return None
+        return {}
 
-    def read(data: Mapping) -> dict[str, Outcome] | None:
+    def read(data: Mapping) -> dict[str, Outcome]:
         found = _outcomes(data["outcomes"])
         if set(found) != {entrant.name for entrant in contest.entrants}:
             raise ValueError("other entrants than the key says")
-        if data["repeats"] < repeats or (data["spent"] and data["budget_s"] < budget_s):
-            return None
-        return {entrant.name: found[entrant.name] for entrant in contest.entrants}
+        return found
 
-    return cache.get(contest.key, contest.device, read)
+    return cache.get(contest.key, contest.device, read) or {}
 
 
 def _from_rank_0(run: Callable[[], Results], contests: Sequence[Contest]) -> Results:

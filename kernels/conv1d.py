@@ -54,7 +54,7 @@ def _from_rows(rows: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
     return rows.reshape(batch, -1, channels, steps).permute(0, 2, 1, 3).reshape(shape)
 
 
-@register_kernel("vanilla-conv1d")
+@register_kernel("vanilla-conv1d", rank=-1)  # what the others are compared with
 class VanillaConv1d(FilterParts):
     """Permute to (N·*, C, T), depthwise Conv1d, permute back: what the paper calls vanilla."""
 

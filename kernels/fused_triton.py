@@ -274,6 +274,7 @@ def _input(
     devices=["cuda", "cpu"] if _interpreted() else ["cuda"],
     supports=_supports,
     unavailable=unavailable,
+    rank=-1 if _interpreted() else 40,  # the interpreter is for tests
 )
 class FusedTriton(Parts):
     """Triton, for GPUs: a tile of positions walks T, taps summed in order, H never written; any strides."""

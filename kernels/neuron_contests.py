@@ -11,8 +11,8 @@ from .contests import Contest, Entrant
 from .layout import Layout, to_layout
 from .machine import source_of
 from .op import neuron
-from .registry import DEFAULT_KERNEL, Problem, get_kernel
-from .working_set import Pool
+from .registry import Problem, get_kernel
+from .working_set import Pool, extent
 
 __all__ = ["EVALUATION", "TRAINING", "conversion_contest", "kernel_contest"]
 
@@ -27,7 +27,6 @@ def kernel_contest(
     name: str,
     alpha: float = 2.0,
     strides: Sequence[int] | None = None,
-    default: str = DEFAULT_KERNEL,
 ) -> Contest:
     """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
 
@@ -35,13 +34,11 @@ def kernel_contest(
 
     Args:
         problem: shape, layout, dtype, order, dilation and so on.
-        kernels: names of registered kernels that support it. Those registered last are measured first, so that the
-            slow ways, which are the oldest, are what a short budget does not reach.
+        kernels: names of registered kernels that support it.
         pool: of the device on which they run.
         name: what messages call the contest.
         alpha: of the surrogate.
         strides: of the input as the network makes it; None: contiguous.
-        default: the kernel that stands unless another is clearly faster.
     """
     strides = tuple(torch.empty(problem.shape, device="meta").stride() if strides is None else strides)
     trainable = torch.Size(problem.shape).numel() > problem.channels
@@ -61,15 +58,22 @@ def kernel_contest(
         "affine": problem.affine,
     }
     entrants = []
-    for kernel in reversed(list(kernels)):
-        source = source_of(get_kernel(kernel).parts)
-        prepare = functools.partial(_prepare, problem, kernel, alpha, strides, trainable, pool)
-        entrants.append(Entrant(kernel, {**facts, "kernel": kernel, "source": source}, prepare, source is not None))
-    # heats: the layouts of one neuron are compared, too
-    where = Layout.TIME_FIRST.shape_from(problem.shape, problem.layout)
-    heat = ("mfpsn.neuron", *problem._replace(shape=where, layout=Layout.TIME_FIRST), alpha)
+    for name_of_kernel in kernels:
+        kernel = get_kernel(name_of_kernel)
+        source = source_of(kernel.parts)
+        prepare = functools.partial(_prepare, problem, kernel.name, alpha, strides, trainable, pool)
+        key = {**facts, "kernel": kernel.name, "source": source}
+        entrants.append(Entrant(kernel.name, key, prepare, source is not None, kernel.rank))
+    # All neurons are measured together: beside a busy process whole seconds may be disturbed, and with the samples of a
+    # layer one after the other all of them
+    heat = "mfpsn.neuron"
     objectives = (TRAINING, EVALUATION) if trainable else (EVALUATION,)
-    return Contest(name, tuple(entrants), default, objectives, pool.device, heat)
+    setup = functools.partial(_reserve, pool, problem.shape, strides, problem.dtype)
+    return Contest(name, tuple(entrants), objectives=objectives, device=pool.device, heat=heat, setup=setup)
+
+
+def _reserve(pool: Pool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> None:
+    pool.reserve(max(extent(shape, strides), torch.Size(shape).numel()), dtype)
 
 
 def _prepare(
@@ -135,7 +139,8 @@ def conversion_contest(
         }
 
     key = {"op": "to_layout", "shape": list(shape), "strides": list(strides), "dtype": _plain(dtype)}
-    return Contest(name, (Entrant("to_layout", key, prepare),), "to_layout", device=pool.device)
+    setup = functools.partial(_reserve, pool, shape, strides, dtype)
+    return Contest(name, (Entrant("to_layout", key, prepare),), device=pool.device, setup=setup)
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The canonical op ``mfpsn::neuron``, its backward, and its parts, on whichever kernel is bound.
+"""The canonical op ``mfpsn::neuron``, its backward, and its parts, on the kernel that is bound or of highest rank.
 
 Every neuron of every graph is one call of this op, whatever computes it. Appendix C of the paper: the temporal
 filter runs once with W for the batch statistics and once with W_q = Q(γ/√(σ²+ε)·W) for the spikes.
@@ -19,7 +19,7 @@ from .fold import Folding
 from .layout import Layout
 from .parts import Call
 from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
-from .registry import DEFAULT_KERNEL, Kernel, Problem, get_kernel, version
+from .registry import FALLBACK_KERNEL, Kernel, Problem, default_kernel, get_kernel, version
 from .surrogate import get_surrogate
 
 __all__ = ["backward_input", "backward_reductions", "fire", "neuron", "statistics"]
@@ -28,6 +28,8 @@ _log = logging.getLogger("mfpsn_fx")
 _warned: set[tuple[str, str, str]] = set()
 
 # The kernel's name travels as "method": Inductor's fallback for custom ops has a parameter of its own called "kernel".
+# "" stands for the kernel of highest rank, which is found when the op runs: a graph that was compiled or exported on
+# one machine says nothing of the kernels of another.
 _AFFINE = "Tensor? scale=None, Tensor? shift=None, Tensor? mask=None"
 _PLACE = "int dilation=1, str layout='time_first', str method='', str layer=''"
 _SURROGATE = "str surrogate='atan', float alpha=2.0"
@@ -160,24 +162,25 @@ def _check_training(x: Tensor, weight: Tensor, layer: str) -> None:
 
 
 def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
-    """The kernel that is bound, or the default with one warning a layer where it cannot serve."""
-    default = get_kernel(DEFAULT_KERNEL)
-    if name in ("", DEFAULT_KERNEL):
-        return default
+    """The kernel that is bound; else, and with one warning a layer where it cannot serve, the default kernel."""
+    if not name:
+        return default_kernel(problem)
     try:
         kernel = get_kernel(name)
-        refusal = kernel.refusal(problem)
+        # the fallback is not asked: whoever names it gets it
+        refusal = None if name == FALLBACK_KERNEL else kernel.refusal(problem)
     except ValueError as error:
         kernel, refusal = None, str(error)
     if refusal is None:
         return kernel
+    default = default_kernel(problem)
     if (layer, name, refusal) not in _warned:
         _warned.add((layer, name, refusal))
         _log.warning(
             "%skernel %r gives way to %r for input %s: %s",
             _named(layer),
             name,
-            DEFAULT_KERNEL,
+            default.name,
             tuple(problem.shape),
             refusal,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -11,24 +12,30 @@ import torch
 from .layout import Layout
 
 __all__ = [
-    "DEFAULT_KERNEL",
+    "FALLBACK_KERNEL",
     "FLOATS",
     "Kernel",
     "Problem",
+    "default_kernel",
     "get_kernel",
     "kernels",
+    "rank_of",
     "register_kernel",
     "unregister_kernel",
     "version",
 ]
 
-# Runs wherever torch runs, in both layouts, on every dtype, and needs no compiler.
-DEFAULT_KERNEL = "shifted-add"
+_log = logging.getLogger("mfpsn_fx")
+
+# Runs wherever torch runs, in both layouts, on every dtype, and needs no compiler: what is left if nothing else can.
+FALLBACK_KERNEL = "shifted-add"
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _KERNELS: dict[str, Kernel] = {}
 _changes = 0
+_availability: dict[str, str | None] = {}  # why a kernel cannot run on this machine, of those that were asked
+_reported: set[tuple[str, str]] = set()
 
 
 class Problem(NamedTuple):
@@ -69,7 +76,7 @@ class Kernel:
     ``parts`` gives ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
     ``backward``, which put them together (see :class:`mfpsn_fx.kernels.parts.Parts`, which documents their shapes).
     ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
-    kernel cannot run on this machine.
+    kernel cannot run on this machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs.
     """
 
     name: str
@@ -80,9 +87,15 @@ class Kernel:
     supports: Callable[[Problem], str | None] | None = None
     unavailable: Callable[[], str | None] | None = None
     summary: str = ""
+    rank: int = 0
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot serve ``problem`` here, or None if it can."""
+        reason = self.unsupported(problem)
+        return self.missing() if reason is None else reason
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why this kernel cannot serve ``problem`` on any machine, or None if it can."""
         if problem.layout not in self.layouts:
             return f"serves {' and '.join(map(str, self.layouts))}, not {problem.layout}"
         if self.devices is not None and problem.device not in self.devices:
@@ -90,9 +103,12 @@ class Kernel:
         if problem.dtype not in self.dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"takes {names}, not {str(problem.dtype).removeprefix('torch.')}"
-        if self.supports is not None and (reason := self.supports(problem)) is not None:
-            return reason
-        return self.unavailable() if self.unavailable is not None else None
+        return self.supports(problem) if self.supports is not None else None
+
+    def missing(self) -> str | None:
+        """Why this kernel cannot run on this machine, or None if it can; may compile it to find out."""
+        reason = _availability[self.name] = self.unavailable() if self.unavailable is not None else None
+        return reason
 
 
 def register_kernel(
@@ -103,6 +119,7 @@ def register_kernel(
     dtypes: Iterable[torch.dtype] = FLOATS,
     supports: Callable[[Problem], str | None] | None = None,
     unavailable: Callable[[], str | None] | None = None,
+    rank: int | None = None,
     replace: bool = False,
 ):
     """Class decorator: offer a kernel to the op and to autoselect.
@@ -115,12 +132,18 @@ def register_kernel(
         supports: ``problem -> None`` or the reason why not. Its answers are remembered until the registry changes.
         unavailable: ``() -> None`` or the reason why it cannot run on this machine (on GPUs: on the current device);
             remembered too.
+        rank: the highest that can serve runs where nobody has chosen a kernel, and wins where times leave a doubt.
+            Ours have 50 (``fused-cuda``), 40 (``fused-triton``), 30 (``fused-cpp``), 10 (``shifted-add``, which always
+            can) and less. None: 0, so that a new kernel runs only where it is measured or bound; or, with
+            ``replace``, the rank of the kernel that it replaces. Of equal ranks the one registered first.
         replace: take the place of a kernel of that name.
 
     Raises:
         ValueError: the name is taken (and ``replace`` is false), empty, or a layout is unknown.
-        TypeError: one of the parts is missing.
+        TypeError: one of the parts is missing, or the rank is no integer.
     """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"kernel {name!r}: rank must be an integer, found {rank!r}")
     places = tuple(Layout.parse(layout) for layout in layouts)
     if not name:
         raise ValueError("a kernel needs a name")
@@ -132,6 +155,7 @@ def register_kernel(
             raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.parts.Parts")
         if name in _KERNELS and not replace:
             raise ValueError(f"a kernel called {name!r} is registered already; pass replace=True to replace it")
+        old = _KERNELS.get(name)
         doc = (parts.__doc__ or "").strip().splitlines()
         _KERNELS[name] = Kernel(
             name,
@@ -142,7 +166,9 @@ def register_kernel(
             supports,
             unavailable,
             doc[0] if doc else "",
+            rank if rank is not None else old.rank if old is not None else 0,
         )
+        _availability.pop(name, None)
         _changed()
         return cls
 
@@ -160,11 +186,12 @@ def version() -> int:
 
 
 def unregister_kernel(name: str) -> None:
-    """Take a kernel out again; nodes bound to it give way to the default. The default itself stays."""
-    if name == DEFAULT_KERNEL:
-        raise ValueError(f"{name!r} is the default kernel, which unbound neurons run; it cannot be unregistered")
+    """Take a kernel out again; nodes bound to it give way to the one of highest rank. ``shifted-add`` stays."""
+    if name == FALLBACK_KERNEL:
+        raise ValueError(f"{name!r} runs where no other kernel can; it cannot be unregistered")
     get_kernel(name)
     del _KERNELS[name]
+    _availability.pop(name, None)
     _changed()
 
 
@@ -182,3 +209,30 @@ def kernels(layout: Layout | str | None = None) -> tuple[Kernel, ...]:
         return tuple(_KERNELS.values())
     layout = Layout.parse(layout)
     return tuple(kernel for kernel in _KERNELS.values() if layout in kernel.layouts)
+
+
+def rank_of(name: str) -> float:
+    """The rank of the kernel called ``name``; below all others if it is not registered (any more)."""
+    return _KERNELS[name].rank if name in _KERNELS else float("-inf")
+
+
+def default_kernel(problem: Problem, *, build: bool = True) -> Kernel:
+    """The kernel of highest rank that can serve ``problem``: it runs where none is bound.
+
+    A kernel that fits, but cannot run on this machine, is reported once on the log.
+
+    Args:
+        problem: what is to be computed.
+        build: find out whether a kernel can run here even if that means to compile it. False: take it that one that
+            was not asked yet can.
+    """
+    for kernel in sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank):
+        if kernel.unsupported(problem) is not None:
+            continue
+        reason = kernel.missing() if build else _availability.get(kernel.name)
+        if reason is None:
+            return kernel
+        if build and (kernel.name, reason) not in _reported:
+            _reported.add((kernel.name, reason))
+            _log.warning("kernel %r cannot run here, the next one runs in its place: %s", kernel.name, reason)
+    return _KERNELS[FALLBACK_KERNEL]

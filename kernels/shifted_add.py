@@ -9,7 +9,7 @@ from .parts import FilterParts
 from .registry import register_kernel
 
 
-@register_kernel("shifted-add")
+@register_kernel("shifted-add", rank=10)
 class ShiftedAdd(FilterParts):
     """Slices of X, each times its tap, added in the order i = 0 … k−1; views only, both layouts."""
 

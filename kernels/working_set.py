@@ -71,12 +71,20 @@ class Pool:
             )
         return self._windows[key]
 
+    def reserve(self, need: int, dtype: torch.dtype) -> None:
+        """Make the memory for windows of ``need`` elements now, rather than when the first is asked for.
+
+        Raises:
+            torch.OutOfMemoryError: the device cannot hold it.
+        """
+        self._buffer(dtype, need)
+
     def _buffer(self, dtype: torch.dtype, need: int) -> Tensor:
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < need:
-            size = min(2 * last_level_cache(self.device), _MOST) // dtype.itemsize
+            size = max(min(2 * last_level_cache(self.device), _MOST) // dtype.itemsize, need)
             kept = torch.float64 if dtype is torch.float64 else torch.float32
             generator = torch.Generator(self.device).manual_seed(0)
-            numbers = torch.randn(max(size, need), generator=generator, device=self.device, dtype=kept)
+            numbers = torch.randn(size, generator=generator, device=self.device, dtype=kept)
             buffer = self._buffers[dtype] = numbers.to(dtype)
         return buffer

@@ -18,7 +18,7 @@ __all__ = ["Backend", "backend", "backend_pipeline"]
 _log = logging.getLogger("mfpsn_fx")
 
 
-def backend_pipeline(layout: str = "auto", repeats: int = 5, budget_s: float = 30.0) -> Pipeline:
+def backend_pipeline(layout: str = "auto", repeats: int = 5, budget_s: float = 10.0) -> Pipeline:
     """The passes that the backend runs on Dynamo's graph: those of :func:`plan`, and conversions are lowered.
 
     The fake tensors in the graph stand for an example. Arguments as in :func:`plan`.

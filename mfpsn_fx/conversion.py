@@ -70,7 +70,7 @@ def conversion_pipeline(
     fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
-    budget_s: float = 30.0,
+    budget_s: float = 10.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
@@ -106,7 +106,7 @@ def planning_pipeline(
     fold_norms: bool | None = None,
     repeats: int = 5,
     progress: bool | None = None,
-    budget_s: float = 30.0,
+    budget_s: float = 10.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
@@ -153,7 +153,7 @@ def convert(
     fold_norms: bool = True,
     repeats: int = 5,
     progress: bool | None = None,
-    budget_s: float = 30.0,
+    budget_s: float = 10.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,
@@ -166,7 +166,7 @@ def convert(
             snnTorch and Norse may step through time: what comes out does not (``docs/single_step.md``).
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
-            the graph, the default kernels run, and :func:`plan` can do the rest later.
+            the graph, the kernels of highest rank run, and :func:`plan` can do the rest later.
         order: k, the taps of each neuron.
         dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
         layout: ``"auto"``: the best for every stretch of the network, conversions included, as measured;
@@ -280,7 +280,7 @@ def plan(
     kernels: str | Mapping[str, str] = "auto",
     repeats: int = 5,
     progress: bool | None = None,
-    budget_s: float = 30.0,
+    budget_s: float = 10.0,
     cache: bool = True,
     selection: Selection | str | os.PathLike | None = None,
     verify: bool | str = False,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from mfpsn_fx.kernels.contests import NOT_REACHED
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured
@@ -28,7 +27,7 @@ class Row:
     """One call of one neuron. Times are milliseconds; ``shape`` is that of the input in its layout.
 
     ``ratio`` is the vanilla way's forward and backward over the chosen kernel's: above 1 is faster than vanilla.
-    What was not measured is None.
+    What was not measured is None. The kernel of a neuron that is not bound is the one of highest rank, as a note says.
     """
 
     layer: str
@@ -53,7 +52,8 @@ class Selection:
     Totals are milliseconds of forward and backward of the whole network, as predicted; ``verified_ms`` holds what was
     measured end to end: (mode, name as in the totals, milliseconds, spread). ``conversion_bytes`` is the size of the
     tensors that are converted in one forward. ``pinned``: (operator, why, how many) of what stays time-first.
-    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose.
+    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose. Selections are equal
+    if what they say is, whether it was measured now (``measured`` ways, in ``autoselect_s``) or known (``kept``).
     """
 
     rows: tuple[Row, ...]
@@ -66,11 +66,11 @@ class Selection:
     pinned: tuple[tuple[str, str, int], ...] = ()
     verified_ms: tuple[tuple[str, str, float, float], ...] = ()
     verdict: str = ""
-    autoselect_s: float | None = None
+    autoselect_s: float | None = dataclasses.field(default=None, compare=False)
     repeats: int | None = None
     noise: float | None = None
-    measured: int | None = None
-    kept: int | None = None
+    measured: int | None = dataclasses.field(default=None, compare=False)
+    kept: int | None = dataclasses.field(default=None, compare=False)
     unconverted: tuple[tuple[str, str], ...] = ()
     readouts: tuple[tuple[str, str], ...] = ()
 
@@ -176,8 +176,8 @@ class Selection:
     def _how(self) -> str:
         now = f"{self.measured} ways measured" if self.measured else "nothing measured"
         kept = f", {self.kept} known from earlier" if self.kept else ""
-        noise = f"; this machine's noise: {self.noise:.1%}" if self.noise is not None else ""
-        return f"{now}{kept}, medians{noise}"
+        noise = f"; noise: {self.noise:.1%}" if self.noise is not None else ""
+        return f"{now}{kept}, lowest of their samples{noise}"
 
     def __str__(self) -> str:
         return self.table()
@@ -254,8 +254,8 @@ def _row(neuron) -> Row:
         order=neuron.order,
         dilation=neuron.dilation,
         layout=str(neuron.layout),
-        kernel=neuron.kernel or DEFAULT_KERNEL,
-        eval_kernel=neuron.eval_kernel or DEFAULT_KERNEL,
+        kernel=neuron.kernel or _default_kernel(neuron, training=True),
+        eval_kernel=neuron.eval_kernel or _default_kernel(neuron, training=False),
         notes=tuple(_notes(neuron, measured)),
     )
     if measured is None:
@@ -275,6 +275,10 @@ def _row(neuron) -> Row:
     )
 
 
+def _default_kernel(neuron, training: bool) -> str:
+    return "" if neuron.module is None else neuron.module.default_kernel(neuron.layout, training)
+
+
 def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidate | None:
     return next((c for c in candidates if (c.kernel, c.layout) == (kernel, layout) and c.error is None), None)
 
@@ -282,6 +286,8 @@ def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidat
 def _notes(neuron, measured: Measured | None):
     if neuron.node is None:
         yield "inside a leaf"
+    if not (neuron.kernel and neuron.eval_kernel):
+        yield "not bound: the kernel of highest rank"
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
     failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]

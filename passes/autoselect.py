@@ -12,7 +12,7 @@ from torch import fx
 from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL, Kernel, get_kernel, kernels
+from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.record import Candidate, Measured
@@ -34,7 +34,7 @@ VANILLA = "vanilla-conv1d"
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What measuring took: seconds, ways measured now and known from earlier, the machine's noise, fewest samples."""
+    """What measuring took: seconds, ways measured now and known from earlier, the samples' noise, fewest samples."""
 
     seconds: float = 0.0
     measured: int = 0
@@ -92,7 +92,7 @@ class Autoselect(Pass):
     input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
     measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
-    always measured, for comparison.
+    measured for comparison, last, if there is time.
 
     Args:
         layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each
@@ -196,7 +196,6 @@ class Autoselect(Pass):
                         name=f"{neuron.name}, {layout}",
                         alpha=neuron.alpha,
                         strides=neuron.strides(layout),
-                        default=DEFAULT_KERNEL if DEFAULT_KERNEL in able else able[0],
                     )
                 )
         return places, refused
@@ -268,7 +267,7 @@ def fastest(
 ) -> Candidate | None:
     """The fastest candidate under ``layout``, of ``kernel`` if one is named; None if none works.
 
-    That is the default kernel, unless another is faster by more than the spread of the two.
+    In doubt that is the one of higher rank: the highest of which it is not clear that the lowest time is another's.
     """
     cost = (lambda c: c.eval_ms) if evaluation else cost_of
     spread = (lambda c: c.eval_spread_ms) if evaluation else spread_of
@@ -280,7 +279,7 @@ def fastest(
     if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
         working = [c for c in working if c.training_ms is not None] or working
     best = min(working, key=cost, default=None)
-    default = next((c for c in working if c.kernel == DEFAULT_KERNEL), None)
-    if best is None or default is None or beats(cost(best), spread(best), cost(default), spread(default)):
-        return best
-    return default
+    for one in sorted(working, key=lambda c: -rank_of(c.kernel)):
+        if not beats(cost(best), spread(best), cost(one), spread(one)):
+            return one
+    return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL, get_kernel
+from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.model.record import Measured
 
 from .autoselect import MEASURED, PLAN, check_choice, fastest, forced_kernel
@@ -17,8 +17,9 @@ __all__ = ["BindKernels"]
 class BindKernels(Pass):
     """Bind each neuron node to a kernel for training and one for evaluation.
 
-    Before: ``lif(conv, layout="time_first")``. After: ``lif(conv, layout="time_first", kernel="shifted-add",
-    eval_kernel="conv2d")``. Without measurements, neurons get the kernel that is forced, or the default one.
+    Before: ``lif(conv, layout="time_first")``. After: ``lif(conv, layout="time_first", kernel="fused-cpp",
+    eval_kernel="shifted-add")``. Without measurements, neurons get the kernel that is forced, or keep what they have;
+    those that have none run the kernel of highest rank.
 
     Args:
         kernels: ``"auto"``: the fastest measured; one name for all; or a mapping from layer to name.
@@ -51,7 +52,7 @@ class BindKernels(Pass):
                     for e in (False, True)
                 )
             else:
-                chosen[neuron.name] = (neuron.kernel or DEFAULT_KERNEL, neuron.eval_kernel or DEFAULT_KERNEL)
+                chosen[neuron.name] = (neuron.kernel, neuron.eval_kernel)
         if faults:
             raise ValueError("the kernels asked for do not support these layers:\n  " + "\n  ".join(faults))
         for neuron in found:

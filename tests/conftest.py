@@ -80,26 +80,27 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, str]]]:
-    """``distorted(times, conversion, noise)``: a clock that shows what it is told.
+    """``distorted(times, conversion)``: a clock that shows what it is told, every time.
 
     ``times(problem, kernel)`` gives milliseconds of forward, backward and evaluation, ``problem`` having the attributes
     of an entrant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way, and of a
-    layer, and ``noise`` the machine's. Returned is a list that fills with what was asked for.
+    layer. Returned is a list that fills with what was asked for.
     """
 
-    def distort(times, conversion=0.01, noise=0.0):
+    def distort(times, conversion=0.01):
         asked = []
 
         def outcome(entrant):
             problem = types.SimpleNamespace(**entrant.key)
             if problem.op == "layer":
-                return Outcome({"training": (conversion,)}, noise=noise)
-            if problem.op == "to_layout":
-                return Outcome({"forward": (conversion,), "backward": (conversion,)}, noise=noise)
-            problem.shape = tuple(problem.shape)
-            asked.append((problem, entrant.name))
-            forward, backward, evaluation = times(problem, entrant.name)
-            return Outcome({"forward": (forward,), "backward": (backward,), "eval": (evaluation,)}, noise=noise)
+                found = {"training": conversion}
+            elif problem.op == "to_layout":
+                found = {"forward": conversion, "backward": conversion}
+            else:
+                problem.shape = tuple(problem.shape)
+                asked.append((problem, entrant.name))
+                found = dict(zip(("forward", "backward", "eval"), times(problem, entrant.name), strict=True))
+            return Outcome({part: (ms,) * 5 for part, ms in found.items()})
 
         def run_contests(contests, **options):
             return Results(tuple({e.name: outcome(e) for e in contest.entrants} for contest in contests))

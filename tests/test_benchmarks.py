@@ -287,6 +287,42 @@ class TestCompiled:
         )
 
 
+class TestSelectionUnderLoad:
+    def test_it_counts_the_wrong_decisions(self, load, tmp_path):
+        files = [tmp_path / "n.json", tmp_path / "n.md"]
+        script = load("selection_under_load")
+        found = script.main(["--quick", "--seconds", "0", "--json", str(files[0]), "--markdown", str(files[1])])
+        assert json.loads(files[0].read_text()) == json.loads(json.dumps(found))
+        (one,) = found["conversions"]
+        assert len(one["rows"]) == 2 * 20
+        assert {row["mode"] for row in one["rows"]} == {"training", "evaluation"}
+        assert all(row["ratio"] >= 1 and (row["ratio"] > 1 or row["kernel"] == row["best"]) for row in one["rows"])
+        text = files[1].read_text()
+        wrong = [row for row in one["rows"] if row["ratio"] > 1.3]
+        for mode in ("training", "evaluation"):
+            assert f"{sum(row['mode'] == mode for row in wrong)} of 20" in text
+        assert text.count("\n| 1 | ") == 1 + len(wrong)
+
+    def test_what_is_busy_ends_by_itself(self, load):
+        script, started = load("selection_under_load"), []
+
+        class Noted(subprocess.Popen):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                started.append(self)
+
+        script.subprocess.Popen, before = Noted, subprocess.Popen
+        try:
+            with script.busy(2, 0.1):
+                assert [process.wait(timeout=60) for process in started] == [0, 0]
+            with pytest.raises(KeyError), script.busy(1, 60.0):
+                raise KeyError
+        finally:
+            script.subprocess.Popen = before
+        assert len(started) == 3
+        assert all(process.poll() is not None for process in started)
+
+
 class TestPictures:
     @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
     def test_they_are_drawn(self, load, tmp_path):

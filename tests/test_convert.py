@@ -64,10 +64,14 @@ def test_without_example_channels_come_from_the_graph(net, example):
     assert [n.channels for n in neurons(converted)] == [4, 4, 6]
     table = mfpsn_fx.selection(converted)
     assert table.autoselect_s is None
-    assert {row.kernel for row in table.rows} == {"shifted-add"}
+    highest = MulFreePSN(4).default_kernel()
+    assert {row.kernel for row in table.rows} == {row.eval_kernel for row in table.rows} == {highest}
+    assert all("not bound: the kernel of highest rank" in row.notes for row in table.rows)
+    assert {(n.kernel, n.eval_kernel) for n in neurons(converted)} == {("", "")}
     converted(example)
     mfpsn_fx.plan(converted, example, repeats=1, progress=False)
     assert mfpsn_fx.selection(converted).autoselect_s > 0
+    assert not any("not bound" in note for row in mfpsn_fx.selection(converted).rows for note in row.notes)
     assert all(row.forward_ms > 0 and row.backward_ms > 0 for row in mfpsn_fx.selection(converted).rows)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mfpsn_fx import ATan, MulFreePSN
-from mfpsn_fx.kernels import power_of_two, reference
+from mfpsn_fx.kernels import power_of_two, reference, register_kernel, unregister_kernel
+from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 
 
 def test_starts_as_documented():
@@ -20,11 +21,13 @@ def test_starts_as_documented():
     assert sn.weight.abs().max() <= 3**-0.5
     assert set(dict(sn.named_buffers())) == {"running_mean", "running_var"}
     text = repr(sn)
+    assert f"kernel={sn.default_kernel()!r} by rank" in text
     for word in ("4, order=3, dilation=2", "ATan(2)", "straight-through", "time_first", "eps=1e-05", "momentum=0.1"):
         assert word in text
     sn.bind(layout="time_last", kernel="vmap-mm", eval_kernel="conv2d")
     for word in ("layout='time_last'", "kernel='vmap-mm'", "eval_kernel='conv2d'"):
         assert word in repr(sn)
+    assert "by rank" not in repr(sn)
     assert "max_exponent=3" in repr(MulFreePSN(2, max_exponent=3))
 
 
@@ -99,6 +102,29 @@ def test_gradients_flow_through_the_statistics():
     for ours, constant, want in zip(training, fixed, expected, strict=False):
         torch.testing.assert_close(ours, want)
         assert not torch.allclose(ours, constant)
+
+
+def test_the_kernel_that_is_shown_is_the_one_that_runs():
+    """Without a kernel being built to find out; the dtype, the device and the registry count."""
+    asked = []
+
+    @register_kernel("shown", rank=99, devices=["cpu"], dtypes=[torch.float32], unavailable=lambda: asked.append(1))
+    class Shown(ShiftedAdd):
+        def filter(self, call, x, w):
+            asked.append("run")
+            return super().filter(call, x, w)
+
+    try:
+        sn = MulFreePSN(2)
+        assert "kernel='shown' by rank" in repr(sn)
+        assert asked == []
+        sn(torch.randn(5, 3, 2))
+        assert "run" in asked
+        assert "kernel='shown' by rank" not in repr(sn.double())
+        assert "kernel='shifted-add' by rank" in repr(MulFreePSN(2, device="meta"))
+    finally:
+        unregister_kernel("shown")
+    assert "shown" not in repr(MulFreePSN(2))
 
 
 def test_round_trips():

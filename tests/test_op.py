@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 
 import pytest
 import torch
 
-from mfpsn_fx.kernels import Layout, fold, kernels, neuron
+from mfpsn_fx import MulFreePSN
+from mfpsn_fx.kernels import (
+    Layout,
+    Problem,
+    default_kernel,
+    fold,
+    get_kernel,
+    kernels,
+    neuron,
+    register_kernel,
+    unregister_kernel,
+)
 from mfpsn_fx.kernels.op import _warned
+from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 
 OPS = torch.ops.mfpsn
+# "fused-cpp", or "shifted-add" where there is no compiler
+DEFAULT = default_kernel(Problem((5, 2, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1)).name
 
 
 def sample(layout="time_first", dtype=torch.float64, extras=False, grad=True):
@@ -273,14 +289,11 @@ class TestFaults:
         assert torch.equal(found[0], self.call(torch.full((5, 2, 3), 0.5))[0])
         assert len(caplog.records) == 1
         assert "net.lif" in caplog.text
-        assert "gives way to 'shifted-add'" in caplog.text
+        assert f"gives way to '{DEFAULT}'" in caplog.text
 
 
 class TestRegistry:
     def test_refusals(self):
-        from mfpsn_fx.kernels import Problem, get_kernel, register_kernel, unregister_kernel
-        from mfpsn_fx.kernels.shifted_add import ShiftedAdd
-
         problem = Problem((5, 2, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1)
         assert get_kernel("shifted-add").refusal(problem) is None
         assert get_kernel("conv2d").refusal(problem) == "serves time_last, not time_first"
@@ -303,20 +316,150 @@ class TestRegistry:
             unregister_kernel("picky")
 
     def test_faults(self):
-        from mfpsn_fx.kernels import get_kernel, register_kernel, unregister_kernel
-
         with pytest.raises(TypeError, match="lacks statistics, fire"):
             register_kernel("half")(type("Half", (), {}))
         with pytest.raises(ValueError, match="unknown kernel 'nope': choose one of 'vanilla-conv1d'"):
             get_kernel("nope")
-        with pytest.raises(ValueError, match="default kernel"):
+        with pytest.raises(ValueError, match="'shifted-add' runs where no other kernel can"):
             unregister_kernel("shifted-add")
+        for rank in (1.5, True, "high"):
+            with pytest.raises(TypeError, match=f"kernel 'half': rank must be an integer, found {rank!r}"):
+                register_kernel("half", rank=rank)
         with pytest.raises(ValueError, match="needs a name"):
             register_kernel("")
 
 
+class TestRank:
+    """Where no kernel is bound, the one of highest rank that can serve runs."""
+
+    problem = Problem((5, 2, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1)
+
+    @pytest.fixture
+    def offered(self):
+        """Register a kernel that notes its calls: ``offered(name, **options)`` returns the notes."""
+        names = []
+
+        def offer(name, **options):
+            calls = []
+
+            class Noted(ShiftedAdd):
+                def filter(self, call, x, w):
+                    calls.append(1)
+                    return super().filter(call, x, w)
+
+            register_kernel(name, **options)(Noted)
+            names.append(name)
+            return calls
+
+        yield offer
+        for name in names:
+            with contextlib.suppress(ValueError):
+                unregister_kernel(name)
+
+    def call(self, method=""):
+        return neuron(*(t.float() for t in sample(grad=False)), training=True, method=method)
+
+    def test_ours(self):
+        ranks = {kernel.name: kernel.rank for kernel in kernels()}
+        order = ["fused-cuda", "fused-triton", "fused-cpp", "shifted-add", "conv2d", "vanilla-conv1d"]
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            assert [name for name in sorted(ranks, key=lambda name: -ranks[name]) if name in order] == order
+        assert default_kernel(self.problem).name == DEFAULT
+        # where no fused kernel serves
+        assert default_kernel(self.problem._replace(device="meta")).name == "shifted-add"
+
+    def test_a_new_kernel_has_to_be_chosen_and_a_ranked_one_has_not(self, offered):
+        plain, high = offered("plain"), offered("high", rank=99, dtypes=[torch.float32])
+        self.call()
+        assert (bool(plain), bool(high)) == (False, True)
+        neuron(*sample(grad=False))  # float64: it does not serve that
+        count = len(high)
+        unregister_kernel("high")
+        self.call()
+        assert (len(plain), len(high)) == (0, count)
+        self.call("plain")
+        assert plain
+
+    def test_of_equal_ranks_the_first_registered(self, offered):
+        first, second = offered("first", rank=99), offered("second", rank=99)
+        self.call()
+        assert (bool(first), bool(second)) == (True, False)
+
+    def test_a_replacement_takes_the_rank_over(self, offered):
+        offered("mine", rank=7)
+        for options, rank in (({}, 7), ({"rank": 3}, 3), ({}, 3)):
+            offered("mine", replace=True, **options)
+            assert get_kernel("mine").rank == rank
+
+    def test_one_that_cannot_run_here_is_reported_once(self, offered, caplog):
+        asked = []
+        offered("built", rank=99, unavailable=lambda: asked.append(1) or "no compiler was found")
+        assert default_kernel(self.problem, build=False).name == "built"  # it would be
+        assert asked == []
+        for _ in range(3):
+            neuron(*(t.float() for t in sample(grad=False)), dilation=len(asked) + 1)
+        assert caplog.messages == [
+            "kernel 'built' cannot run here, the next one runs in its place: no compiler was found"
+        ]
+        assert default_kernel(self.problem, build=False).name == DEFAULT
+
+    def test_the_answer_is_remembered_until_the_registry_changes(self, offered):
+        asked = []
+        offered("asks", rank=99, supports=lambda problem: asked.append(problem) or "never")
+        for _ in range(3):
+            self.call()
+        assert len(asked) == 1
+        offered("other")
+        self.call()
+        assert len(asked) == 2
+
+    def test_backward_runs_it_too(self, offered):
+        calls = offered("high", rank=99)
+        spikes, *_ = neuron(*sample(), training=True)
+        before = len(calls)
+        spikes.sum().backward()
+        assert len(calls) > before
+
+    def test_a_compiled_graph_holds_none(self, offered):
+        """What was compiled runs the highest rank of the machine and the moment at which it runs."""
+        arguments = [t.float() for t in sample(grad=False)]
+
+        def call(*a):
+            return neuron(*a, training=True)[0]
+
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        wanted = compiled(*arguments)
+        calls = offered("high", rank=99)
+        assert torch.equal(compiled(*arguments), wanted)
+        assert calls
+        program = torch.export.export(_Exported(), (arguments[0],))
+        text = str(program.graph)
+        assert not any(kernel.name in text for kernel in kernels())
+
+    def test_a_bound_kernel_gives_way_to_it(self, offered, caplog):
+        _warned.clear()
+        calls = offered("high", rank=99)
+        for _ in range(2):
+            self.call("conv2d")
+        assert calls
+        assert [message.split(" for ")[0] for message in caplog.messages] == ["kernel 'conv2d' gives way to 'high'"]
+
+    def test_whoever_names_the_fallback_gets_it(self, offered):
+        calls = offered("high", rank=99)
+        self.call("shifted-add")
+        assert not calls
+
+
+class _Exported(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sn = MulFreePSN(3)
+
+    def forward(self, x):
+        return self.sn(x)
+
+
 def test_timing_leaves_the_generator_alone_and_measures_all():
-    from mfpsn_fx.kernels import Problem
     from mfpsn_fx.kernels.contests import run_contests
     from mfpsn_fx.kernels.neuron_contests import kernel_contest
     from mfpsn_fx.kernels.timing import measure

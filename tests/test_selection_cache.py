@@ -33,7 +33,7 @@ def small() -> nn.Sequential:
 
 
 def convert(model=None, example=x, **options):
-    return mfpsn_fx.convert(model or small(), example, **{"repeats": 1, "progress": False, **options})
+    return mfpsn_fx.convert(model or small(), example, **{"repeats": 1, "progress": False, "budget_s": 60, **options})
 
 
 @pytest.fixture
@@ -85,9 +85,15 @@ class TestKept:
             convert(**options)
             assert bool(samples) is again, options
 
+    def test_selections_are_equal(self):
+        """Measured, and known from earlier: to the last bit of every time."""
+        first, second = (mfpsn_fx.selection(convert(repeats=2)) for _ in range(2))
+        assert first == second
+        assert (second.measured, second.kept) == (0, first.measured)
+
     def test_more_time_than_was_short(self, samples):
         table = mfpsn_fx.selection(convert(budget_s=0))
-        assert {row.kernel for row in table.rows} == {"shifted-add"}
+        assert {row.kernel for row in table.rows} == {MulFreePSN(3).default_kernel()}
         assert "not reached within the budget: " in table.rows[0].notes[-1]
         assert "vmap-mm (time_last)" in table.rows[0].notes[-1]
         samples.clear()
@@ -95,6 +101,9 @@ class TestKept:
         assert not samples
         convert(budget_s=10)
         assert samples
+        samples.clear()
+        convert(budget_s=0)  # what is enough by now
+        assert not samples
 
     def test_a_kernel_that_fails_is_not_tried_again(self, samples):
         tries = []
@@ -244,6 +253,8 @@ class TestFaults:
                 outcome["samples"] = {}
             elif how == "infinite":
                 outcome["samples"] = {part: [float("inf")] for part in outcome["samples"]}
+            elif how == "not counted":
+                del outcome["thin"]
             elif how == "words":
                 outcome["samples"] = {part: ["fast"] for part in outcome["samples"]}
             elif how == "no entrants":
@@ -253,7 +264,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         "how",
         ["truncated", "empty", "binary", "a list", "another version", "another key", "nested", "no samples", "infinite",
-         "words", "no entrants"],
+         "words", "no entrants", "not counted"],
     )  # fmt: skip
     def test_damaged_files_are_written_anew_with_one_warning(self, how, folder, caplog, samples):
         options = {"layout": "time_first", "kernels": "shifted-add"}

@@ -12,7 +12,7 @@ from mfpsn_fx.kernels.fold import Fold, Folding, fold
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
 from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
-from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.kernels.registry import Problem, default_kernel, get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
@@ -90,7 +90,7 @@ class MulFreePSN(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.channel_dims = check_dims(channel_dims)
         self.min_exponent, self.max_exponent = min_exponent, max_exponent
-        # Where there is no node to carry a binding (inside a leaf), the module's own defaults do.
+        # Where there is no node to carry a binding (inside a leaf), the module's own defaults do; "": not bound.
         self.kernel = self.eval_kernel = ""
         self.path = ""  # what messages call this layer
         self.source: SourceNeuron | None = None
@@ -136,7 +136,8 @@ class MulFreePSN(nn.Module):
                 do not fire. None: that of :func:`mfpsn_fx.valid_steps`, if there is one.
             scale, shift: (C,), or None for 1 and 0: the neuron meets scale · x + shift, which is nowhere written down.
                 Steps before the first, and those that are not valid, are zero after that.
-            layout, kernel, eval_kernel: this call's binding; None for the module's own.
+            layout, kernel, eval_kernel: this call's binding; None for the module's own. A kernel ``""`` is the one of
+                highest rank that can serve the input.
 
         Raises:
             TypeError: x is not floating point.
@@ -233,6 +234,19 @@ class MulFreePSN(nn.Module):
         if eval_kernel is not None:
             self.eval_kernel = eval_kernel and get_kernel(eval_kernel).name
 
+    def default_kernel(self, layout: str | None = None, training: bool = True) -> str:
+        """The kernel that runs where none is bound: that of highest rank, for a small input of the weight's dtype.
+
+        Nothing is compiled to find out: until the first call it is taken that what would be compiled can be.
+        """
+        layout = Layout.parse(self.layout if layout is None else layout)
+        shape = layout.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)
+        problem = Problem(
+            shape, layout, self.weight.dtype, self.weight.device.type, self.order, self.dilation, self.surrogate.name,
+            self.gradient, training,
+        )  # fmt: skip
+        return default_kernel(problem, build=False).name
+
     def _apply(self, fn, recurse=True):
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
@@ -254,6 +268,8 @@ class MulFreePSN(nn.Module):
             text += f", min_exponent={self.min_exponent}, max_exponent={self.max_exponent}"
         if self.kernel or self.eval_kernel:
             text += f", kernel={self.kernel!r}, eval_kernel={self.eval_kernel!r}"
+        else:
+            text += f", kernel={self.default_kernel()!r} by rank"
         if self.source is not None:
             text += f", source={self.source.name}"
         return text

@@ -11,9 +11,9 @@ __all__ = ["Calibrated", "Candidate", "Measured", "Plan"]
 class Candidate:
     """A kernel under a layout for one layer: milliseconds, or the error that it raised or the refusal it gave.
 
-    Each time is the median of its samples. A spread is half the width of the interval in which the true time lies with
-    95 %: of forward and backward together, and of the forward in evaluation. ``samples`` are pairs of a part
-    (``"forward"``, ``"backward"``, ``"eval"``) and its times.
+    Each time is the lowest of its samples. A spread is how far below it the true time may lie: of forward and backward
+    together, and of the forward in evaluation. ``samples`` are pairs of a part (``"forward"``, ``"backward"``,
+    ``"eval"``) and its times.
     """
 
     layout: str
@@ -57,7 +57,7 @@ class Plan:
             sizes of the tensors that are converted in one forward.
         pinned: (operator, why, how many) of what stays time-first between layers.
         seconds, repeats: what measuring took, and the fewest samples.
-        noise: relative noise of single samples on the machine.
+        noise: how far the median of a kernel's samples lay above the lowest, relative to it, in the middle of all.
         measured, kept: how many ways were measured for the plan, and how many had been earlier.
         verified: (``"eager"`` or ``"compiled"``, name as in ``totals``, milliseconds of a training step, their
             spread) of what was measured end to end.
