@@ -219,12 +219,12 @@ def _settled(
     layer: str,
 ) -> _Settled:
     place = _check(shape, dtype, weight, dilation, layout, layer)
+    sums = torch.float64 if wide or dtype is torch.float64 else torch.float32
+    # with float64 weights it is a kernel for float64 that has to serve, whatever the input
     problem = Problem(
-        tuple(shape), place, dtype, device.type, weight[1], dilation, surrogate, str(Gradient.parse(gradient)),
-        training, masked, affine,
+        tuple(shape), place, sums if wide else dtype, device.type, weight[1], dilation, surrogate,
+        str(Gradient.parse(gradient)), training, masked, affine,
     )  # fmt: skip
-    wide = wide or dtype is torch.float64
-    sums = torch.float64 if wide else torch.float32
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return _Settled(_kernel(method, problem, layer).parts, place, sums)
 

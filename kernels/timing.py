@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["ClockError", "estimate", "measure", "noise_of", "sample", "spread_of"]
+__all__ = ["ClockError", "estimate", "noise_of", "sample", "spread_of"]
 
 _BACKWARDS = 100
 _DOUBT = 5  # so that five samples, the fewest by default, are known to their noise
@@ -17,26 +17,6 @@ _LEAST_SPREAD = 0.02  # of the estimate: lowest samples of several runs on a qui
 
 class ClockError(RuntimeError):
     """The clock does not go forwards."""
-
-
-def measure(run: Callable[[], object], repeats: int, device: torch.device | str = "cpu") -> float:
-    """Milliseconds of ``run``: the mean of the last m = ``repeats`` of 2m+1 runs (paper, algorithm 1).
-
-    Raises:
-        ValueError: ``repeats`` is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, found {repeats}")
-    device = torch.device(device)
-    total = 0.0
-    for index in range(2 * repeats + 1):
-        _synchronise(device)
-        started = time.perf_counter()
-        run()
-        _synchronise(device)
-        if index > repeats:
-            total += time.perf_counter() - started
-    return total * 1e3 / repeats
 
 
 def sample(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import mfpsn_fx
-from mfpsn_fx.kernels.registry import DEFAULT_KERNEL
+from mfpsn_fx.kernels.registry import FALLBACK_KERNEL
 from mfpsn_fx.model import capture
 
 CAPTURE = sys.modules["mfpsn_fx.model.capture"]  # the name in the package is the function's
@@ -316,7 +316,7 @@ def batch():
 
 def converted(model, *example, **options):
     gm = mfpsn_fx.convert(
-        model, *example, layout="time_first", kernels=DEFAULT_KERNEL, repeats=1, budget_s=1, progress=False, **options
+        model, *example, layout="time_first", kernels=FALLBACK_KERNEL, repeats=1, budget_s=1, progress=False, **options
     )
     for m in gm.modules():
         if isinstance(m, mfpsn_fx.MulFreePSN):
