@@ -4,16 +4,17 @@
 #
 #   benchmarks/gpu_check.sh OUT_FOLDER
 #
-# Needs Python 3.11+ with PyTorch 2.11+ for CUDA, and numpy, tabulate, tqdm and networkx; nothing is installed, nothing is
-# fetched. What is lacking can be carried:
-#   WHEELS=folder     its wheels are unpacked into a folder of their own for this run. SpikingJelly (with loguru) gives the
-#                     rows that ratios to PSN and LIF need, matplotlib the pictures.
-#   PREBUILT=folder   compiled kernels: what TORCH_EXTENSIONS_DIR held after `python -m mfpsn_fx build --arch sm_90`
-#                     elsewhere, with the same nvcc. What does not fit this checkout is compiled here.
+# Needs Python 3.11+ with PyTorch 2.11+ for CUDA, and numpy, tabulate, tqdm and networkx; nothing is installed, nothing
+# is fetched. What is lacking can be carried:
+#   WHEELS=folder     its wheels are unpacked into a folder of their own for this run. SpikingJelly (with loguru) gives
+#                     the rows that ratios to PSN and LIF need, matplotlib the pictures.
+#   PREBUILT=folder   compiled CUDA kernels: what TORCH_EXTENSIONS_DIR held elsewhere after `python -m mfpsn_fx build
+#                     --arch sm_90`, with an nvcc of the same version as the one here, by which they are known. What does
+#                     not fit this checkout is compiled here.
 #   DEVICE=cpu        a rehearsal without a GPU: every step runs, in small, on the kernels of the CPU.
 #   LIMIT=seconds     for all (default 470). PYTHON names the interpreter.
-# Every step ends by its own limit, and writes as it goes: what was measured by then stays. OUT_FOLDER/gpu_check.tar.gz has
-# all logs, JSON, Markdown and pictures.
+# Every step ends by its own limit, and writes as it goes: what was measured by then stays. OUT_FOLDER/gpu_check.tar.gz
+# has all logs, JSON, Markdown and pictures, also of a run that a signal ends.
 # Exit status: 0, 1 if a step failed (the others go on), 2 if it could not begin.
 set -u
 
@@ -23,9 +24,17 @@ if [ $# -ne 1 ]; then
 fi
 began=$(date +%s)
 limit=${LIMIT:-470} device=${DEVICE:-cuda} python=${PYTHON:-python3}
+case $python in
+/*) ;;
+*/*) python=$PWD/$python ;; # steps run in OUT_FOLDER
+esac
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
+if [ -n "$(ls -A "$out")" ]; then
+    echo "$out is not empty: results of another run would be taken for this one's" >&2
+    exit 2
+fi
 
 "$python" - "$device" <<'PYTHON' || exit 2
 import sys
@@ -41,8 +50,26 @@ if sys.argv[1] != "cpu" and not torch.cuda.is_available():
     sys.exit("no CUDA device: torch.cuda.is_available() is False (DEVICE=cpu rehearses without one)")
 PYTHON
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+scratch=$(mktemp -d) || exit 2
+# What was measured by then is packed, however this ends; steps under way are ended with it
+finish() {
+    trap - EXIT
+    pids=$(jobs -p)
+    # shellcheck disable=SC2086  # one argument a process
+    [ -n "$pids" ] && kill $pids 2>/dev/null
+    (cd "$out" && tar -czf "$scratch/all.tar.gz" -- *.log *.json *.md *.png *.txt 2>/dev/null
+        mv "$scratch/all.tar.gz" gpu_check.tar.gz)
+    rm -rf "$scratch"
+}
+trap finish EXIT
+child=
+# A subshell begins without traps: steps in the background set them again
+signals() {
+    trap 'kill $child 2>/dev/null; exit 129' HUP
+    trap 'kill $child 2>/dev/null; exit 130' INT
+    trap 'kill $child 2>/dev/null; exit 143' TERM
+}
+signals
 if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-deps --no-index --no-compile --target "$scratch/site" "$WHEELS"/*.whl || {
         echo "the wheels in WHEELS could not be unpacked" >&2
@@ -69,12 +96,18 @@ step() {
         echo "$name: FAILED: no time was left of $limit s" >>"$out/summary.txt"
         return
     fi
-    timeout -k 5 "$most" "$@" >"$out/$name.log" 2>&1
+    # in the background: a signal is served at once, not when the step is over
+    timeout -k 5 "$most" "$@" >"$out/$name.log" 2>&1 &
+    child=$!
+    signals
+    wait "$child"
     status=$?
+    child=
     took=$(($(date +%s) - started))
     case $status in
     0) result="passed in $took s" ;;
-    124 | 137) result="FAILED: not done after $most s" ;;
+    124) result="FAILED: not done after $most s" ;;
+    137) result="FAILED: killed after $took s" ;; # at its limit, or for memory
     *) result="FAILED with status $status after $took s" ;;
     esac
     echo "$name: $result" >>"$out/summary.txt"
@@ -86,7 +119,8 @@ skip() {
 
 if [ "$device" = cpu ]; then
     ours="fused-cpp shifted-add" others=conv2d shards=1 check=2 spare=60 tests=60 compile=0
-    small="--quick --seconds 0.05" tiny=--tiny neuron_grid="--steps 4 --batch 2 --channels 8" network_grid="--steps 4 --batch 2 --channels 8"
+    small="--quick --seconds 0.05" tiny=--tiny
+    neuron_grid="--steps 4 --batch 2 --channels 8" network_grid="--steps 4 --batch 2 --channels 8"
 else
     ours="fused-cuda fused-triton" shards=3 check=80 spare=20 tests=100 compile=30 small="" tiny=""
     neuron_grid="" network_grid="--steps 4 16"
@@ -169,6 +203,4 @@ for log in facts times network; do
 done
 grep -h '^FAILED' ./*.log
 cat summary.txt
-tar -czf "$scratch/all.tar.gz" -- *.log *.json *.md *.png *.txt 2>/dev/null
-mv "$scratch/all.tar.gz" gpu_check.tar.gz
 ! grep -q FAILED summary.txt

@@ -279,10 +279,11 @@ def measure_cell(cell: Cell, device: torch.device, names: tuple[str, ...], secon
     }  # fmt: skip
 
 
-def measure(settings: argparse.Namespace, device: torch.device) -> dict[str, object]:
+def measure(settings: argparse.Namespace, device: torch.device, argv: list[str]) -> dict[str, object]:
     """All cells, or as many as ``--limit`` seconds allow; what ``--json`` writes after each."""
     torch.manual_seed(0)
     found: dict[str, object] = {"environment": environment(device), "missing": rivals.MISSING, "cells": []}
+    found["made_by"] = preamble("gpu_times.py", argv, found["environment"])
     if device.type == "cuda":
         found["l2_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
     started = time.perf_counter()
@@ -417,8 +418,7 @@ def run(settings: argparse.Namespace, argv: list[str], parser: argparse.Argument
         parser.error(f"unknown kernels {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     if rivals.MISSING:
         print(rivals.MISSING)
-    found = measure(settings, device)
-    found["made_by"] = preamble("gpu_times.py", argv, found["environment"])
+    found = measure(settings, device, argv)
     write(settings.json, found)
     return found
 

@@ -125,7 +125,8 @@ def _library() -> ctypes.CDLL | BuildError:
         if (reason := refusal(march())) is not None:
             raise BuildError(reason)
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
-        # by content, not by path: another checkout, or an environment made anew, finds what is there
+        # by content, not by path: another checkout finds what is there. The flags name the folders of torch, so another
+        # environment compiles its own.
         flags = [part for part in _command(compiler, "") if part != str(_SOURCE)]
         identity = [*sources, *flags, torch.__version__, run([*compiler, "--version"]), _processor()]
         note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about half a minute)"

@@ -38,8 +38,8 @@ class FoldNorms(Pass):
         again: only if ``unfold_norms`` took folds apart before.
 
     A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
-    the neuron's channels, bears no hooks and no parametrization, and its output is read by the neuron alone. Others are
-    left as they are.
+    the neuron's channels, has no hooks, no forward of its own and no parametrization, and its output is read by the
+    neuron alone. Others are left as they are.
     """
 
     name = "fold_norms"

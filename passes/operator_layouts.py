@@ -194,7 +194,7 @@ def _module(module: nn.Module, node: fx.Node) -> Operator:
     if own == "pinned":
         return Operator("pinned", name, "registered as pinned")
     if has_hooks(module):
-        return Operator("pinned", name, "bears hooks")
+        return Operator("pinned", name, "has hooks or a forward of its own")
     if own == "neutral" or type(module) in _NEUTRAL_MODULES:
         why = _not_elementwise(node)
         return Operator("neutral", name) if why is None else Operator("pinned", name, why)

@@ -88,6 +88,9 @@ def _run(
         if isinstance(module, MulFreePSN):
             watched[path] = module.eval()
     calls = dict.fromkeys(watched, 0)
+    for module in watched.values():  # a user's monitor shall not see this run
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     for path, module in watched.items():
 
         def record(module, args, path=path):
@@ -98,9 +101,6 @@ def _run(
             if isinstance(module, MulFreePSN):
                 operands[name] = (tuple(x.stride()), _autocast(x))
 
-        # A user's monitor shall not see this run.
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
         module.register_forward_pre_hook(record)
     if prepare is not None:
         prepare(copied)

@@ -202,7 +202,7 @@ class _Reader:
                 if inside:
                     raise RollUpError(
                         f"{node.target}.{inside[0]}: {node.target} ({type(module).__name__}) runs its own code (it "
-                        "bears hooks, or cannot be traced), in which its neurons cannot be told from step to step"
+                        "has hooks, or cannot be traced), in which its neurons cannot be told from step to step"
                     )
                 continue
             lifted = bool(node.meta.get("mfpsn_lifted"))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 import torch
@@ -527,6 +528,32 @@ class TestGpuCheck:
         with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as archive:
             names = archive.getnames()
         assert {"summary.txt", "times.json", "times.md", "neuron.json", "network.json", "facts.log"} <= set(names)
+
+    def test_a_signal_ends_its_steps_and_what_there_is_gets_packed(self, tmp_path):
+        scratch, out = tmp_path / "tmp", tmp_path / "out"
+        scratch.mkdir()
+        # stands in for Python: the checks at the beginning pass, every step sleeps
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\ncase "$1" in *.py) echo $$ >>{tmp_path}/pids; exec sleep 600 ;; esac\n')
+        python.chmod(0o755)
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DEVICE": "cpu", "TMPDIR": str(scratch)}
+        check = subprocess.Popen(["sh", str(FOLDER / "gpu_check.sh"), str(out)], env=environment)
+        while not (tmp_path / "pids").exists():
+            assert check.poll() is None
+            time.sleep(0.01)
+        check.terminate()
+        assert check.wait() == 143
+        assert (out / "gpu_check.tar.gz").exists()
+        assert not list(scratch.iterdir())
+        for pid in (tmp_path / "pids").read_text().split():
+            while pathlib.Path("/proc", pid).exists() and "sleep" in pathlib.Path("/proc", pid, "cmdline").read_text():
+                time.sleep(0.01)
+
+    def test_a_folder_with_results_in_it(self, tmp_path):
+        (tmp_path / "times.json").write_text("{}")
+        done = self.run(str(tmp_path), DEVICE="cpu")
+        assert done.returncode == 2
+        assert "is not empty" in done.stderr
 
     def test_a_step_past_its_time_fails_and_the_archive_is_there(self, tmp_path):
         done = self.run(str(tmp_path / "out"), DEVICE="cpu", HOME=str(pathlib.Path.home()), LIMIT="0")

@@ -579,7 +579,7 @@ class Catching(nn.Module):
 
 
 @pytest.mark.parametrize(("net", "leaf"), [(Catches, ""), (CatchesInside, "block.inner")])
-def test_a_forward_that_catches_what_defeats_tracing_is_a_leaf(net, leaf):
+def test_a_forward_that_catches_what_a_child_raises_while_traced_is_a_leaf(net, leaf):
     model = net()
     assert list(capture(model)[1]) == [leaf]
     assert_same_outputs(converted(model, batch(), inplace=True), model)
@@ -596,10 +596,43 @@ class OtherConstantInABlock(WithBlock):
             return h + torch.arange(8) * (2 if self.training else 3)
 
 
-@pytest.mark.parametrize(("net", "leaf"), [(OtherConstant, ""), (OtherConstantInABlock, "block")])
+class OtherDtype(Net):
+    """Equal values, but the result is of another precision."""
+
+    def forward(self, x):
+        dtype = torch.float32 if self.training else torch.float64
+        return self.out(self.hidden(x)) * torch.tensor([2.0, 0.5, 1.0], dtype=dtype)
+
+
+@pytest.mark.parametrize(("net", "leaf"), [(OtherConstant, ""), (OtherConstantInABlock, "block"), (OtherDtype, "")])
 def test_another_tensor_constant_in_each_mode_makes_a_leaf(net, leaf):
     model = net()
     assert list(capture(model)[1]) == [leaf]
+    assert_same_outputs(converted(model, batch(), inplace=True), model)
+
+
+class SparseConstant(Net):
+    def forward(self, x):
+        mixed = torch.sparse.mm(torch.eye(3).to_sparse(), self.out(self.hidden(x)).flatten(0, 1).t())
+        return mixed.t()
+
+
+class MetaConstant(Net):
+    def forward(self, x):
+        return self.out(self.hidden(x)).expand_as(torch.empty(4, 3, 3, device="meta"))
+
+
+class NanConstant(Net):
+    def forward(self, x):
+        y = self.out(self.hidden(x))
+        nothing = torch.tensor([0.0, 0.0, 0.0]).masked_fill(torch.tensor([False]), 1)
+        return y.masked_fill(y > 1e9, float("nan")) + nothing
+
+
+@pytest.mark.parametrize("net", [SparseConstant, MetaConstant, NanConstant])
+def test_constants_of_any_kind_are_equal_in_both_modes(net):
+    model = net()
+    assert capture(model)[1] == {}
     assert_same_outputs(converted(model, batch(), inplace=True), model)
 
 

@@ -546,7 +546,7 @@ class TestGraphs:
         assert {"0", "2"} < set(kinds)
         assert "4" not in kinds
         whys = {why for _, why in layout_graph(passed(gm, x, layout="time_first")).pinned()}
-        assert whys == {"bears hooks", "unknown layer"}
+        assert whys == {"has hooks or a forward of its own", "unknown layer"}
 
 
 class TestOperators:

@@ -721,11 +721,11 @@ class TestRefusals:
     def test_hooks(self):
         net = Net()
         net.register_forward_hook(lambda *a: None)
-        with pytest.raises(ConversionError, match="Net bears hooks"):
+        with pytest.raises(ConversionError, match="Net has hooks or a forward of its own"):
             converted(net, torch.randn(4, 2, 3))
         block = norse.SequentialState(nn.Linear(3, 3), norse.LIFCell())
         block.register_forward_hook(lambda *a: None)
-        with pytest.raises(ConversionError, match=r"0.1: 0 \(SequentialState\) runs its own code \(it bears hooks"):
+        with pytest.raises(ConversionError, match=r"0.1: 0 \(SequentialState\) runs its own code \(it has hooks"):
             converted(norse.SequentialState(block, nn.Linear(3, 3), norse.LIFCell()), torch.randn(4, 2, 3))
 
     def test_training_that_differs(self):

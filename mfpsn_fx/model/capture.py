@@ -86,7 +86,7 @@ class _LeafTracer(fx.Tracer):
         if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
             return True
         if _has_hooks(m):
-            self.leaves[module_qualified_name] = "bears hooks"
+            self.leaves[module_qualified_name] = "has hooks or a forward of its own"
             return True
         if type(m).forward is nn.Sequential.forward:  # nothing of its own that could defeat tracing
             return False
@@ -166,9 +166,11 @@ def _trace(model: nn.Module, leaves: dict[str, str]) -> _LeafTracer:
 
 def _same(a: object, b: object) -> bool:
     try:
-        return bool(operator.eq(a, b))
+        if bool(operator.eq(a, b)):
+            return True
     except (RuntimeError, ValueError, TypeError):  # tensors and the like among the arguments
-        return repr(a) == repr(b)
+        pass
+    return repr(a) == repr(b)  # NaN, too
 
 
 def _differing_owner(training: _LeafTracer, evaluation: _LeafTracer) -> str | None:
@@ -218,8 +220,25 @@ def _owner_of_differing_constant(training: _LeafTracer, evaluation: _LeafTracer)
 
 
 def same_tensor(a: object, b: object) -> bool:
-    """Return whether two tensors are equal, NaN to NaN; True for what is no tensor."""
-    return not isinstance(a, torch.Tensor) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
+    """Return True if two tensors have equal values, shape, dtype, layout and device, or if ``a`` is no tensor.
+
+    NaN equals NaN. Of tensors on the meta device there are no values. Kinds of tensors whose values cannot be compared
+    count as different.
+    """
+    if not isinstance(a, torch.Tensor):
+        return True
+    if not isinstance(b, torch.Tensor) or any(
+        getattr(a, f) != getattr(b, f) for f in ("shape", "dtype", "layout", "device")
+    ):
+        return False
+    if a.is_meta:
+        return True
+    try:
+        if a.layout is not torch.strided:
+            a, b = a.to_dense(), b.to_dense()
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
@@ -233,8 +252,8 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     """A graph of ``model`` in which neurons, library layers and whatever resists tracing are leaves.
 
     The graph is traced in training and in evaluation mode on a copy; a module whose two graphs differ, that cannot
-    be traced, or that bears hooks stays a leaf, and runs its own code as before. The returned graph module shares
-    the submodules of ``model``, which is left as it was, as are the random generators.
+    be traced, or that has hooks or a forward of its own stays a leaf, and runs its own code as before. The returned
+    graph module shares the submodules of ``model``, which is left as it was, as are the random generators.
 
     Returns:
         The graph module, and for each leaf that is not one by nature its path and the reason. If the root itself
@@ -245,7 +264,7 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     """
     leaves: dict[str, str] = {}
     if _has_hooks(model):
-        return _root_leaf(model), {"": "bears hooks"}
+        return _root_leaf(model), {"": "has hooks or a forward of its own"}
     with preserved_rng():
         # Each turn ends the loop or adds a path to the leaves that was not there. The tracer knows the paths that its
         # copy had before any forward ran, so these are paths of the model's modules, which are finitely many: the loop

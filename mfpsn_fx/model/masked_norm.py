@@ -109,7 +109,7 @@ def mask_batch_norms(model: nn.Module) -> int:
         How many were replaced.
 
     Raises:
-        TypeError: a batch norm is of a class that is not known (SyncBatchNorm, subclasses), or bears
+        TypeError: a batch norm is of a class that is not known (SyncBatchNorm, subclasses), or has
             hooks; nothing is replaced then.
     """
     model = getattr(model, "_orig_mod", model)

@@ -65,7 +65,8 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
         How many layers were synchronised.
 
     Raises:
-        TypeError: a batch norm is of a class that is not known or bears hooks; nothing is changed then.
+        TypeError: a batch norm is of a class that is not known, or has hooks or a forward of its own; nothing is
+            changed then.
     """
     model = getattr(model, "_orig_mod", model)
     norms: list[tuple[str, nn.Module]] = []

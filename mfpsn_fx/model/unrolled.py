@@ -282,7 +282,9 @@ def _is_one_step(gm: fx.GraphModule) -> bool:
 def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
     name = type(model).__name__
     if _has_hooks(model):
-        raise NotSteppedError(f"{name} bears hooks, which a graph of all steps at once would call once: remove them")
+        raise NotSteppedError(
+            f"{name} has hooks or a forward of its own, which a graph of all steps at once would call once: remove them"
+        )
     leaves: dict[str, str] = {}
     concrete = _concrete(model, example)
     with preserved_rng(), torch.enable_grad():
