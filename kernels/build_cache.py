@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch.utils import cpp_extension
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["BuildError", "cached", "run"]
 
@@ -34,7 +40,8 @@ def run(command: Sequence[str]) -> str:
 def cached(stem: str, identity: Iterable[str], command: Callable[[str], Sequence[str]], note: str) -> pathlib.Path:
     """The library ``stem``, compiled by ``command(output)`` unless one of the same identity is there.
 
-    It is compiled beside its place and renamed: two processes that build at once each leave a whole file.
+    It is compiled beside its place and renamed, so that what is there is whole. Of processes that need it at once one
+    compiles and the others wait.
 
     Args:
         stem: of the file's name.
@@ -51,10 +58,28 @@ def cached(stem: str, identity: Iterable[str], command: Callable[[str], Sequence
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     path = folder / f"{stem}_{digest}.so"
-    if not path.exists():
-        _log.warning("%s", note)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            output = os.path.join(scratch, path.name)
-            run(command(output))
-            os.replace(output, path)
+    if path.exists():
+        return path
+    with _locked(folder):
+        if not path.exists():
+            _log.warning("%s", note)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                output = os.path.join(scratch, path.name)
+                run(command(output))
+                os.replace(output, path)
     return path
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keep other processes from building in ``folder`` meanwhile, where the system has locks on folders."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # as on some network file systems: then each builds for itself
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,6 @@ import platform
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 
 import pytest
@@ -515,19 +514,6 @@ class TestGpuCheck:
             ["sh", str(FOLDER / "gpu_check.sh"), *arguments], capture_output=True, text=True, check=False,
             env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment},
         )  # fmt: skip
-
-    def test_a_rehearsal_on_the_cpu(self, tmp_path):
-        """Every step but the sanitizer's, in small, on one thread; one archive with all that they wrote."""
-        environment = {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HOME": str(pathlib.Path.home()), "LIMIT": "900"}
-        done = self.run(str(tmp_path / "out"), **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        summary = (tmp_path / "out" / "summary.txt").read_text()
-        for step in ("facts", "kernels-fused-cpp-1", "kernels-pytorch", "tests-cuda", "times", "neuron", "network"):
-            assert f"{step}: passed in " in summary
-        assert "sanitizer: skipped, " in summary
-        with tarfile.open(tmp_path / "out" / "gpu_check.tar.gz") as archive:
-            names = archive.getnames()
-        assert {"summary.txt", "times.json", "times.md", "neuron.json", "network.json", "facts.log"} <= set(names)
 
     def test_a_signal_ends_its_steps_and_what_there_is_gets_packed(self, tmp_path):
         scratch, out = tmp_path / "tmp", tmp_path / "out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 import weakref
@@ -129,6 +130,9 @@ def test_backward_is_one_op_and_frugal():
     assert not any("autograd" in e.name.lower() for e in profile.events())
 
 
+EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR")
+
+
 class TestBuild:
     problem = Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1)
 
@@ -159,20 +163,37 @@ class TestBuild:
         assert "failed" in cpu_build.unavailable()
         assert not list((tmp_path / "mfpsn_fx").glob("*.so"))
 
-    def test_two_processes_at_once(self, tmp_path):
+    def test_two_processes_at_once(self, tmp_path, monkeypatch):
+        """One compiles, the other waits. Their compiler hands out what is built already: compiling takes its time."""
+        with monkeypatch.context() as outside:
+            outside.delenv("TORCH_EXTENSIONS_DIR")
+            if EXTENSIONS is not None:
+                outside.setenv("TORCH_EXTENSIONS_DIR", EXTENSIONS)
+            built, compiler = cpu_build.library()._name, cpu_build._compiler()
+        cpu_build._library.cache_clear()
+        script = tmp_path / "c++"
+        script.write_text(
+            f'#!/bin/sh\ncase " $* " in\n*" -shared "*) echo . >>{tmp_path}/calls; '
+            f'while [ "$1" != -o ]; do shift; done; exec cp {built} "$2" ;;\nesac\nexec {" ".join(compiler)} "$@"\n'
+        )
+        script.chmod(0o755)
         code = (
             "import torch; from mfpsn_fx.kernels import fire\n"
             "from mfpsn_fx.kernels.cpu_build import library; library()\n"
             "print(int(fire(torch.ones(3, 2, 2), torch.ones(2, 1), torch.zeros(2), method='fused-cpp').sum()))"
         )
+        environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(script)}
         both = [
-            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
             for _ in range(2)
         ]
         for process in both:
             out, err = process.communicate(timeout=300)
             assert out.strip() == "12", err
-        assert len(list((tmp_path / "mfpsn_fx").iterdir())) == 1
+        assert len((tmp_path / "calls").read_text().split()) == 1
+        assert len(list((tmp_path / "cache" / "mfpsn_fx").iterdir())) == 1
 
 
 OVERLAPPING = {
