@@ -23,12 +23,12 @@ CPP_TESTS := $(addprefix tests/test_,fused_cpu.py kernels.py layer.py op.py fold
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 ifndef TESTS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --another-level $(CPP_TESTS)
 endif
 ifneq (,$(if $(TESTS),$(filter %test_fused_triton.py,$(TESTS)),all))
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_fused_triton.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_fused_triton.py
 endif
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only
