@@ -298,11 +298,11 @@ def check(
     names: tuple[str, ...],
     device: torch.device,
     seconds: float | None,
-    todo: list[Case],
+    selected: list[Case],
     shown: int = 5,
     json_file: pathlib.Path | None = None,
 ) -> int:
-    """Run the checks on ``todo`` and print what was found; returns how many failed, or 1 if there was nothing to check.
+    """Run the checks on ``selected`` and print what was found; return how many failed, 1 if nothing was checked.
 
     The counts are written to ``json_file`` after each case. It ends at a fault of the device, since every call after it
     fails.
@@ -313,7 +313,7 @@ def check(
     failures: list[str] = []
     started = time.perf_counter()
     done, fault = 0, False
-    for case in todo:
+    for case in selected:
         if fault or (seconds is not None and time.perf_counter() - started > seconds):
             break
         done += 1
@@ -337,8 +337,8 @@ def check(
                     counts[kernel.name]["passed"] += 1
             if fault:
                 break
-        write(json_file, {"cases": done, "of": len(todo), "counts": counts, "failures": failures})
-    print(f"{done} of {len(todo)} cases in {time.perf_counter() - started:.0f} s")
+        write(json_file, {"cases": done, "of": len(selected), "counts": counts, "failures": failures})
+    print(f"{done} of {len(selected)} cases in {time.perf_counter() - started:.0f} s")
     if fault:
         print("ended at a fault of the device, after which every call fails")
     for name, count in counts.items():
@@ -382,9 +382,9 @@ def main(argv: list[str] | None = None) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the reference's tensors are small: on a busy machine threads wait for each other
     index, count = options.shard
-    todo = [case for case in cases(options.tiny, options.layout) if options.only in str(case)][index - 1 :: count]
+    selected = [case for case in cases(options.tiny, options.layout) if options.only in str(case)][index - 1 :: count]
     try:
-        return int(check(tuple(options.kernels), device, options.seconds, todo, json_file=options.json) > 0)
+        return int(check(tuple(options.kernels), device, options.seconds, selected, json_file=options.json) > 0)
     finally:
         torch.set_num_threads(threads)
 

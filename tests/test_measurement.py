@@ -294,17 +294,13 @@ class TestBudget:
         assert len(found["old"].samples["run"]) == 1
         assert found["new"].error == "not measured: its share of the budget of 0 s was spent"
 
-    def test_seconds(self):
-        """Four heats of work that varies share what there is, by the clock on the wall."""
-        draw = random.Random(0)
-        work = lambda: time.sleep(draw.uniform(0.002, 0.006))  # noqa: E731
+    def test_seconds(self, clock):
+        """Four heats of work that varies share what there is, and overrun it by a run or two each at the most."""
         contests = [
-            Contest(f"{i}", tuple(Entrant(f"{i}{j}", [i, j], lambda: {"run": work}) for j in range(4)))
-            for i in range(4)
+            Contest(f"{i}", tuple(clock.entrant(f"{i}{j}", jitter=0.5, run=4.0) for j in range(4))) for i in range(4)
         ]
-        started = time.monotonic()
-        results = run_contests(contests, budget_s=0.8, repeats=100, progress=False)
-        assert time.monotonic() - started < 3  # of the six that 100 samples of all would take
+        results = run_contests(contests, budget_s=0.8, repeats=100, progress=False, clock=clock)
+        assert 0.5 < clock.seconds() < 0.8 + 4 * 2 * 0.006  # of the six that 100 samples of all would take
         assert all(len(o.samples["run"]) > 2 for outcomes in results.outcomes for o in outcomes.values())
 
     def test_a_run_of_a_tenth_of_the_budget_is_the_only_one_after_the_warm_up(self, clock):
