@@ -595,13 +595,16 @@ def test_the_table_of_registers(monkeypatch, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 class TestOnDevice:
     def test_the_current_stream_is_used(self):
-        x, taps, bias = torch.randn(8, 4, 16, 32, device="cuda"), torch.ones(16, 2, device="cuda"), torch.zeros(16)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        x, taps = torch.full((8, 4, 16, 32), 0.75, device="cuda"), torch.ones(16, 1, device="cuda")
+        bias = torch.full((16,), -1.0, device="cuda")
+        assert not fire(x, taps, bias, method="fused-cuda").any()  # and the library is loaded
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(50_000_000)
-            x.mul_(2)
-            fire(x, taps, bias.cuda(), method="fused-cuda")
-            assert not stream.query()
+            x.mul_(2)  # on another stream, the kernel would read x before this
+            spikes = fire(x, taps, bias, method="fused-cuda")
+        torch.cuda.synchronize()
+        assert spikes.all()
 
     def test_a_cuda_graph(self):
         x, weight = torch.randn(8, 4, 16, 32, device="cuda"), torch.randn(16, 2, device="cuda")
