@@ -19,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from mfpsn_fx.kernels import cpu_build
+from mfpsn_fx.kernels.build import cpu as cpu_build
 
 __all__ = [
     "Compiler",

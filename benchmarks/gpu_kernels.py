@@ -30,19 +30,8 @@ import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare 
 import torch
 from common import checked_device, environment, first_line, write
 
-from mfpsn_fx.kernels import (
-    ATan,
-    Kernel,
-    Layout,
-    Problem,
-    fire,
-    fused_cuda,
-    fused_cuda_plan,
-    kernels,
-    neuron,
-    power_of_two,
-    reference,
-)
+from mfpsn_fx.kernels import ATan, Kernel, Layout, Problem, fire, kernels, neuron, power_of_two, reference
+from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
 
 # Convolution and matrix-product kernels leave the order of the sum to their libraries (docs/kernels.md); every other
 # kernel sums taps i = 0 … k−1, then the bias.

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, Problem, get_kernel, kernels
-from mfpsn_fx.kernels.neuron_contests import kernel_contest
-from mfpsn_fx.kernels.timing import sample
-from mfpsn_fx.kernels.working_set import Pool
+from mfpsn_fx.kernels.autotune.buffers import Pool
+from mfpsn_fx.kernels.autotune.clock import sample
+from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
 from mfpsn_fx.passes import neurons
 
 try:

@@ -9,11 +9,19 @@ if __name__ != "mfpsn_fx.kernels":
         "operators a second time; install the project (pip install -e .) and import mfpsn_fx.kernels"
     )
 
-from . import conv1d, conv2d, fused_cpu, fused_cuda, fused_triton, matmul, shifted_add  # noqa: F401  (each registers its kernels)
-from .fold import fold
+from .bn_fold import fold
+from .implementations import (  # noqa: F401  (each registers its kernels)
+    conv1d,
+    conv2d,
+    fused_cpu,
+    fused_cuda,
+    fused_triton,
+    shifted_add,
+    toeplitz,
+)
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
-from .quantiser import Gradient, dequantise, exponents, power_of_two, quantise
+from .quantizer import Gradient, dequantise, exponents, power_of_two, quantise
 from .registry import (
     FALLBACK_KERNEL,
     Kernel,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .fold import Folding
+from .bn_fold import Folding
+from .kernel import Call
 from .layout import Layout
-from .parts import Call
-from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
+from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from .registry import FALLBACK_KERNEL, Kernel, Problem, default_kernel, get_kernel, version
 from .surrogate import get_surrogate
 

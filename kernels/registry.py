@@ -74,7 +74,7 @@ class Kernel:
     """A way to compute the op: what it serves, and the object whose methods do the work.
 
     ``parts`` gives ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
-    ``backward``, which put them together (see :class:`mfpsn_fx.kernels.parts.Parts`, which documents their shapes).
+    ``backward``, which put them together (see :class:`mfpsn_fx.kernels.kernel.Parts`, which documents their shapes).
     ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
     kernel cannot run on this machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs.
     """
@@ -152,7 +152,7 @@ def register_kernel(
         parts = cls() if isinstance(cls, type) else cls
         wanted = ("statistics", "fire", "backward_reductions", "backward_input", "forward", "backward")
         if missing := [part for part in wanted if not callable(getattr(parts, part, None))]:
-            raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.parts.Parts")
+            raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.kernel.Parts")
         if name in _KERNELS and not replace:
             raise ValueError(f"a kernel called {name!r} is registered already; pass replace=True to replace it")
         old = _KERNELS.get(name)

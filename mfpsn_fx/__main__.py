@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from mfpsn_fx.kernels import Layout, Problem, cpu_build, cuda_build, kernels
-from mfpsn_fx.kernels.selection_cache import SelectionCache
+from mfpsn_fx.kernels import Layout, Problem, kernels
+from mfpsn_fx.kernels.autotune.cache import SelectionCache
+from mfpsn_fx.kernels.build import cpu as cpu_build
+from mfpsn_fx.kernels.build import cuda as cuda_build
 
 __all__ = ["main"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
-from mfpsn_fx.kernels.contests import NOT_REACHED
+from mfpsn_fx.kernels.autotune.race import NOT_REACHED
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.record import Candidate, Measured

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mfpsn_fx.kernels.fold import deviation
+from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.model.capture import ROOT_LEAF, copied
 from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
+from mfpsn_fx.kernels.autotune.buffers import Pool
+from mfpsn_fx.kernels.autotune.cache import SelectionCache
+from mfpsn_fx.kernels.autotune.neuron_race import EVALUATION, TRAINING, kernel_contest
+from mfpsn_fx.kernels.autotune.race import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
 from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
-from mfpsn_fx.kernels.selection_cache import SelectionCache
-from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.record import Candidate, Measured
 
 from .base import Pass, Result
@@ -89,7 +89,7 @@ class Autoselect(Pass):
 
     The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
     ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
-    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
+    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_contests`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
     measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
     measured for comparison, last, if there is time.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from mfpsn_fx.kernels.fold import deviation
+from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 from mfpsn_fx.model.batches import Batch, check_repeatable, reset_states
 from mfpsn_fx.model.capture import preserved_rng

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfpsn_fx.kernels.layout import Layout, per_channel
-from mfpsn_fx.kernels.quantiser import power_of_two
+from mfpsn_fx.kernels.quantizer import power_of_two
 
 __all__ = ["Fit", "Moments", "Tail", "filtered", "fit_taps"]
 

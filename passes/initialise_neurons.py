@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from mfpsn_fx.kernels.fold import deviation
+from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.op import statistics
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.steps import current_mask

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from mfpsn_fx.kernels.quantiser import Gradient
+from mfpsn_fx.kernels.quantizer import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.capture import preserved_rng, said_of, user_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from mfpsn_fx.kernels.quantiser import exponents
+from mfpsn_fx.kernels.quantizer import exponents
 
 from .base import Pass, Result
 from .neurons import neurons

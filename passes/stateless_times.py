@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from mfpsn_fx.kernels.contests import Contest, Entrant, Results, run_contests
+from mfpsn_fx.kernels.autotune.buffers import Pool
+from mfpsn_fx.kernels.autotune.cache import SelectionCache
+from mfpsn_fx.kernels.autotune.environment import source_of
+from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest
+from mfpsn_fx.kernels.autotune.race import Contest, Entrant, Results, run_contests
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.machine import source_of
-from mfpsn_fx.kernels.neuron_contests import conversion_contest
-from mfpsn_fx.kernels.selection_cache import SelectionCache
-from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.capture import preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 

@@ -26,8 +26,9 @@ _torchvision_stub()
 
 from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402
 
-from mfpsn_fx.kernels import cpu_build, fold  # noqa: E402
-from mfpsn_fx.kernels.contests import Outcome, Results  # noqa: E402
+from mfpsn_fx.kernels import fold  # noqa: E402
+from mfpsn_fx.kernels.autotune.race import Outcome, Results  # noqa: E402
+from mfpsn_fx.kernels.build import cpu as cpu_build  # noqa: E402
 from mfpsn_fx.passes import autoselect, stateless_times  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-// Enough of CUDA for g++ to compile kernels/csrc/fused_cuda.cu and run it on the host, so that the very source is tested
+// Enough of CUDA for g++ to compile kernels/csrc/cuda/fused_cuda.cu and run it on the host, so that the very source is tested
 // where there is no GPU. One OS thread: the threads of a block are fibers, which take turns at barriers and shuffles, in
 // a fixed order. Blocks run one after the other. Shared memory is filled with NaN before each block. Threads that wait
 // for each other for ever (a barrier or shuffle that not all of them reach) end the process with a message.

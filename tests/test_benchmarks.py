@@ -17,8 +17,9 @@ import torch
 
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import cpu_build, unregister_kernel
-from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+from mfpsn_fx.kernels import unregister_kernel
+from mfpsn_fx.kernels.build import cpu as cpu_build
+from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 

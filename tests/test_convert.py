@@ -229,7 +229,7 @@ def test_print_selection(net, example, capsys):
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, torch.OutOfMemoryError])
 def test_table_says_what_failed_and_it_is_not_chosen(net, example, error):
     from mfpsn_fx.kernels import registry
-    from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+    from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
     @mfpsn_fx.register_kernel("breaks")
     class Breaks(ShiftedAdd):
@@ -246,7 +246,7 @@ def test_table_says_what_failed_and_it_is_not_chosen(net, example, error):
 
 def test_a_users_kernel_is_picked_up(net, example):
     from mfpsn_fx.kernels import registry
-    from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+    from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
     mfpsn_fx.register_kernel("mine", layouts=["time_first"])(ShiftedAdd)
     try:
@@ -260,7 +260,7 @@ def test_a_users_kernel_is_picked_up(net, example):
 
 def test_an_unregistered_kernel_gives_way_with_one_warning_a_layer(net, example, caplog):
     from mfpsn_fx.kernels import registry
-    from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+    from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
     mfpsn_fx.register_kernel("gone")(ShiftedAdd)
     converted = quick(net, example, layout="time_first", kernels="gone")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mfpsn_fx.__main__ import main
-from mfpsn_fx.kernels import cpu_build, machine
-from mfpsn_fx.kernels.selection_cache import SelectionCache
+from mfpsn_fx.kernels.autotune import environment as machine
+from mfpsn_fx.kernels.autotune.cache import SelectionCache
+from mfpsn_fx.kernels.build import cpu as cpu_build
 
 CPU = torch.device("cpu")
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="levels of x86-64")

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import ATan, Layout, cpu_build, fire, fused_cpu, get_kernel, neuron, power_of_two, reference
-from mfpsn_fx.kernels.fold import Folding
-from mfpsn_fx.kernels.parts import Call, Parts
+from mfpsn_fx.kernels import ATan, Layout, fire, get_kernel, neuron, power_of_two, reference
+from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels.build import cpu as cpu_build
+from mfpsn_fx.kernels.implementations import fused_cpu
+from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import Problem
 
 OPS = torch.ops.mfpsn
@@ -179,7 +181,7 @@ class TestBuild:
         script.chmod(0o755)
         code = (
             "import torch; from mfpsn_fx.kernels import fire\n"
-            "from mfpsn_fx.kernels.cpu_build import library; library()\n"
+            "from mfpsn_fx.kernels.build.cpu import library; library()\n"
             "print(int(fire(torch.ones(3, 2, 2), torch.ones(2, 1), torch.zeros(2), method='fused-cpp').sum()))"
         )
         environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(script)}

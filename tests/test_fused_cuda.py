@@ -26,11 +26,7 @@ from mfpsn_fx.kernels import (
     Layout,
     Rational,
     Sigmoid,
-    cuda_build,
-    cuda_usage,
     fire,
-    fused_cuda,
-    fused_cuda_plan,
     get_kernel,
     neuron,
     power_of_two,
@@ -38,8 +34,11 @@ from mfpsn_fx.kernels import (
     register_kernel,
     unregister_kernel,
 )
-from mfpsn_fx.kernels.fold import Folding
-from mfpsn_fx.kernels.parts import Call, Parts
+from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels.build import cuda as cuda_build
+from mfpsn_fx.kernels.build import cuda_usage
+from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
+from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
 OPS = torch.ops.mfpsn
@@ -567,7 +566,7 @@ in_ci = pytest.mark.skipif(os.environ.get("CI") != "true", reason="compiled in C
     ids=["sm_80", "sm_90", "sm_100"],
 )
 def test_compiles_without_spills(arch, dtypes):
-    """`python -m mfpsn_fx.kernels.cuda_usage` compiles all dtypes for all architectures, and takes minutes."""
+    """`python -m mfpsn_fx.kernels.build.cuda_usage` compiles all dtypes for all architectures, and takes minutes."""
     rows = cuda_usage.usage(arch, dtypes)
     assert {row.dtype for row in rows} == set(dtypes)
     assert {row.kernel for row in rows} == {

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfpsn_fx.kernels import ATan, Layout, Rational, Sigmoid, fire, get_kernel, neuron, power_of_two, reference
-from mfpsn_fx.kernels.fold import Folding
-from mfpsn_fx.kernels.parts import Call, Parts
+from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
 NAME = "fused-triton"

@@ -128,7 +128,7 @@ class TestCommandLine:
     def test_kernels_that_cannot_run_say_why(self, capsys):
         from mfpsn_fx.__main__ import main
         from mfpsn_fx.kernels import unregister_kernel
-        from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+        from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
         mfpsn_fx.register_kernel("lacking", unavailable=lambda: "no compiler was found")(ShiftedAdd)
         try:

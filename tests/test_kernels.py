@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfpsn_fx.kernels import ATan, Layout, fire, kernels, neuron, power_of_two, reference
-from mfpsn_fx.kernels import vmapping as vmapping_module
+from mfpsn_fx.kernels.implementations import vmap as vmapping_module
 from mfpsn_fx.kernels.registry import FLOATS
 
 ON_CPU = [k for k in kernels() if k.devices is None or "cpu" in k.devices]
@@ -219,8 +219,9 @@ class _Calls(TorchDispatchMode):
 
 def _calls(name, layout, monkeypatch):
     """(ATen calls of filter, of filter_backward, how often vmap was entered)."""
-    from mfpsn_fx.kernels import conv1d, get_kernel, matmul
-    from mfpsn_fx.kernels.parts import Call
+    from mfpsn_fx.kernels import get_kernel
+    from mfpsn_fx.kernels.implementations import conv1d, toeplitz
+    from mfpsn_fx.kernels.kernel import Call
 
     entered = []
 
@@ -228,7 +229,7 @@ def _calls(name, layout, monkeypatch):
         entered.append(args[0])
         return vmapping_module.vmap(*args, **kwargs)
 
-    for module in (conv1d, matmul):
+    for module in (conv1d, toeplitz):
         monkeypatch.setattr(module, "vmap", spy)
     parts = get_kernel(name).parts
     x = torch.randn(Layout.shape_from(layout, (6, 2, 3, 4), Layout.TIME_FIRST))

@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import cpu_build, neuron, register_kernel, unregister_kernel
+from mfpsn_fx.kernels import neuron, register_kernel, unregister_kernel
+from mfpsn_fx.kernels.build import cpu as cpu_build
 from mfpsn_fx.kernels.eager import run_layer
-from mfpsn_fx.kernels.fused_cpu import FusedCpu
+from mfpsn_fx.kernels.implementations.fused_cpu import FusedCpu
 
 pytestmark = pytest.mark.skipif(cpu_build.unavailable() is not None, reason="no C++ compiler")
 

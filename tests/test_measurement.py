@@ -18,11 +18,11 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
-from mfpsn_fx.kernels import contests as engine
-from mfpsn_fx.kernels.contests import Contest, Entrant, beats, run_contests
-from mfpsn_fx.kernels.selection_cache import SelectionCache
-from mfpsn_fx.kernels.timing import ClockError, estimate, noise_of, sample, spread_of
-from mfpsn_fx.kernels.working_set import Pool, last_level_cache
+from mfpsn_fx.kernels.autotune import race as engine
+from mfpsn_fx.kernels.autotune.buffers import Pool, last_level_cache
+from mfpsn_fx.kernels.autotune.cache import SelectionCache
+from mfpsn_fx.kernels.autotune.clock import ClockError, estimate, noise_of, sample, spread_of
+from mfpsn_fx.kernels.autotune.race import Contest, Entrant, beats, run_contests
 from mfpsn_fx.model.record import Candidate, Measured
 from mfpsn_fx.passes.autoselect import fastest
 

@@ -10,7 +10,7 @@ import torch
 
 from mfpsn_fx import ATan, MulFreePSN
 from mfpsn_fx.kernels import power_of_two, reference, register_kernel, unregister_kernel
-from mfpsn_fx.kernels.shifted_add import ShiftedAdd
+from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
 
 def test_starts_as_documented():

@@ -21,8 +21,8 @@ from mfpsn_fx.kernels import (
     register_kernel,
     unregister_kernel,
 )
+from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 from mfpsn_fx.kernels.op import _warned
-from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 
 OPS = torch.ops.mfpsn
 # "fused-cpp", or "shifted-add" where there is no compiler
@@ -473,9 +473,9 @@ class _Exported(torch.nn.Module):
 
 
 def test_timing_leaves_the_generator_alone_and_measures_all():
-    from mfpsn_fx.kernels.contests import run_contests
-    from mfpsn_fx.kernels.neuron_contests import kernel_contest
-    from mfpsn_fx.kernels.working_set import Pool
+    from mfpsn_fx.kernels.autotune.buffers import Pool
+    from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
+    from mfpsn_fx.kernels.autotune.race import run_contests
 
     def times(problem):
         contest = kernel_contest(problem, ["shifted-add"], Pool("cpu"), name="one")

@@ -226,7 +226,7 @@ class TestAutoselect:
         assert counts[0] == counts[1] > 0
 
     def test_all_fail(self, gm, example, monkeypatch):
-        from mfpsn_fx.kernels.working_set import Pool
+        from mfpsn_fx.kernels.autotune.buffers import Pool
 
         def broken(*args, **kwargs):
             raise MemoryError("too big")

@@ -18,11 +18,13 @@ from torch import nn
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.__main__ import main
-from mfpsn_fx.kernels import Layout, Problem, contests, machine, unregister_kernel
-from mfpsn_fx.kernels.neuron_contests import conversion_contest, kernel_contest
-from mfpsn_fx.kernels.selection_cache import SelectionCache, cache_folder
-from mfpsn_fx.kernels.shifted_add import ShiftedAdd
-from mfpsn_fx.kernels.working_set import Pool
+from mfpsn_fx.kernels import Layout, Problem, unregister_kernel
+from mfpsn_fx.kernels.autotune import environment as machine
+from mfpsn_fx.kernels.autotune import race as contests
+from mfpsn_fx.kernels.autotune.buffers import Pool
+from mfpsn_fx.kernels.autotune.cache import SelectionCache, cache_folder
+from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest, kernel_contest
+from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
 CPU = torch.device("cpu")
 x = torch.randn(4, 2, 3, 5)
@@ -165,7 +167,7 @@ class TestKeys:
         assert {"cpu", "threads", "torch", "triton", "cuda", "sources"} <= set(facts)
         for name in facts:
             monkeypatch.setattr(
-                "mfpsn_fx.kernels.selection_cache.machine", lambda device, name=name: {**facts, name: "other"}
+                "mfpsn_fx.kernels.autotune.cache.machine", lambda device, name=name: {**facts, name: "other"}
             )
             assert cache.get("key", CPU) is None, name
 

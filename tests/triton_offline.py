@@ -26,8 +26,8 @@ from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
 from mfpsn_fx.kernels import ATan, Layout, get_kernel
-from mfpsn_fx.kernels.fold import Folding
-from mfpsn_fx.kernels.parts import Call
+from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels.kernel import Call
 
 TYPES = {
     torch.float64: "*fp64",
@@ -107,7 +107,7 @@ def call(catcher, layout, dtype, order, dilation, shape=(8, 4, 16, 64), extras=F
 
 
 def main(architecture: int, everything: bool) -> None:
-    from mfpsn_fx.kernels import fused_triton
+    from mfpsn_fx.kernels.implementations import fused_triton
 
     catcher = Catcher(architecture)
     JITFunction.run = lambda self, *args, **kwargs: catcher.launched(self, *args, **kwargs)
@@ -118,7 +118,7 @@ def main(architecture: int, everything: bool) -> None:
 
 
 def compile_cases(catcher: Catcher, everything: bool) -> None:
-    from mfpsn_fx.kernels import fused_triton
+    from mfpsn_fx.kernels.implementations import fused_triton
 
     single, half = torch.float32, torch.bfloat16
     call(catcher, "time_first", half, 4, 1)

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mfpsn_fx.kernels.bn_fold import Fold, Folding, fold
 from mfpsn_fx.kernels.eager import run_layer
-from mfpsn_fx.kernels.fold import Fold, Folding, fold
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
-from mfpsn_fx.kernels.quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
+from mfpsn_fx.kernels.quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from mfpsn_fx.kernels.registry import Problem, default_kernel, get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 

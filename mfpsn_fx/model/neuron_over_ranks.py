@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mfpsn_fx.kernels.fold import Folding, fold, fold_backward
+from mfpsn_fx.kernels.bn_fold import Folding, fold, fold_backward
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import backward_input, backward_reductions, fire, statistics
 

@@ -15,7 +15,7 @@
 namespace mfpsn {
 namespace {
 
-// What kernels/fused_cpu.py's _Geometry finds: the dims but T and N in the order in which they lie in memory
+// What kernels/implementations/fused_cpu.py's _Geometry finds: the dims but T and N in the order in which they lie in memory
 struct Geometry {
   int64_t time, batch, channel;
   std::vector<int64_t> dims;

@@ -18,8 +18,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from .selection_cache import SelectionCache
-from .timing import ClockError, estimate, noise_of, sample, spread_of
+from .cache import SelectionCache
+from .clock import ClockError, estimate, noise_of, sample, spread_of
 from .watchdog import Hung, Watchdog
 
 __all__ = ["NOT_REACHED", "Contest", "Entrant", "Outcome", "Results", "beats", "run_contests"]

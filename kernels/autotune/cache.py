@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .machine import machine
+from .environment import machine
 
 __all__ = ["FORMAT", "SelectionCache", "cache_folder"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Layout
-from .parts import FilterParts
-from .registry import register_kernel
-from .vmapping import vmap
+from ..kernel import FilterParts
+from ..layout import Layout
+from ..registry import register_kernel
+from .vmap import vmap
 
 
 def _causal(x: Tensor, w: Tensor, dilation: int) -> Tensor:

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "cpu_slabs.h"
+#include "slabs.h"
 
 namespace mfpsn {
 

@@ -13,10 +13,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu_fold.h"
-#include "cpu_pages.h"
-#include "cpu_slabs.h"
-#include "cpu_sweeps.h"
+#include "fold.h"
+#include "pages.h"
+#include "slabs.h"
+#include "sweeps.h"
 
 namespace mfpsn {
 namespace {
@@ -663,4 +663,4 @@ MFPSN_EXPORT(float16, c10::Half, float)
 }  // namespace
 }  // namespace mfpsn
 
-#include "cpu_layer.h"  // stands on all of the above
+#include "layer.h"  // stands on all of the above

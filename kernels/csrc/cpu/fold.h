@@ -1,4 +1,4 @@
-// W_f = γ/√(σ²+ε)·W, b_f = β − γμ/√(σ²+ε), W_q = Q(W_f), and the chain rule back (paper, appendix C): what kernels/fold.py
+// W_f = γ/√(σ²+ε)·W, b_f = β − γμ/√(σ²+ε), W_q = Q(W_f), and the chain rule back (paper, appendix C): what kernels/bn_fold.py
 // states in tensor operations, in one loop over channels. The same roundings in the same order, so W_q and b_f are equal
 // to the bit.
 #pragma once

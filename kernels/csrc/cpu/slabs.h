@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu_vectors.h"
+#include "vectors.h"
 
 namespace mfpsn {
 

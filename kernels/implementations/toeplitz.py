@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import Layout
-from .parts import FilterParts
-from .registry import register_kernel
-from .vmapping import vmap
+from ..kernel import FilterParts
+from ..layout import Layout
+from ..registry import register_kernel
+from .vmap import vmap
 
 
 def toeplitz(w: Tensor, steps: int, dilation: int) -> Tensor:

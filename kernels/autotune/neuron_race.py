@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from .contests import Contest, Entrant
-from .layout import Layout, to_layout
-from .machine import source_of
-from .op import neuron
-from .registry import Problem, get_kernel
-from .working_set import Pool, extent
+from ..layout import Layout, to_layout
+from ..op import neuron
+from ..registry import Problem, get_kernel
+from .buffers import Pool, extent
+from .environment import source_of
+from .race import Contest, Entrant
 
 __all__ = ["EVALUATION", "TRAINING", "conversion_contest", "kernel_contest"]
 

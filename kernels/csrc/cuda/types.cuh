@@ -26,12 +26,12 @@ struct View {  // strides in elements; 0 where a dim has one entry
   int64_t time, batch, channel, position;
 };
 
-// Mirrored by kernels/fused_cuda.py; 8-byte fields only, so that no padding differs.
+// Mirrored by kernels/implementations/fused_cuda.py; 8-byte fields only, so that no padding differs.
 struct Arguments {
   int64_t dtype;  // of x: 0 float32, 1 float16, 2 bfloat16, 3 float64
   int64_t device;
   int64_t steps, batch, channels, positions, order, dilation;
-  // How the work is cut (see plan in kernels/fused_cuda.py)
+  // How the work is cut (see plan in kernels/implementations/fused_cuda.py)
   int64_t lanes;      // threads stand side by side along positions (0) or channels (1)
   int64_t width;      // so many of them, a power of two up to 32: a group
   int64_t vector;     // elements of a thread

@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .layout import Layout, uniform_stride
-from .parts import Call, Parts
-from .quantiser import Gradient
-from .registry import Problem, register_kernel
+from ..kernel import Call, Parts
+from ..layout import Layout, uniform_stride
+from ..quantizer import Gradient
+from ..registry import Problem, register_kernel
 
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
 MAX_ORDER = 32

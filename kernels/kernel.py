@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fold import Folding, fold, fold_backward
+from .bn_fold import Folding, fold, fold_backward
 from .layout import Layout, per_channel, valid_steps
 from .surrogate import Surrogate
 

@@ -8,12 +8,12 @@ import functools
 import torch
 from torch import Tensor
 
-from .cpu_build import library, unavailable
-from .fold import Folding
-from .layout import Layout, uniform_stride
-from .parts import Call, Parts
-from .quantiser import Gradient
-from .registry import Problem, register_kernel
+from ..bn_fold import Folding
+from ..build.cpu import library, unavailable
+from ..kernel import Call, Parts
+from ..layout import Layout, uniform_stride
+from ..quantizer import Gradient
+from ..registry import Problem, register_kernel
 
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
 _GRADIENTS = {str(Gradient.STRAIGHT_THROUGH): 0, str(Gradient.ROUND_ONLY): 1, str(Gradient.NONE): 2}

@@ -3,11 +3,11 @@
 // how many partials there are.
 #pragma once
 
-#include "fused_cuda_types.cuh"
+#include "types.cuh"
 
 namespace mfpsn {
 
-// Q(w) = sign(w)·2^round(log2|w|), on exponent and mantissa as kernels/quantiser.py has it
+// Q(w) = sign(w)·2^round(log2|w|), on exponent and mantissa as kernels/quantizer.py has it
 template <typename sum>
 struct Turn;  // no value equals √½: "m ≥ the first above it" is exact
 template <>
@@ -30,7 +30,7 @@ __device__ inline sum power_of_two(sum w, int least, int most) {
   return copysign(ldexp(sum(1), power), w);
 }
 
-// std = √(σ²+ε), gain = γ/std, W_f = gain·W, W_q = Q(W_f), b_f = β − gain·μ: each rounded once, as in kernels/fold.py
+// std = √(σ²+ε), gain = γ/std, W_f = gain·W, W_q = Q(W_f), b_f = β − gain·μ: each rounded once, as in kernels/bn_fold.py
 template <typename sum>
 struct Folded {
   sum std, gain;

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .layout import per_channel
-from .parts import FilterParts
-from .registry import register_kernel
+from ..kernel import FilterParts
+from ..layout import per_channel
+from ..registry import register_kernel
 
 
 @register_kernel("shifted-add", rank=10)

@@ -11,12 +11,12 @@ import platform
 
 import torch
 
-from .cpu_build import march
+from ..build.cpu import march
 
 __all__ = ["machine", "source_of", "sources_hash"]
 
 _SUFFIXES = frozenset({".py", ".cpp", ".h", ".cu", ".cuh"})
-_FOLDER = pathlib.Path(__file__).resolve().parent
+_FOLDER = pathlib.Path(__file__).resolve().parent.parent
 
 
 def machine(device: torch.device) -> dict[str, object]:

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch.utils import cpp_extension
 
-from .build_cache import BuildError, cached, run
+from .cache import BuildError, cached, run
 
 __all__ = ["VARIABLE", "BuildError", "Level", "level", "library", "march", "refusal", "register_bytes", "unavailable"]
 
 VARIABLE = "MFPSN_FX_MARCH"
-_SOURCE = pathlib.Path(__file__).resolve().parent / "csrc" / "fused_cpu.cpp"
+_SOURCE = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "fused_cpu.cpp"
 
 # Instruction sets that a compiler may use unasked, as Linux names them in /proc/cpuinfo. The compiler's macros have the
 # same names but for underscores and _MACROS.
@@ -75,7 +75,7 @@ def _macros(compiler: list[str], march: str) -> set[str]:
 
 
 def register_bytes(march: str) -> int:
-    """Return the width of the vectors under ``march``, as cpu_vectors.h has it; :class:`BuildError` if unknown."""
+    """Return the width of the vectors under ``march``, as csrc/cpu/vectors.h has it; :class:`BuildError` if unknown."""
     macros = _macros(_compiler(), march)
     return 64 if "AVX512F" in macros else 32 if "AVX" in macros else 16
 
@@ -124,7 +124,7 @@ def _library() -> ctypes.CDLL | BuildError:
         compiler = _compiler()
         if (reason := refusal(march())) is not None:
             raise BuildError(reason)
-        sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
+        sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
         # by content, not by path: another checkout finds what is there. The flags name the folders of torch, so another
         # environment compiles its own.
         flags = [part for part in _command(compiler, "") if part != str(_SOURCE)]

@@ -9,13 +9,13 @@ import functools
 import torch
 from torch import Tensor
 
-from . import cuda_build
-from .fold import Folding
+from ..bn_fold import Folding
+from ..build import cuda as cuda_build
+from ..kernel import Call, Parts
+from ..layout import Layout, uniform_stride
+from ..quantizer import Gradient
+from ..registry import Problem, register_kernel
 from .fused_cuda_plan import LIMIT, MOST_ORDER, MOST_ORDER_FLOAT64, Geometry, Plan, plan
-from .layout import Layout, uniform_stride
-from .parts import Call, Parts
-from .quantiser import Gradient
-from .registry import Problem, register_kernel
 
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
 _QUANTISERS = {Gradient.NONE: 0, Gradient.STRAIGHT_THROUGH: 1, Gradient.ROUND_ONLY: 2}
@@ -34,7 +34,7 @@ _VECTORS = ("scale", "shift", "weight", "gamma", "beta", "mean", "var", "taps", 
 
 
 class _Arguments(ctypes.Structure):
-    """csrc/fused_cuda_types.cuh has the same fields."""
+    """csrc/cuda/types.cuh has the same fields."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("dtype", "device", "steps", "batch", "channels", "positions", "order",

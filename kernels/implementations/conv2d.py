@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layout import Layout
-from .parts import FilterParts
-from .registry import register_kernel
+from ..kernel import FilterParts
+from ..layout import Layout
+from ..registry import register_kernel
 
 
 def _planes(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the CUDA kernels need of an architecture: compile them, with or without a GPU, and read the compiler's report.
 
-``python -m mfpsn_fx.kernels.cuda_usage --arch sm_80 sm_90 sm_100`` prints a row for every kernel.
+``python -m mfpsn_fx.kernels.build.cuda_usage --arch sm_80 sm_90 sm_100`` prints a row for every kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from .cuda_build import FLAGS, SOURCE, BuildError, compiler, run
+from .cuda import FLAGS, SOURCE, BuildError, compiler, run
 
 __all__ = ["ALL", "Usage", "main", "usage"]
 

@@ -16,8 +16,8 @@ _BLOCK, _WARP = 128, 32
 _SHARED = 48 * 1024  # bytes of shared memory that every device gives a block
 _PER_PROCESSOR = 4096  # threads wanted for each multiprocessor: a few waves
 # Elements of a thread by the longest order, for 4-byte and 2-byte elements: 16 bytes a load where registers allow.
-# csrc/fused_cuda.cu has the same table. Threads along positions share their channel, so its taps; along channels each
-# element has its own.
+# csrc/cuda/fused_cuda.cu has the same table. Threads along positions share their channel, so its taps; along channels
+# each element has its own.
 _VECTORS = {
     (False, 4): {2: 4, 4: 4, 8: 4},
     (True, 4): {2: 4, 4: 4, 8: 2},
@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Fields of the same names in csrc/fused_cuda_types.cuh say what each is."""
+    """Fields of the same names in csrc/cuda/types.cuh say what each is."""
 
     lanes: int
     width: int

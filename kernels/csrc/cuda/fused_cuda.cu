@@ -2,14 +2,14 @@
 //
 // In training, forward is three launches (statistics, their end with the fold, fire), backward five (fold,
 // reductions, their end with the chain rule, input, its end). Sums have two stages, a partial for each group of threads and
-// then a warp for each channel, so results are the same in every run. See fused_cuda_walk.cuh for how threads walk time.
+// then a warp for each channel, so results are the same in every run. See walk.cuh for how threads walk time.
 #ifndef MFPSN_DTYPES  // bits of the dtypes to compile: a look at the registers of one need not compile all
 #define MFPSN_DTYPES 15
 #endif
 
-#include "fused_cuda_fold.cuh"
-#include "fused_cuda_types.cuh"
-#include "fused_cuda_walk.cuh"
+#include "fold.cuh"
+#include "types.cuh"
+#include "walk.cuh"
 
 namespace mfpsn {
 
@@ -410,7 +410,7 @@ cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Vectors of a thread, by the window's length; kernels/fused_cuda.py has the same table (_VECTORS)
+// Vectors of a thread, by the window's length; kernels/implementations/fused_cuda.py has the same table (_VECTORS)
 template <typename scalar>
 cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
   constexpr int half = sizeof(scalar) == 2 ? 2 : 1;

@@ -6,7 +6,7 @@
 // t ≡ r (mod d) only ever meet each other, so the walk takes one residue (phase) after the other, each as if d were 1.
 #pragma once
 
-#include "fused_cuda_types.cuh"
+#include "types.cuh"
 
 namespace mfpsn {
 

@@ -12,11 +12,11 @@ import shutil
 import torch
 from torch.utils import cpp_extension
 
-from .build_cache import BuildError, cached, run
+from .cache import BuildError, cached, run
 
 __all__ = ["FLAGS", "SOURCE", "BuildError", "compiler", "library", "unavailable", "unbuildable"]
 
-_FOLDER = pathlib.Path(__file__).resolve().parent / "csrc"
+_FOLDER = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 SOURCE = _FOLDER / "fused_cuda.cu"
 FLAGS = ("-std=c++17", "-O3", "--split-compile=2")
 _LEAST = (8, 0)
@@ -32,7 +32,7 @@ def compiler() -> str:
 
 
 def _identity(nvcc: str, arch: str) -> list[str]:
-    sources = sorted([SOURCE, *_FOLDER.glob("fused_cuda*.cuh")])
+    sources = sorted([SOURCE, *_FOLDER.glob("*.cuh")])
     return [*(path.read_text(encoding="utf-8") for path in sources), *FLAGS, arch, run([nvcc, "--version"])]
 
 

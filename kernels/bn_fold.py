@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .quantiser import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantiser_slope
+from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantiser_slope
 
 __all__ = ["Fold", "FoldGrads", "Folding", "deviation", "fold", "fold_backward"]
 

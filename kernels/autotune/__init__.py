@@ -1,0 +1,1 @@
+"""Measure kernels on this machine and choose between them."""

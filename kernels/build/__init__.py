@@ -1,0 +1,1 @@
+"""Compile the C++ and CUDA sources and keep what was built."""

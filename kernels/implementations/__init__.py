@@ -1,0 +1,1 @@
+"""The kernels: each file registers its own."""
