@@ -19,10 +19,10 @@ from mfpsn_fx.model import (
     register_source,
     unregister_source,
 )
-from mfpsn_fx.model.batches import Batch
-from mfpsn_fx.model.masked_norm import MaskedBatchNorm, mask_batch_norms
-from mfpsn_fx.model.steps import lengths_to_mask, masked_mean, valid_steps
-from mfpsn_fx.model.synchronised import SynchronisedBatchNorm, synchronise_statistics
+from mfpsn_fx.model.batch import Batch
+from mfpsn_fx.model.norms.masked import MaskedBatchNorm, mask_batch_norms
+from mfpsn_fx.model.norms.synchronized import SynchronisedBatchNorm, synchronise_statistics
+from mfpsn_fx.model.padding_mask import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import (
     ConversionError,
     Pass,

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.record import Calibrated
+from mfpsn_fx.model.results import Calibrated
 from mfpsn_fx.passes import Calibrate, Pipeline
 
 from .selection import graph_of

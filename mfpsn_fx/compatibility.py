@@ -27,9 +27,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.model.sources.description import source_paths
 from mfpsn_fx.passes import neurons
 
 from .conversion import convert

@@ -15,12 +15,12 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import capture, copied, said_of
+from mfpsn_fx.model.capturing.capture import capture, copied, said_of
+from mfpsn_fx.model.capturing.over_time import OverTime
+from mfpsn_fx.model.capturing.step_mode import Switched, to_multi_step
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.over_time import OverTime
-from mfpsn_fx.model.source import source_paths
-from mfpsn_fx.model.step_mode import Switched, to_multi_step
-from mfpsn_fx.model.stepping import is_stepping
+from mfpsn_fx.model.sources.description import source_paths
+from mfpsn_fx.model.sources.stepping import is_stepping
 from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,

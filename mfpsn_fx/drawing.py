@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.model.folded_norm import norm_affine
+from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.model.time_last import run_time_last, shape_time_first
 from mfpsn_fx.passes import conversion_nodes, neurons
 from mfpsn_fx.passes.time_last_regions import time_last_nodes

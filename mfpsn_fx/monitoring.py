@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.steps import current_mask
+from mfpsn_fx.model.padding_mask import current_mask
 
 __all__ = ["LayerRates", "Monitor", "monitor"]
 

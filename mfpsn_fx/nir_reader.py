@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.nir_neurons import NIRNeuron
-from mfpsn_fx.model.nir_nodes import kind_of, node_module
+from mfpsn_fx.model.sources.nir_neurons import NIRNeuron
+from mfpsn_fx.model.sources.nir_nodes import kind_of, node_module
 from mfpsn_fx.model.time_axis import fold_time, unfold_time
 
 __all__ = ["from_nir"]
@@ -31,9 +31,9 @@ def from_nir(
     """Read an NIR graph into a network that takes all time steps at once, (T, N, *).
 
     Layers without a memory see the T·N axis, through ``fold_time`` and ``unfold_time`` nodes; where several edges
-    meet they are summed. Neurons are :class:`~mfpsn_fx.model.nir_neurons.NIRNeuron`, which step NIR's equations by
-    forward Euler with their reset: run the network as it is for reference, give it to ``convert`` for a parallel one.
-    Layers train; the neurons' constants are buffers.
+    meet they are summed. Neurons are :class:`~mfpsn_fx.model.sources.nir_neurons.NIRNeuron`, which step NIR's equations
+    by forward Euler with their reset: run the network as it is for reference, give it to ``convert`` for a parallel
+    one. Layers train; the neurons' constants are buffers.
 
     Taken are Affine, Linear, Scale, Conv1d, Conv2d, SumPool2d, AvgPool2d, Flatten, IF, LIF, CubaLIF, Threshold, the
     integrators I, LI and CubaLI, which put out their membrane, and graphs of these as nodes.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.model.sources.description import source_paths
 
 __all__ = ["check_optimizer", "param_groups"]
 

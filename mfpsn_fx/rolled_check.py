@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from mfpsn_fx.model.capture import copied, preserved_rng
-from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
-from mfpsn_fx.model.over_time import OverTime
-from mfpsn_fx.model.state_arguments import StateArguments, state_arguments
-from mfpsn_fx.model.stepping import stepping_of
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
+from mfpsn_fx.model.capturing.over_time import OverTime
+from mfpsn_fx.model.capturing.state_flow import StateArguments, state_arguments
+from mfpsn_fx.model.capturing.steps import NotSteppedError
+from mfpsn_fx.model.integrator import LeakyIntegrator
+from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
-from mfpsn_fx.model.unrolled import NotSteppedError
 from mfpsn_fx.passes.roll_up import WITHOUT_RESET
 from mfpsn_fx.passes.time_slices import RollUpError, is_random
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mfpsn_fx.model.batches import Batch, reset_states
+from mfpsn_fx.model.batch import Batch, reset_states
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.reruns import Reruns
+from mfpsn_fx.model.recompute import Reruns
 
 __all__ = ["recompute_statistics"]
 

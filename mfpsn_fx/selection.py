@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from mfpsn_fx.kernels.autotune.race import NOT_REACHED
-from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.record import Candidate, Measured
-from mfpsn_fx.model.source import qualified_name, source_paths
+from mfpsn_fx.model.results import Candidate, Measured
+from mfpsn_fx.model.sources.description import qualified_name, source_paths
 from mfpsn_fx.passes import conversion_nodes, neurons
 
 from .table_styles import check_style, laid_out

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 
 from torch import fx, nn
 
-from mfpsn_fx.model import unrolled
-from mfpsn_fx.model.capture import copied
-from mfpsn_fx.model.fused_layers import has_fused_layers, split_fused_layers
-from mfpsn_fx.model.shared_mask import wrap_dropouts
-from mfpsn_fx.model.source import NotAFilterError, describe, is_source, source_paths
-from mfpsn_fx.model.stepped_neuron import memory_layers, wrap_stepping_neurons
+from mfpsn_fx.model.capturing import steps as unrolled
+from mfpsn_fx.model.capturing.capture import copied
+from mfpsn_fx.model.capturing.shared_mask import wrap_dropouts
+from mfpsn_fx.model.capturing.split_layers import has_fused_layers, split_fused_layers
+from mfpsn_fx.model.capturing.stepped_neuron import memory_layers, wrap_stepping_neurons
+from mfpsn_fx.model.sources.description import NotAFilterError, describe, is_source, source_paths
 from mfpsn_fx.passes import ConversionError, RollUp
 
 from .rolled_check import check_rolled

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mfpsn_fx.kernels.bn_fold import deviation
-from mfpsn_fx.model.capture import ROOT_LEAF, copied
-from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.capturing.capture import ROOT_LEAF, copied
+from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import NotAFilterError, SourceNeuron, describe
-from mfpsn_fx.model.stepping import stepping_of
+from mfpsn_fx.model.sources.description import NotAFilterError, SourceNeuron, describe
+from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.passes import InitialiseNeurons, Pipeline
 
 from .selection import graph_of

@@ -15,7 +15,7 @@ from mfpsn_fx.kernels.autotune.neuron_race import EVALUATION, TRAINING, kernel_c
 from mfpsn_fx.kernels.autotune.race import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
-from mfpsn_fx.model.record import Candidate, Measured
+from mfpsn_fx.model.results import Candidate, Measured
 
 from .base import Pass, Result
 from .convert_layout import remove_conversions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from mfpsn_fx.kernels.registry import get_kernel
-from mfpsn_fx.model.record import Measured
+from mfpsn_fx.model.results import Measured
 
 from .autoselect import MEASURED, PLAN, check_choice, fastest, forced_kernel
 from .base import Pass, Result

@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
-from mfpsn_fx.model.batches import Batch, check_repeatable, reset_states
-from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.batch import Batch, check_repeatable, reset_states
+from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.record import Calibrated
-from mfpsn_fx.model.simulate import SimulatedNeuron, simulate
-from mfpsn_fx.model.source import SourceNeuron
-from mfpsn_fx.model.steps import current_mask
+from mfpsn_fx.model.padding_mask import current_mask
+from mfpsn_fx.model.results import Calibrated
+from mfpsn_fx.model.sources.description import SourceNeuron
+from mfpsn_fx.model.sources.simulate import SimulatedNeuron, simulate
 
 from .base import Pass, Result
 from .fit_taps import Fit, Moments, Tail, filtered, fit_taps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from mfpsn_fx.model.capture import user_path
+from mfpsn_fx.model.capturing.capture import user_path
 from mfpsn_fx.model.neuron import MulFreePSN
 
 __all__ = ["channels_before", "heads_note"]

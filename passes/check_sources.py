@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from mfpsn_fx.model.capture import said_of
-from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
+from mfpsn_fx.model.capturing.capture import said_of
+from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
 from .replace_neurons import REFUSED, ConversionError, refusal_message

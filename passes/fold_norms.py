@@ -10,9 +10,9 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem, kernels
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS
-from mfpsn_fx.model.folded_norm import fused_time, norm_affine
-from mfpsn_fx.model.masked_norm import MaskedBatchNorm, is_batch_norm
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.norms.affine import fused_time, norm_affine
+from mfpsn_fx.model.norms.masked import MaskedBatchNorm, is_batch_norm
 from mfpsn_fx.model.time_last import has_hooks, run_time_last
 
 from .base import Pass, Result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from mfpsn_fx.model.capture import copied, preserved_rng
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 
 from .time_slices import Expr, Ref, RollUpError, Slices, is_random
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.op import statistics
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.steps import current_mask
+from mfpsn_fx.model.padding_mask import current_mask
 
 from .base import Pass, Result
 from .run_copy import run_copy

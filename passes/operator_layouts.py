@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import is_source, qualified_name
+from mfpsn_fx.model.sources.description import is_source, qualified_name
 from mfpsn_fx.model.time_axis import fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_methods, unregister_forms
 

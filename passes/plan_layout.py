@@ -11,7 +11,7 @@ from torch import fx
 
 from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.model.record import Candidate, Measured, Plan
+from mfpsn_fx.model.results import Candidate, Measured, Plan
 
 from .autoselect import CACHE, MEASURED, PLAN, SPENT, Spent, check_budget, cost_of, fastest, forced_kernel, spread_of
 from .base import Pass, Result

@@ -11,10 +11,10 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.quantizer import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capture import preserved_rng, said_of, user_path
+from mfpsn_fx.model.capturing.capture import preserved_rng, said_of, user_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import NotAFilterError, describe, source_paths
+from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
 from .channel_widths import channels_before, heads_note

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
-from mfpsn_fx.model.record import Candidate, Measured
+from mfpsn_fx.model.results import Candidate, Measured
 
 from .neurons import Neuron
 

@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from mfpsn_fx.model.capture import copied, preserved_rng
-from mfpsn_fx.model.leaky_integrator import LeakyIntegrator
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
+from mfpsn_fx.model.capturing.over_time import OverTime
+from mfpsn_fx.model.capturing.shared_mask import SharedMask
+from mfpsn_fx.model.capturing.steps import has_batch_statistics
+from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.over_time import OverTime
-from mfpsn_fx.model.shared_mask import SharedMask
-from mfpsn_fx.model.source import NotAFilterError, is_source, looks_like_a_neuron
-from mfpsn_fx.model.stepping import Stepping
+from mfpsn_fx.model.sources.description import NotAFilterError, is_source, looks_like_a_neuron
+from mfpsn_fx.model.sources.stepping import Stepping
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
-from mfpsn_fx.model.unrolled import has_batch_statistics
 
 from .base import Pass, Result
 from .fused_axis import FusedAxis, without_batch

@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.source import source_paths
+from mfpsn_fx.model.sources.description import source_paths
 
 __all__ = ["Example", "Run", "run_copy"]
 

@@ -6,7 +6,7 @@ import copy
 
 from torch import fx, nn
 
-from mfpsn_fx.model.source import NotAFilterError, PerStep, Taps, describe, is_source
+from mfpsn_fx.model.sources.description import NotAFilterError, PerStep, Taps, describe, is_source
 
 from .base import Pass, Result
 

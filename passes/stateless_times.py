@@ -18,7 +18,7 @@ from mfpsn_fx.kernels.autotune.environment import source_of
 from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest
 from mfpsn_fx.kernels.autotune.race import Contest, Entrant, Results, run_contests
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 
 from .layout_graph import LayoutGraph

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from mfpsn_fx.model.stepping import Stepping, is_stepping, stepping_of
+from mfpsn_fx.model.sources.stepping import Stepping, is_stepping, stepping_of
 
 from .replace_neurons import ConversionError
 
@@ -151,7 +151,7 @@ def is_random(gm: fx.GraphModule, node: fx.Node) -> bool:
 def read_slices(
     gm: fx.GraphModule, one_step: bool, run: Callable[[Slices], dict[str, object]]
 ) -> tuple[Slices, dict[str, object]]:
-    """Read an unrolled graph, as :func:`~mfpsn_fx.model.unrolled.capture_steps` makes it.
+    """Read an unrolled graph, as :func:`~mfpsn_fx.model.capturing.steps.capture_steps` makes it.
 
     Args:
         one_step: the graph is one step; its inputs are slices, and so is what it returns.

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mfpsn_fx.model.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.record import Plan
+from mfpsn_fx.model.results import Plan
 
 from .autoselect import PLAN
 from .base import Pass, Result

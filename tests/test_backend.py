@@ -17,8 +17,8 @@ from mfpsn_fx import Backend, MulFreePSN
 from mfpsn_fx.backend import backend_pipeline
 from mfpsn_fx.kernels import Layout
 from mfpsn_fx.kernels.layout import to_layout
-from mfpsn_fx.model import reruns
-from mfpsn_fx.model.record import Candidate, Measured
+from mfpsn_fx.model import recompute as reruns
+from mfpsn_fx.model.results import Candidate, Measured
 from mfpsn_fx.passes import (
     BindKernels,
     InsertConversions,

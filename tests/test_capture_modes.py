@@ -16,7 +16,7 @@ import mfpsn_fx
 from mfpsn_fx.kernels.registry import FALLBACK_KERNEL
 from mfpsn_fx.model import capture
 
-CAPTURE = sys.modules["mfpsn_fx.model.capture"]  # the name in the package is the function's
+CAPTURE = sys.modules["mfpsn_fx.model.capturing.capture"]  # the name in the package is the function's
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import mfpsn_fx
-from mfpsn_fx.model.ranks import Group
+from mfpsn_fx.model.distributed.group import Group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mfpsn_fx
-from mfpsn_fx.model.folded_norm import norm_affine
+from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.passes import FoldNorms, Pipeline, PropagateShapes, folded_norms, neurons, unfold_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,9 +18,9 @@ from torch import nn
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN
 from mfpsn_fx.model import LeakyIntegrator
-from mfpsn_fx.model.nir_neurons import NIRNeuron
-from mfpsn_fx.model.simulate import simulate
-from mfpsn_fx.model.source import describe
+from mfpsn_fx.model.sources.description import describe
+from mfpsn_fx.model.sources.nir_neurons import NIRNeuron
+from mfpsn_fx.model.sources.simulate import simulate
 
 DT = 1e-4
 STEPS, BATCH = 12, 3

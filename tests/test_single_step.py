@@ -25,10 +25,10 @@ import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
 from mfpsn_fx.compatibility import load_networks
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
-from mfpsn_fx.model.fused_layers import split_fused_layers
-from mfpsn_fx.model.source import describe
-from mfpsn_fx.model.stepping import stepping_of
-from mfpsn_fx.model.unrolled import capture_steps
+from mfpsn_fx.model.capturing.split_layers import split_fused_layers
+from mfpsn_fx.model.capturing.steps import capture_steps
+from mfpsn_fx.model.sources.description import describe
+from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.passes import RollUp, RollUpError
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "compatibility"

@@ -11,8 +11,8 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import ATan, Geometric, NotAFilterError, Sigmoid, SourceNeuron, Taps
-from mfpsn_fx.model.simulate import simulate
-from mfpsn_fx.model.source import describe, is_source, looks_like_a_neuron
+from mfpsn_fx.model.sources.description import describe, is_source, looks_like_a_neuron
+from mfpsn_fx.model.sources.simulate import simulate
 
 STEPS = 10
 

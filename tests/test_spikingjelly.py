@@ -20,7 +20,7 @@ import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError, TwoPole, compatibility
 from mfpsn_fx.kernels import Layout
 from mfpsn_fx.model.channel_dims import channels_back, channels_together, check_dims, shape_together
-from mfpsn_fx.model.source import describe, looks_like_a_neuron
+from mfpsn_fx.model.sources.description import describe, looks_like_a_neuron
 from mfpsn_fx.passes import neurons
 
 STEPS = 8
@@ -183,7 +183,7 @@ def test_every_neuron_of_the_library_is_decided():
     """A class that a later version adds fails here until it is taken or refused."""
     bases = {"AdaptBaseNode", "BaseNode", "ILCBaseNode", "MPBNBaseNode", "NoisyBaseNode", "NoisyILCBaseNode",
              "NoisyNonSpikingBaseNode", "NonSpikingBaseNode", "SimpleBaseNode", "FewSpikeTable"}  # fmt: skip
-    from mfpsn_fx.model import source as sources
+    from mfpsn_fx.model.sources import description as sources
 
     classes = {
         n: c for n, c in vars(neuron).items() if isinstance(c, type) and c.__module__.startswith(neuron.__name__)

@@ -9,7 +9,7 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import ConversionError
-from mfpsn_fx.model.unrolled import capture_steps
+from mfpsn_fx.model.capturing.steps import capture_steps
 from mfpsn_fx.passes import RollUp, RollUpError
 
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}

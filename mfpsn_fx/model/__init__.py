@@ -1,18 +1,26 @@
 """Floor 2: the neuron as a module, what source neurons are, and capture."""
 
-from . import (  # noqa: F401  (they register their adapters)
-    flexsn_source,
-    nir_neurons,
-    norse_sources,
-    snntorch_sources,
-    spikingjelly_sources,
-    spikingjelly_variants,
-)
-from .capture import capture
-from .leaky_integrator import LeakyIntegrator
+from .capturing.capture import capture
+from .integrator import LeakyIntegrator
 from .neuron import MulFreePSN
-from .source import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, register_source, unregister_source
-from .stepping import Stepping, register_stepping, unregister_stepping
+from .sources import (  # noqa: F401  (they register their adapters)
+    from_flexsn,
+    from_norse,
+    from_snntorch,
+    from_spikingjelly,
+    from_spikingjelly_variants,
+    nir_neurons,
+)
+from .sources.description import (
+    Geometric,
+    NotAFilterError,
+    SourceNeuron,
+    Taps,
+    TwoPole,
+    register_source,
+    unregister_source,
+)
+from .sources.stepping import Stepping, register_stepping, unregister_stepping
 
 __all__ = [
     "Geometric",

@@ -16,12 +16,12 @@ from mfpsn_fx.kernels.registry import Problem, default_kernel, get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
-from .neuron_over_ranks import neuron_over_ranks
-from .ranks import Group, joined
-from .record import Calibrated, Measured, Plan
-from .reruns import Reruns
-from .source import SourceNeuron
-from .steps import current_mask
+from .distributed.group import Group, joined
+from .distributed.neuron import neuron_over_ranks
+from .padding_mask import current_mask
+from .recompute import Reruns
+from .results import Calibrated, Measured, Plan
+from .sources.description import SourceNeuron
 
 __all__ = ["MulFreePSN"]
 

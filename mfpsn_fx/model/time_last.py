@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mfpsn_fx.kernels.layout import to_layout
 
-from .source import qualified_name
+from .sources.description import qualified_name
 
 __all__ = [
     "has_hooks",

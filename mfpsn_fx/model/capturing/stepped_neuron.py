@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..sources.description import SourceNeuron, describe, is_source, qualified_name, register_source, source_paths
+from ..sources.stepping import Stepping, register_stepping
 from .shared_mask import SharedMask
-from .source import SourceNeuron, describe, is_source, qualified_name, register_source, source_paths
-from .stepping import Stepping, register_stepping
 
 __all__ = ["SteppedNeuron", "memory_layers", "wrap_stepping_neurons"]
 

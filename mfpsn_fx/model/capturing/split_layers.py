@@ -7,8 +7,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from ..sources.description import NotAFilterError, qualified_name
 from .over_time import OverTime
-from .source import NotAFilterError, qualified_name
 
 __all__ = ["LinearThenCell", "has_fused_layers", "split_fused_layers"]
 

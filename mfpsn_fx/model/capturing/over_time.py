@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from .source import SourceNeuron, describe, register_source
-from .stepping import Stepping, register_stepping, stepping_of
+from ..sources.description import SourceNeuron, describe, register_source
+from ..sources.stepping import Stepping, register_stepping, stepping_of
 
 __all__ = ["OverTime"]
 

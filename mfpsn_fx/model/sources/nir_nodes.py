@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import Surrogate
 
+from .description import NotAFilterError
 from .nir_neurons import NIRNeuron, nir_integrator
-from .source import NotAFilterError
 
 __all__ = ["kind_of", "node_module"]
 

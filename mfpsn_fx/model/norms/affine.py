@@ -10,10 +10,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from mfpsn_fx.kernels.layout import Layout, per_channel, valid_steps
 from mfpsn_fx.kernels.op import statistics
 
-from .masked_norm import MaskedBatchNorm, is_batch_norm
-from .ranks import joined
-from .steps import current_mask
-from .time_last import has_hooks, run_time_last
+from ..distributed.group import joined
+from ..padding_mask import current_mask
+from ..time_last import has_hooks, run_time_last
+from .masked import MaskedBatchNorm, is_batch_norm
 
 __all__ = ["affine_of", "fused_time", "norm_affine"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .leaky_integrator import LeakyIntegrator
-from .source import Geometric, NotAFilterError, Taps, TwoPole, describe, qualified_name
+from ..integrator import LeakyIntegrator
+from .description import Geometric, NotAFilterError, Taps, TwoPole, describe, qualified_name
 
 __all__ = ["Stepping", "is_stepping", "register_stepping", "stepping_of", "unregister_stepping"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx, nn
 
-from .stepping import stepping_of
-from .unrolled import _traced, first_step
+from ..sources.stepping import stepping_of
+from .steps import _traced, first_step
 
 __all__ = ["StateArguments", "state_arguments"]
 

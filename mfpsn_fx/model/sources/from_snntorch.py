@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .leaky_integrator import LeakyIntegrator
-from .source import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, register_source
+from ..integrator import LeakyIntegrator
+from .description import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, register_source
 from .stepping import Stepping, register_stepping, zeros
 
 _NEURONS = "snntorch._neurons"

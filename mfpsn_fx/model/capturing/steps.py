@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..sources.description import qualified_name
+from ..sources.stepping import is_stepping, stepping_of
+from ..time_axis import fold_time, unfold_time
 from .capture import (
     _differing_owner,
     _first_line,
@@ -21,10 +24,7 @@ from .capture import (
     preserved_rng,
     same_tensor,
 )
-from .fused_layers import LinearThenCell
-from .source import qualified_name
-from .stepping import is_stepping, stepping_of
-from .time_axis import fold_time, unfold_time
+from .split_layers import LinearThenCell
 
 __all__ = ["NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
 

@@ -14,12 +14,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .neuron import MulFreePSN
-from .source import is_source, qualified_name
-from .stepping import is_stepping
-from .time_axis import fold_time, unfold_time
-from .time_last import has_hooks as _has_hooks
-from .time_last import has_own_forms
+from ..neuron import MulFreePSN
+from ..sources.description import is_source, qualified_name
+from ..sources.stepping import is_stepping
+from ..time_axis import fold_time, unfold_time
+from ..time_last import has_hooks as _has_hooks
+from ..time_last import has_own_forms
 
 __all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .folded_norm import affine_of
-from .masked_norm import MaskedBatchNorm, is_batch_norm
-from .neuron import MulFreePSN
-from .ranks import Group
-from .source import qualified_name
-from .time_last import has_hooks
+from ..distributed.group import Group
+from ..neuron import MulFreePSN
+from ..sources.description import qualified_name
+from ..time_last import has_hooks
+from .affine import affine_of
+from .masked import MaskedBatchNorm, is_batch_norm
 
 __all__ = ["SynchronisedBatchNorm", "synchronise_statistics"]
 

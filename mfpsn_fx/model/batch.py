@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .source import source_paths
-from .steps import valid_steps
+from .padding_mask import valid_steps
+from .sources.description import source_paths
 
 __all__ = ["Batch", "check_repeatable", "reset_states"]
 

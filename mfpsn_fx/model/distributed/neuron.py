@@ -10,7 +10,7 @@ from mfpsn_fx.kernels.bn_fold import Folding, fold, fold_backward
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import backward_input, backward_reductions, fire, statistics
 
-from .ranks import Group
+from .group import Group
 
 __all__ = ["neuron_over_ranks"]
 

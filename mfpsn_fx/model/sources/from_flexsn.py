@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .source import NotAFilterError, SourceNeuron, register_source
-from .spikingjelly_sources import class_names, with_all_steps
+from .description import NotAFilterError, SourceNeuron, register_source
+from .from_spikingjelly import class_names, with_all_steps
 
 __all__ = ["Recurrence"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .reruns import Reruns
-from .source import qualified_name
-from .steps import current_mask
-from .time_last import has_hooks
+from ..padding_mask import current_mask
+from ..recompute import Reruns
+from ..sources.description import qualified_name
+from ..time_last import has_hooks
 
 __all__ = ["MaskedBatchNorm", "is_batch_norm", "mask_batch_norms"]
 

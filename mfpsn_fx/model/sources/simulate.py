@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 
-from .channel_dims import DEFAULT_DIMS, channels_back, channels_together
-from .source import Geometric, PerStep, SourceNeuron, TwoPole
-from .steps import current_mask
+from ..channel_dims import DEFAULT_DIMS, channels_back, channels_together
+from ..padding_mask import current_mask
+from .description import Geometric, PerStep, SourceNeuron, TwoPole
 
 __all__ = ["SimulatedNeuron", "charging", "simulate"]
 
@@ -100,7 +100,7 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
     if charge is None:
         raise ValueError(
             f"{source.name}: its response {type(source.response).__name__} has no recursion that its reset "
-            f"{source.reset!r} could act on; register one with mfpsn_fx.model.simulate.charging"
+            f"{source.reset!r} could act on; register one with mfpsn_fx.model.sources.simulate.charging"
         )
     late = source.reset.startswith("late-")
     zero = source.reset.endswith("zero")

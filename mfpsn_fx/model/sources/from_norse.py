@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
-from .leaky_integrator import LeakyIntegrator
-from .source import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from ..integrator import LeakyIntegrator
+from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
 from .stepping import Stepping, register_stepping
 
 _MODULES = "norse.torch.module"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, spike
 
-from .leaky_integrator import LeakyIntegrator
-from .source import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from ..integrator import LeakyIntegrator
+from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
 
 __all__ = ["NIRNeuron", "nir_integrator"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..sources.description import qualified_name, source_paths
 from .capture import copied, preserved_rng
-from .source import qualified_name, source_paths
 
 __all__ = ["Switched", "to_multi_step"]
 

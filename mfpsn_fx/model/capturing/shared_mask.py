@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .source import qualified_name
+from ..sources.description import qualified_name
 
 __all__ = ["SharedMask", "wrap_dropouts"]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .source import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, register_source
+from .description import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, register_source
 
 __all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
 

@@ -1,0 +1,1 @@
+"""From a module to an FX graph over all time steps."""

@@ -1,0 +1,1 @@
+"""Neurons whose batch is spread over ranks."""

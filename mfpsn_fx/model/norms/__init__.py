@@ -1,0 +1,1 @@
+"""Batch norms around neurons: masked, fused into a neuron, synchronized."""

@@ -1,0 +1,1 @@
+"""What source neurons are: one adapter a library."""
