@@ -41,8 +41,8 @@ from mfpsn_fx.passes import (
     UnfoldNorms,
     VerifyPlan,
 )
-from mfpsn_fx.passes.autoselect import check_budget
-from mfpsn_fx.passes.plan_layout import RULES
+from mfpsn_fx.passes.planning.measure_neurons import check_budget
+from mfpsn_fx.passes.planning.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
 from mfpsn_fx.passes.roll_up import check_accept
 

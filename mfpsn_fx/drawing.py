@@ -17,7 +17,7 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.model.time_last import run_time_last, shape_time_first
 from mfpsn_fx.passes import conversion_nodes, neurons
-from mfpsn_fx.passes.time_last_regions import time_last_nodes
+from mfpsn_fx.passes.layout.regions import time_last_nodes
 
 from .selection import Row, graph_of, selection
 

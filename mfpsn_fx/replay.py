@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from mfpsn_fx.passes.replay import Choice
+from mfpsn_fx.passes.planning.replay import Choice
 
 from .selection import Selection
 

@@ -10,25 +10,25 @@ if __name__ != "mfpsn_fx.passes":
     )
 
 from .assign_dilations import AssignDilations, receptive_field
-from .autoselect import Autoselect
 from .base import Pass, Pipeline, PipelineError, Result
-from .bind_kernels import BindKernels
 from .calibrate import Calibrate
 from .check_sources import CheckSources
-from .convert_layout import CancelConversions, InsertConversions, conversion_nodes
-from .fold_norms import FoldNorms, UnfoldNorms, folded_norms, unfold_norms
-from .initialise_neurons import InitialiseNeurons
-from .lower_conversions import LowerConversions
+from .fuse_norms import FoldNorms, UnfoldNorms, folded_norms, unfold_norms
+from .initialize_neurons import InitialiseNeurons
+from .layout.conversions import CancelConversions, InsertConversions, conversion_nodes
+from .layout.lower import LowerConversions
+from .layout.operators import register_operator_layout, unregister_operator_layout
 from .neurons import Neuron, neurons
-from .operator_layouts import register_operator_layout, unregister_operator_layout
-from .plan_layout import PlanLayout
+from .planning.bind_kernels import BindKernels
+from .planning.measure_neurons import Autoselect
+from .planning.plan_layout import PlanLayout
+from .planning.verify_plan import VerifyPlan
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
 from .roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
-from .verify_plan import VerifyPlan
 
 __all__ = [
     "AssignDilations",

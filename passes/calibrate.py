@@ -24,7 +24,7 @@ from mfpsn_fx.model.sources.simulate import SimulatedNeuron, simulate
 
 from .base import Pass, Result
 from .fit_taps import Fit, Moments, Tail, filtered, fit_taps
-from .fold_norms import unfold_norms
+from .fuse_norms import unfold_norms
 
 __all__ = ["Calibrate"]
 

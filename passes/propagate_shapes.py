@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from .base import Pass, Result
+from .example_run import run_copy
 from .neurons import INPUTS, OPERANDS, STRIDES, neurons
-from .run_copy import run_copy
 
 __all__ = ["ObserveInputs", "PropagateShapes"]
 

@@ -17,7 +17,7 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
-from .channel_widths import channels_before, heads_note
+from .channel_inference import channels_before, heads_note
 from .neurons import INPUTS
 from .separate_uses import has_state
 

@@ -35,11 +35,11 @@ from mfpsn_fx.passes import (
     PropagateShapes,
     conversion_nodes,
     neurons,
-    verify_plan,
 )
-from mfpsn_fx.passes.convert_layout import PLANNED
-from mfpsn_fx.passes.layout_cut import Costs, Tensor, best_labels, crossings, total_cost
-from mfpsn_fx.passes.layout_graph import layout_graph
+from mfpsn_fx.passes.layout.conversions import PLANNED
+from mfpsn_fx.passes.layout.graph import layout_graph
+from mfpsn_fx.passes.layout.min_cut import Costs, Tensor, best_labels, crossings, total_cost
+from mfpsn_fx.passes.planning import verify_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

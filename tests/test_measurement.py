@@ -24,7 +24,7 @@ from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.autotune.clock import ClockError, estimate, noise_of, sample, spread_of
 from mfpsn_fx.kernels.autotune.race import Contest, Entrant, beats, run_contests
 from mfpsn_fx.model.results import Candidate, Measured
-from mfpsn_fx.passes.autoselect import fastest
+from mfpsn_fx.passes.planning.measure_neurons import fastest
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from mfpsn_fx.kernels import to_layout
 from mfpsn_fx.model import capture
 from mfpsn_fx.model.time_last import run_time_last, time_last_methods
 from mfpsn_fx.passes import InsertConversions, Pipeline, PropagateShapes, conversion_nodes, neurons
-from mfpsn_fx.passes.operator_layouts import describe
+from mfpsn_fx.passes.layout.operators import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout, to_layout
 
-from .base import Pass, Result
-from .layout_graph import LayoutGraph, layout_graph
-from .layout_labels import Conversion, conversions_for, tensor_bytes, uncosted
-from .time_last_regions import into_time_last, is_conversion, remove_conversions
+from ..base import Pass, Result
+from .graph import LayoutGraph, layout_graph
+from .labels import Conversion, conversions_for, tensor_bytes, uncosted
+from .regions import into_time_last, is_conversion, remove_conversions
 
 __all__ = ["PLANNED", "CancelConversions", "InsertConversions", "conversion_nodes", "remove_conversions"]
 

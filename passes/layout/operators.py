@@ -15,8 +15,8 @@ from mfpsn_fx.model.sources.description import is_source, qualified_name
 from mfpsn_fx.model.time_axis import fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_methods, unregister_forms
 
-from .neurons import input_meta
-from .time_dims import DimsRule, dims_rule
+from ..neurons import input_meta
+from .dim_rules import DimsRule, dims_rule
 
 __all__ = [
     "Operator",

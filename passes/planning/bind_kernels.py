@@ -7,9 +7,9 @@ from torch import fx
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.model.results import Measured
 
-from .autoselect import MEASURED, PLAN, check_choice, fastest, forced_kernel
-from .base import Pass, Result
-from .neurons import Neuron, neurons
+from ..base import Pass, Result
+from ..neurons import Neuron, neurons
+from .measure_neurons import MEASURED, PLAN, check_choice, fastest, forced_kernel
 
 __all__ = ["BindKernels"]
 

@@ -6,8 +6,8 @@ from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
 
-from .base import Pass, Result
-from .convert_layout import conversion_nodes
+from ..base import Pass, Result
+from .conversions import conversion_nodes
 
 __all__ = ["LowerConversions"]
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
 
-from .operator_layouts import is_spikes
+from .operators import is_spikes
 
 __all__ = ["bound_by_writes", "writes_in_place"]
 

@@ -10,7 +10,7 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.model.results import Candidate, Measured
 
-from .neurons import Neuron
+from ..neurons import Neuron
 
 __all__ = ["Choice", "replayed"]
 

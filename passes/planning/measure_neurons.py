@@ -17,10 +17,10 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
 from mfpsn_fx.model.results import Candidate, Measured
 
-from .base import Pass, Result
-from .convert_layout import remove_conversions
-from .layout_graph import layout_graph
-from .neurons import Neuron, neurons
+from ..base import Pass, Result
+from ..layout.conversions import remove_conversions
+from ..layout.graph import layout_graph
+from ..neurons import Neuron, neurons
 from .replay import Choice, replayed
 
 __all__ = ["Autoselect", "candidates_for", "forced_kernel"]

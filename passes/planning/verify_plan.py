@@ -17,13 +17,13 @@ from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.results import Plan
 
-from .autoselect import PLAN
-from .base import Pass, Result
+from ..base import Pass, Result
+from ..example_run import bind_arguments
+from ..layout.conversions import PLANNED, CancelConversions, InsertConversions, conversion_nodes
+from ..layout.labels import tensor_bytes
 from .bind_kernels import BindKernels
-from .convert_layout import PLANNED, CancelConversions, InsertConversions, conversion_nodes
-from .layout_labels import tensor_bytes
+from .measure_neurons import PLAN
 from .plan_layout import ALTERNATIVES
-from .run_copy import bind_arguments
 
 __all__ = ["VERIFY", "VerifyPlan"]
 

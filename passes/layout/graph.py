@@ -10,9 +10,9 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.time_axis import fold_time, repeat_in_time, unfold_time
 
-from .in_place import bound_by_writes
-from .neurons import Neuron, input_meta, neurons
-from .operator_layouts import Operator, describe, is_spikes
+from ..neurons import Neuron, input_meta, neurons
+from .aliasing import bound_by_writes
+from .operators import Operator, describe, is_spikes
 
 __all__ = ["LayoutGraph", "layout_graph"]
 

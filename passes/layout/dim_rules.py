@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import shape_time_first
 
-from .neurons import input_meta
+from ..neurons import input_meta
 
 __all__ = ["DimsRule", "dims_rule"]
 

@@ -21,8 +21,8 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 
-from .layout_graph import LayoutGraph
-from .neurons import input_meta, input_strides
+from ..layout.graph import LayoutGraph
+from ..neurons import input_meta, input_strides
 
 __all__ = ["AS_IS", "Times", "Way", "carries_gradient", "stateless_times", "ways"]
 

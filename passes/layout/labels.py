@@ -9,9 +9,9 @@ from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
 
-from .layout_cut import Costs, Tensor, best_labels, crossings, total_cost
-from .layout_graph import LayoutGraph
-from .neurons import input_meta
+from ..neurons import input_meta
+from .graph import LayoutGraph
+from .min_cut import Costs, Tensor, best_labels, crossings, total_cost
 
 __all__ = ["Conversion", "Labelling", "conversions_for", "one_layout", "solve", "tensor_bytes", "uncosted"]
 

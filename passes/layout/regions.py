@@ -7,9 +7,9 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout, to_layout
 from mfpsn_fx.model.time_last import run_time_last
 
-from .neurons import STRIDES, Neuron, neurons
-from .operator_layouts import is_spikes, known_time_last
-from .time_dims import dims_rule
+from ..neurons import STRIDES, Neuron, neurons
+from .dim_rules import dims_rule
+from .operators import is_spikes, known_time_last
 
 __all__ = ["into_time_last", "remove_conversions", "time_last_nodes"]
 

@@ -13,14 +13,25 @@ from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.results import Candidate, Measured, Plan
 
-from .autoselect import CACHE, MEASURED, PLAN, SPENT, Spent, check_budget, cost_of, fastest, forced_kernel, spread_of
-from .base import Pass, Result
-from .convert_layout import PLANNED, remove_conversions
-from .layout_cut import Costs
-from .layout_graph import LayoutGraph, layout_graph
-from .layout_labels import Labelling, one_layout, solve
-from .neurons import Neuron, neurons
-from .stateless_times import AS_IS, stateless_times
+from ..base import Pass, Result
+from ..layout.conversions import PLANNED, remove_conversions
+from ..layout.graph import LayoutGraph, layout_graph
+from ..layout.labels import Labelling, one_layout, solve
+from ..layout.min_cut import Costs
+from ..neurons import Neuron, neurons
+from .measure_layers import AS_IS, stateless_times
+from .measure_neurons import (
+    CACHE,
+    MEASURED,
+    PLAN,
+    SPENT,
+    Spent,
+    check_budget,
+    cost_of,
+    fastest,
+    forced_kernel,
+    spread_of,
+)
 
 __all__ = ["ALTERNATIVES", "RULES", "PlanLayout"]
 

@@ -11,7 +11,7 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.padding_mask import current_mask
 
 from .base import Pass, Result
-from .run_copy import run_copy
+from .example_run import run_copy
 
 __all__ = ["InitialiseNeurons"]
 

@@ -1,0 +1,1 @@
+"""Which layout each tensor takes: the graph, its minimum cut, and the conversions."""

@@ -1,0 +1,1 @@
+"""From measured times to a plan, and from a plan to bound kernels."""
