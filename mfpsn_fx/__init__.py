@@ -34,14 +34,14 @@ from mfpsn_fx.passes import (
 
 from .backend import Backend, backend
 from .calibration import Calibration, calibrate, calibration
+from .checkpoint import load_source_checkpoint
 from .conversion import conversion_pipeline, convert, plan, planning_pipeline
 from .drawing import draw
 from .monitoring import Monitor, monitor
 from .nir_reader import from_nir
-from .parameters import check_optimizer, param_groups
-from .running_statistics import recompute_statistics
+from .optimizers import check_optimizer, param_groups
 from .selection import Row, Selection, print_selection, selection
-from .source_checkpoint import load_source_checkpoint
+from .statistics import recompute_statistics
 
 __version__ = "0.1.0"
 

@@ -48,7 +48,7 @@ from mfpsn_fx.passes.roll_up import check_accept
 
 from .replay import choices_of
 from .selection import Selection, graph_of, unwrapped
-from .single_step import has_steps, rolled_loop, rolled_up
+from .stepped_networks import has_steps, rolled_loop, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 

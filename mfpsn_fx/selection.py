@@ -15,7 +15,7 @@ from mfpsn_fx.model.results import Candidate, Measured
 from mfpsn_fx.model.sources.description import qualified_name, source_paths
 from mfpsn_fx.passes import conversion_nodes, neurons
 
-from .table_styles import check_style, laid_out
+from .tables import check_style, laid_out
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
 

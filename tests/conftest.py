@@ -29,7 +29,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate  
 from mfpsn_fx.kernels import fold  # noqa: E402
 from mfpsn_fx.kernels.autotune.race import Outcome, Results  # noqa: E402
 from mfpsn_fx.kernels.build import cpu as cpu_build  # noqa: E402
-from mfpsn_fx.passes.planning import measure_layers as stateless_times
+from mfpsn_fx.passes.planning import measure_layers as stateless_times  # noqa: E402
 from mfpsn_fx.passes.planning import measure_neurons as autoselect  # noqa: E402
 
 
