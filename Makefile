@@ -1,6 +1,6 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Each sets up .venv if it has to.
 # `make test TORCH=2.11.0` passes them on another torch (with the Triton that it requires), in an environment of its own;
-# TESTS="tests/test_op.py" names the files.
+# TESTS="tests/kernels/test_op.py" names the files.
 PYTHON ?= python3
 ifdef TORCH
 VENV := .venv-torch-$(TORCH)
@@ -15,7 +15,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m mfpsn_fx demo
 
 # What exercises the C++ kernels, but for how they are built
-CPP_TESTS := $(addprefix tests/test_,fused_cpu.py kernels.py layer.py op.py fold_norms.py) \
+CPP_TESTS := tests/kernels/implementations/test_fused_cpu.py tests/passes/test_fuse_norms.py \
+	$(addprefix tests/kernels/test_,kernels.py layer.py op.py) \
 	-k '(fused_cpu or fused-cpp or test_layer) and not (TestBuild or memory_of)'
 
 # Two processes of one thread each: one process leaves a second core idle most of the time, and threads of two would wait
@@ -28,7 +29,8 @@ ifndef TESTS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --another-level $(CPP_TESTS)
 endif
 ifeq ($(TORCH)$(TESTS),)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_fused_triton.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		tests/kernels/implementations/test_fused_triton.py
 endif
 
 # The libraries whose networks we convert come without their dependencies: some would pull a second torch. Of aeon only

@@ -174,7 +174,7 @@ if "$python" -c 'import pytest, hypothesis, spikingjelly' 2>/dev/null; then
     fi
     tested() { # NAME FILE WHICH
         step "$1" "$tests" env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -p checkout -q \
-            --maxfail 5 -o cache_dir="$scratch/pytest" "$here/../tests/$2" -k "$3"
+            --maxfail 5 -o cache_dir="$scratch/pytest" "$here/../tests/kernels/implementations/$2" -k "$3"
     }
     tested tests-cuda test_fused_cuda.py "$which" &
     tested tests-triton test_fused_triton.py "$triton_which" &

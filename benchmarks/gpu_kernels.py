@@ -1,8 +1,8 @@
 """Every kernel on a device against the float64 reference on the CPU, with nothing but torch: no pytest, no hypothesis.
 
 Run with ``python benchmarks/gpu_kernels.py [--device cuda] [--kernels NAME …] [--seconds 150] [--shard 1/4] [--tiny]``.
-It prints how many checks passed and failed by kernel, and exits with 1 if one failed. ``tests/test_kernels.py`` says
-more, where pytest is. A fault of the device poisons its process, so ``gpu_check.sh`` runs a process a kernel.
+It prints how many checks passed and failed by kernel, and exits with 1 if one failed. ``tests/kernels/test_kernels.py``
+says more, where pytest is. A fault of the device poisons its process, so ``gpu_check.sh`` runs a process a kernel.
 
 What is checked, over layouts, dtypes, orders, dilations, mask and affine, contiguous and channels-last memory:
 

@@ -489,7 +489,7 @@ def test_the_pass_states_its_needs(hot, example):
 
 
 def test_the_benchmark_in_small(monkeypatch, tmp_path, capsys):
-    folder = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+    folder = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
     spec = importlib.util.spec_from_file_location("mfpsn_benchmark_calibration", folder / "calibration.py")
     module = importlib.util.module_from_spec(spec)

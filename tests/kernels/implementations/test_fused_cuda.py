@@ -1,6 +1,6 @@
 """The CUDA kernel: its source compiled by g++ and run on the host, compiled by nvcc, run on a GPU if there is one.
 
-"host" runs tests/cuda_on_host.h in the place of CUDA, through the same launcher, on CPU tensors.
+"host" runs cuda_on_host.h, beside this file, in the place of CUDA, through the same launcher, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
 OPS = torch.ops.mfpsn
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 NO_GPU = "needs a CUDA device"
 EXAMPLES = 1000  # of spikes; of gradients, whose reference takes its time, fewer
 SURROGATES = {"atan": ATan, "rational": Rational, "sigmoid": Sigmoid}
@@ -77,7 +77,7 @@ def emulation(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "fused_cuda_on_host.so"
     subprocess.run(
         [compiler, "-x", "c++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror",
-         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{ROOT / 'tests'}", str(cuda_build.SOURCE),
+         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{pathlib.Path(__file__).parent}", str(cuda_build.SOURCE),
          "-o", str(path)],
         check=True,
     )  # fmt: skip

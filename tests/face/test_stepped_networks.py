@@ -31,7 +31,7 @@ from mfpsn_fx.model.sources.description import describe
 from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.passes import RollUp, RollUpError
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "compatibility"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "compatibility"
 NETWORKS = [n for n in load_networks(FOLDER, "*") if n.library in ("snnTorch", "Norse")]
 STEPS = 8
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py runs under torchrun: training on two ranks against training on all of the batch.
+"""What test_distributed.py runs under torchrun: training on two ranks against training on all of the batch.
 
 Prints "ranks agree" from rank 0 when everything held; an assertion that fails ends the run with an error.
 """

@@ -10,7 +10,7 @@ import torch
 import mfpsn_fx
 from mfpsn_fx.kernels import reference, unregister_kernel
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_a_kernel_of_ones_own(distorted, capsys):

@@ -35,7 +35,7 @@ def test_vectors_are_as_wide_as_the_levels_registers():
 
 def test_the_library_says_what_it_was_compiled_for(another_level):
     assert cpu_build.level().register_bytes == cpu_build.register_bytes(cpu_build.march())
-    code = "from mfpsn_fx.kernels import cpu_build; print(*cpu_build.level(), sep='; ')"
+    code = "from mfpsn_fx.kernels.build import cpu; print(*cpu.level(), sep='; ')"
     width = cpu_build.register_bytes(another_level)
     assert printed(code, another_level).strip() == f"{another_level}; { {32: 'AVX2', 16: 'SSE4.2'}[width] }; {width}"
 

@@ -13,7 +13,7 @@ import pytest
 
 import mfpsn_fx
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = {"mfpsn_fx.kernels": 1, "mfpsn_fx.model": 2, "mfpsn_fx.passes": 3, "mfpsn_fx": 4}
 FOLDERS = {"kernels": "mfpsn_fx.kernels", "mfpsn_fx/model": "mfpsn_fx.model", "passes": "mfpsn_fx.passes",
            "mfpsn_fx": "mfpsn_fx"}  # fmt: skip

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import mfpsn_fx
 from mfpsn_fx import Batch, MaskedBatchNorm, MulFreePSN
 
-DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs"
+DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 
 
 def quick(model, *example, **options):

@@ -4,7 +4,7 @@ Triton's interpreter is more lenient than its compiler. Here the kernel is calle
 interpreter, and each launch is caught and compiled for the architecture given as argument, by the arguments it was
 launched with: ones and ``None`` become constants and multiples of 16 are known as such, as at a launch.
 
-    python tests/triton_offline.py 90 [--all]
+    python tests/kernels/implementations/triton_offline.py 90 [--all]
 
 takes the tiles of small tensors, with ``--all`` those of large ones too and more cases, and prints a line each: name,
 registers per thread, bytes spilled, elements of a tile, and how it was called.

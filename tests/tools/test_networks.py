@@ -12,7 +12,7 @@ from torch import nn
 
 import mfpsn_fx
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -689,7 +689,7 @@ class TestWhatIsMeasured:
 
 RANKS = """
 import sys, torch, mfpsn_fx
-from mfpsn_fx.kernels import contests
+from mfpsn_fx.kernels.autotune import race
 from mfpsn_fx.model import MulFreePSN
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
@@ -697,7 +697,7 @@ torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2]
 if rank:
     def fail(*_):
         raise AssertionError("rank 1 measured")
-    contests._run = fail
+    race._run = fail
 torch.manual_seed(rank)
 def model(channels=3):
     return torch.nn.Sequential(MulFreePSN(channels), torch.nn.ReLU(), MulFreePSN(channels, dilation=2))
@@ -708,7 +708,7 @@ for layers in (model() if rank == 0 else model()[:1], "fail"):
     if layers == "fail":
         layers = model()
         if rank == 0:
-            contests._run = lambda *_: 1 / 0
+            race._run = lambda *_: 1 / 0
     try:
         mfpsn_fx.convert(layers, torch.randn(6, 5, 3, 4), repeats=1, progress=False)
         print("converted")

@@ -21,7 +21,7 @@ from mfpsn_fx.kernels import unregister_kernel
 from mfpsn_fx.kernels.build import cpu as cpu_build
 from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 import mfpsn_fx
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 aeon = pytest.mark.skipif(importlib.util.find_spec("aeon") is None, reason="aeon, which carries the data, is missing")
 
 
