@@ -77,8 +77,8 @@ def emulation(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "fused_cuda_on_host.so"
     subprocess.run(
         [compiler, "-x", "c++", "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror",
-         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{pathlib.Path(__file__).parent}", str(cuda_build.SOURCE),
-         "-o", str(path)],
+         "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", f"-I{pathlib.Path(__file__).parent}",
+         str(cuda_build.SOURCE), "-o", str(path)],
         check=True,
     )  # fmt: skip
     return Emulation(path)
