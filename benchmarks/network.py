@@ -43,7 +43,7 @@ from vanilla import VanillaMulFreePSN
 
 import mfpsn_fx
 from mfpsn_fx.kernels import kernels
-from mfpsn_fx.passes import FoldNorms, Pipeline, PropagateShapes, neurons
+from mfpsn_fx.passes import Example, FoldNorms, PassContext, Pipeline, PropagateShapes, neurons
 
 sequential_cifar = load_example("networks").sequential_cifar
 
@@ -99,7 +99,8 @@ def ours(settings: Settings, x: torch.Tensor) -> nn.Module:
 
 def folded(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """A copy of ``model`` whose neurons apply the batch norms in front of them on load; kernels as they are."""
-    found = Pipeline([PropagateShapes((x[:, :2],)), FoldNorms()], given=("neurons",))(copy.deepcopy(model))
+    pipeline = Pipeline([PropagateShapes(), FoldNorms()], given=("neurons",))
+    found = pipeline(copy.deepcopy(model), PassContext(Example((x[:, :2],))))
     found.meta.clear()
     return found
 

@@ -33,6 +33,7 @@ from mfpsn_fx.kernels import Layout, Problem, get_kernel, kernels
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.clock import sample
 from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
+from mfpsn_fx.model.results import record_of
 from mfpsn_fx.passes import neurons
 
 try:
@@ -113,7 +114,7 @@ def chosen(settings: Settings) -> dict[str, object]:
         seconds = time.perf_counter() - started
     rows = []
     for neuron in neurons(model):
-        measured = neuron.module.measured[neuron.key]
+        measured = record_of(model).measured[neuron.name]
         problem = Problem(
             neuron.layout.shape_from(measured.shape, Layout.TIME_FIRST), neuron.layout,
             getattr(torch, measured.dtype), settings.device.type, neuron.order, neuron.dilation, neuron.surrogate,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, fx
 
-from mfpsn_fx.passes import LowerConversions, Neuron, Pass, Pipeline, neurons
+from mfpsn_fx.passes import LowerConversions, Neuron, Pass, PassContext, Pipeline, neurons
 
 from .conversion import planning_pipeline
 from .recompile_budget import count_recompiles_by_module
@@ -19,7 +19,7 @@ _log = logging.getLogger("mfpsn_fx")
 
 
 def backend_pipeline(layout: str = "auto", repeats: int = 5, budget_s: float = 10.0) -> Pipeline:
-    """The passes that the backend runs on Dynamo's graph: those of :func:`plan`, and conversions are lowered.
+    """Return the passes that the backend runs on Dynamo's graph: those of :func:`plan`, and conversions are lowered.
 
     The fake tensors in the graph stand for an example. Arguments as in :func:`plan`.
     """
@@ -89,19 +89,13 @@ class Backend:
 
     def _planned(self, gm: fx.GraphModule) -> fx.GraphModule:
         found = neurons(gm)
-        bound = {} if self.replan else {n.node: _kernel(n) for n in found if _kernel(n)}
+        bound = frozenset() if self.replan else frozenset(n.name for n in found if _kernel(n))
         if not found or (self.passes is None and len(bound) == len(found)):
             return gm
-        given = dict(gm.meta)
         if self.passes is not None:
             gm = self.passes(gm)
         else:
-            gm = backend_pipeline("keep" if bound else "auto")(gm)
-            for neuron in neurons(gm):
-                if neuron.node in bound:
-                    neuron.kernel = neuron.eval_kernel = bound[neuron.node]
-            gm.recompile()
-        gm.meta = given  # what was measured is in the nodes now, and no business of the compiler's caches
+            gm = backend_pipeline("keep" if bound else "auto")(gm, PassContext(fixed=bound))
         for neuron in neurons(gm):
             _log.info("%s: %s in %s", neuron.name, _kernel(neuron), neuron.layout)
         return gm

@@ -69,9 +69,7 @@ def calibrate(
     gm = graph_of(model)
     if not any(isinstance(m, MulFreePSN) and m.source is not None for m in gm.modules()):
         raise ValueError(f"no neuron of {type(gm).__name__} remembers a source that it could be calibrated to")
-    meta = dict(gm.meta)
     Pipeline([Calibrate(batches, drive, rate, progress)], given=("neurons", "dilations"))(gm)
-    gm.meta = meta
     return calibration(gm)
 
 

@@ -1,20 +1,16 @@
-"""``convert`` and ``plan``."""
+"""``convert`` and ``plan``, and the pipelines that they run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import os
+import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx, nn
 
-from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.registry import get_kernel
-from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.capturing.capture import capture, copied, said_of
 from mfpsn_fx.model.capturing.over_time import OverTime
 from mfpsn_fx.model.capturing.step_mode import Switched, to_multi_step
@@ -22,141 +18,104 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import source_paths
 from mfpsn_fx.model.sources.stepping import is_stepping
 from mfpsn_fx.passes import (
+    ApplyPlan,
     AssignDilations,
     Autoselect,
     BindKernels,
     Calibrate,
-    CancelConversions,
+    Canonicalize,
     CheckSources,
     ConversionError,
-    FoldNorms,
+    ConvertOptions,
+    Example,
     InitialiseNeurons,
-    InsertConversions,
+    MeasureOptions,
     ObserveInputs,
+    PassContext,
     Pipeline,
     PlanLayout,
     PropagateShapes,
     ReplaceNeurons,
     SeparateUses,
-    UnfoldNorms,
     VerifyPlan,
 )
-from mfpsn_fx.passes.planning.measure_neurons import check_budget
-from mfpsn_fx.passes.planning.plan_layout import RULES
-from mfpsn_fx.passes.replace_neurons import REFUSED
+from mfpsn_fx.passes.fuse_norms import fold_norms
+from mfpsn_fx.passes.planning.replay import choices_of
 from mfpsn_fx.passes.roll_up import check_accept
 
-from .replay import choices_of
-from .selection import Selection, graph_of, unwrapped
+from .selection import graph_of, unwrapped
 from .stepped_networks import has_steps, rolled_loop, rolled_up
 
 __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
 
-def conversion_pipeline(
-    args: tuple = (),
-    kwargs: Mapping | None = None,
-    *,
-    order: int = 2,
-    dilation: str | int | Sequence[int] = "sawtooth",
-    layout: str = "auto",
-    kernels: str | Mapping[str, str] = "auto",
-    init: str = "source",
-    calibrate: Iterable | None = None,
-    strict: bool = True,
-    surrogate: Surrogate | None = None,
-    gradient: str = "straight-through",
-    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
-    fold_norms: bool = True,
-    repeats: int = 5,
-    progress: bool | None = None,
-    budget_s: float = 10.0,
-    cache: bool = True,
-    selection: Selection | str | os.PathLike | None = None,
-    verify: bool | str = False,
-) -> Pipeline:
-    """The passes that :func:`convert` runs on a captured graph; arguments as there."""
-    kwargs = dict(kwargs or {})
+def conversion_pipeline(options: ConvertOptions | None = None, *, planned: bool = True, **overrides) -> Pipeline:
+    """Return the passes that :func:`convert` runs on a captured graph; the example comes with the context.
+
+    Args:
+        options: those of a context that has none; None: the defaults.
+        planned: measure, and choose layouts and kernels, which needs an example; otherwise bind the kernels that the
+            options name.
+        overrides: options by name, in place of those in ``options``.
+
+    Raises:
+        TypeError, ValueError: there is no such option, or its value is none that it takes.
+    """
     passes = [
-        CheckSources(strict),
-        ObserveInputs(args, kwargs),
+        CheckSources(),
+        ObserveInputs(),
         SeparateUses(),
-        ReplaceNeurons(order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims),
-        AssignDilations(dilation),
-        InitialiseNeurons(init, args, kwargs),
+        ReplaceNeurons(),
+        AssignDilations(),
+        InitialiseNeurons(),
+        Calibrate(),
+        *(planning_pipeline() if planned else [BindKernels()]),
     ]
-    if calibrate is not None:
-        passes.append(Calibrate(calibrate, progress=progress))
-    if args or kwargs:
-        passes += planning_pipeline(
-            args, kwargs, layout=layout, kernels=kernels, fold_norms=fold_norms, repeats=repeats, progress=progress,
-            budget_s=budget_s, cache=cache, selection=selection, verify=verify,
-        )  # fmt: skip
-    elif kernels != "auto":
-        passes.append(BindKernels(_plain(kernels)))
-    return Pipeline(passes)
+    return Pipeline(passes, options=_options(ConvertOptions, options, overrides))
 
 
-def planning_pipeline(
-    args: tuple = (),
-    kwargs: Mapping | None = None,
-    *,
-    layout: str = "auto",
-    kernels: str | Mapping[str, str] = "auto",
-    fold_norms: bool | None = None,
-    repeats: int = 5,
-    progress: bool | None = None,
-    budget_s: float = 10.0,
-    cache: bool = True,
-    selection: Selection | str | os.PathLike | None = None,
-    verify: bool | str = False,
-) -> Pipeline:
-    """The passes that :func:`plan` runs on a converted graph; arguments as there, norms folded as before."""
-    if selection is not None and (layout != "auto" or kernels != "auto"):
-        raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
-    choices = None if selection is None else choices_of(selection)
-    measuring = {"repeats": repeats, "progress": progress, "cache": cache}
-    budget_s = check_budget(budget_s)
-    share = 1.0 if layout == "time_first" else 0.6  # of the budget, for neurons: time-first no other layer has a choice
-    passes = [
-        UnfoldNorms(),
-        PropagateShapes(args, kwargs),
-        Autoselect(layout, _plain(kernels), choices=choices, budget_s=share * budget_s, **measuring),
-        PlanLayout(layout, _plain(kernels), budget_s=(1 - share) * budget_s, **measuring),
-        InsertConversions(),
-        CancelConversions(),
-        BindKernels(_plain(kernels)),
-    ]
-    if verify is not False:
-        passes.append(VerifyPlan(args, kwargs, verify, _plain(kernels), repeats, progress))
-    if fold_norms is not False:  # last: of a norm the planner knows both forms; folded, it takes its neuron's layout
-        passes.append(FoldNorms(again=fold_norms is None))
-    return Pipeline(passes, given=("neurons",))
+def planning_pipeline(options: MeasureOptions | None = None, **overrides) -> Pipeline:
+    """Return the passes that :func:`plan` runs on a converted graph; the example comes with the context.
+
+    Args:
+        options: those of a context that has none; None: the defaults.
+        overrides: options by name, in place of those in ``options``.
+
+    Raises:
+        TypeError, ValueError: there is no such option, or its value is none that it takes.
+    """
+    passes = [Canonicalize(), PropagateShapes(), Autoselect(), PlanLayout(), VerifyPlan(), ApplyPlan()]
+    return Pipeline(passes, given=("neurons",), options=_options(MeasureOptions, options, overrides))
 
 
+def _takes(options: type[MeasureOptions]):
+    """Decorator: show the options in the function's signature and docstring, as they stand in ``options``."""
+
+    def decorate(function):
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = dataclasses.fields(options)
+        keywords = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *keywords])
+        described = "\n".join(f"        {f.name}: {f.metadata['doc']}" for f in fields)
+        function.__doc__ = function.__doc__.replace("        overrides: options by name.", described)
+        return function
+
+    return decorate
+
+
+@_takes(ConvertOptions)
 def convert(
     model: nn.Module,
     *example_args,
     example_kwargs: Mapping | None = None,
-    order: int = 2,
-    dilation: str | int | Sequence[int] = "sawtooth",
-    layout: str = "auto",
-    kernels: str | Mapping[str, str] = "auto",
-    init: str = "source",
-    calibrate: Iterable | None = None,
-    strict: bool = True,
     inplace: bool = False,
     accept: Sequence[str] = (),
-    surrogate: Surrogate | None = None,
-    gradient: str = "straight-through",
-    channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
-    fold_norms: bool = True,
-    repeats: int = 5,
-    progress: bool | None = None,
-    budget_s: float = 10.0,
-    cache: bool = True,
-    selection: Selection | str | os.PathLike | None = None,
-    verify: bool | str = False,
+    options: ConvertOptions | None = None,
+    **overrides,
 ) -> fx.GraphModule:
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
@@ -167,154 +126,144 @@ def convert(
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the kernels of highest rank run, and :func:`plan` can do the rest later.
-        order: k, the taps of each neuron.
-        dilation: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.
-        layout: ``"auto"``: the best for every stretch of the network, conversions included, as measured;
-            ``"uniform"``: one for all, the better one; ``"time_first"``, ``"time_last"``: that one;
-            ``"keep"``: as it is. See ``docs/layout.md``.
-        kernels: ``"auto"`` (measured), one name, or a mapping from layer to name.
-        init: ``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.
-        calibrate: batches on which the new neurons are fitted to what their sources do, resets included, layer by
-            layer: a list or a DataLoader of what ``model`` takes. See ``docs/calibration.md``.
-        strict: raise if a neuron cannot be converted; otherwise it stays, and the selection lists it.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
         accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
-        surrogate: for all new neurons; None keeps each source's.
-        gradient: of the power-of-two quantiser: ``"straight-through"``, ``"round-only"`` or ``"none"``.
-        channel_dims: where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in ``model``, the
-            dim, or the dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).
-        fold_norms: with an example, let neurons apply the batch norms in front of them on load
-            (:class:`mfpsn_fx.passes.FoldNorms`): the same network, with one tensor less for each.
-        repeats: the fewest samples of a kernel that may be chosen.
-        progress: show progress bars; None: if the terminal is one.
-        budget_s: seconds to measure kernels for, all layers together.
-        cache: use times measured earlier on this machine, and keep new ones (``docs/measurement.md``).
-        selection: layouts and kernels from an earlier :func:`selection`, its JSON text or the path of it, instead of
-            measuring; layers that it does not fit are named in a warning and measured.
-        verify: measure a training step of the planned network and of the uniform ones, end to end: ``True``: eager and
-            compiled; ``"eager"`` or ``"compiled"``: that alone. If the plan lost by more than the noise, the better
-            one is used.
+        options: the options below in one value; those that are given by name come before it.
+        overrides: options by name.
 
     Returns:
         A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
 
     Raises:
-        TypeError: ``model`` is no module, or the example does not fit.
-        ValueError: there is no neuron in it, an option is unknown, weights are NaN, or the example is empty.
+        TypeError: ``model`` is no module, there is no such option, or the example does not fit.
+        ValueError: there is no neuron in it, an option has a value that it does not take, weights are NaN, or the
+            example is empty.
         ConversionError: with ``strict``, a neuron cannot be converted; all are named. Steps of a network that steps
             through time are not alike, or cannot run at once.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
-    if layout not in RULES:
-        Layout.parse(layout)  # it says which there are
-    if isinstance(kernels, str) and kernels != "auto":
-        get_kernel(kernels)
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise ValueError(f"order must be an integer of at least 1, found {order!r}")
-    kwargs = dict(example_kwargs or {})
-    has_example = bool(example_args or kwargs)
-    if layout == "time_last" and not has_example:
-        raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
-    if selection is not None and not has_example:
-        raise ValueError("selection= needs an example input: layers are matched by its shapes")
-    if verify is not False and not has_example:
-        raise ValueError("verify needs an example input: what is measured runs on it")
-    pipeline = functools.partial(
-        conversion_pipeline, order=order, dilation=dilation, layout=layout, kernels=kernels, init=init,
-        calibrate=calibrate, strict=strict, surrogate=surrogate, gradient=gradient, channel_dims=channel_dims,
-        fold_norms=fold_norms, repeats=repeats, progress=progress, budget_s=budget_s, cache=cache,
-        selection=selection, verify=verify,
-    )  # fmt: skip
+    options = _options(ConvertOptions, options, overrides)
+    example = _example(example_args, example_kwargs)
+    if not example:
+        _check_without_example(options)
+    if options.selection is not None:  # looked at before anything is copied
+        choices_of(options.selection)
     check_accept(accept)
-    pipeline(example_args, kwargs)  # options are looked at before anything is copied
+    pipeline = conversion_pipeline(options, planned=bool(example))
     model = unwrapped(model)
     if is_stepping(model):  # a neuron that is the whole network
         model = nn.Sequential(OverTime(model))
     _check_model(model)
-    _check_example(example_args, kwargs)
     subject = model if inplace else copied(model)
     with _restored_on_error(subject):
         stepped, switched, rolled = has_steps(model), Switched(), None
         if not stepped:
-            switched = to_multi_step(subject, example_args, kwargs)
+            switched = to_multi_step(subject, example.args, example.kwargs)
         if inplace and (stepped or switched.looped):
             raise ValueError(
                 f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
                 "neurons that see all of it; use the graph that convert returns"
             )
         if stepped:
-            rolled = rolled_up(subject, example_args, kwargs, accept)
+            rolled = rolled_up(subject, example.args, example.kwargs, accept)
         elif switched.looped:
             try:
-                rolled = rolled_loop(subject, example_args, kwargs, accept)
+                rolled = rolled_loop(subject, example.args, example.kwargs, accept)
             except ConversionError as error:
-                if strict:
+                if options.strict:
                     raise
                 switched = Switched(refusals=dict.fromkeys(switched.refusals, str(error)))
         if rolled is not None:
-            gm, example_args, kwargs = rolled
-            gm = pipeline(example_args, kwargs)(gm)
+            gm, *given = rolled
+            context = PassContext(Example(*given))
+            gm = pipeline(gm, context)
         else:
             gm, _ = capture(subject)
-            gm.meta[REFUSED] = switched.refusals
+            context = PassContext(example, refusals=dict(switched.refusals))
             with _said_why(switched.refusals):
-                gm = pipeline(example_args, kwargs)(gm)
+                gm = pipeline(gm, context)
             _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
             only = "; its membranes are read out, and none of its spikes" if rolled is not None else ""
-            why = "".join(f"\n  {path}: {reason}" for path, reason in switched.refusals.items())
+            why = "".join(f"\n  {path}: {reason}" for path, reason in context.refusals.items())
             raise ConversionError(f"no neuron of {type(model).__name__} could be converted{only}{why}")
         if inplace:
             _swap_into(subject, gm)
-    gm.meta.clear()
     _forget_cached_states(model)
     return gm
 
 
+@_takes(MeasureOptions)
 def plan(
     model: nn.Module,
     *example_args,
     example_kwargs: Mapping | None = None,
-    layout: str = "auto",
-    kernels: str | Mapping[str, str] = "auto",
-    repeats: int = 5,
-    progress: bool | None = None,
-    budget_s: float = 10.0,
-    cache: bool = True,
-    selection: Selection | str | os.PathLike | None = None,
-    verify: bool | str = False,
+    options: MeasureOptions | None = None,
+    **overrides,
 ) -> fx.GraphModule:
     """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
 
-    Can be repeated, on another machine or at another shape. Arguments as in :func:`convert`; weights and statistics
-    stay as they are. Batch norms are folded again if they were, where norm and neuron have one layout.
+    Can be repeated, on another machine or at another shape. Weights and statistics stay as they are. Batch norms are
+    fused again if they were, where norm and neuron have one layout.
+
+    Args:
+        model: what :func:`convert` returned.
+        example_args, example_kwargs: one real batch.
+        options: the options below in one value; those that are given by name come before it.
+        overrides: options by name.
 
     Raises:
-        TypeError: ``model`` was not returned by ``convert``, or the example does not fit.
+        TypeError: ``model`` was not returned by ``convert``, there is no such option, or the example does not fit.
         ValueError: no example, an empty one, or an unknown or unsupported layout or kernel.
     """
     gm = graph_of(model)
-    kwargs = dict(example_kwargs or {})
-    if not (example_args or kwargs):
+    options = _options(MeasureOptions, options, overrides)
+    example = _example(example_args, example_kwargs)
+    if not example:
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
-    _check_example(example_args, kwargs)
-    pipeline = planning_pipeline(
-        example_args, kwargs, layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s,
-        cache=cache, selection=selection, verify=verify,
-    )  # fmt: skip
+    context = PassContext(example)
     try:
-        gm = pipeline(gm)
+        return planning_pipeline(options)(gm, context)
     except BaseException:
-        FoldNorms(again=True)(gm)
-        gm.meta.clear()
+        if context.norms_unfused:
+            fold_norms(gm)
         raise
-    gm.meta.clear()
-    return gm
 
 
-def _plain(kernels: str | Mapping[str, str]) -> str | dict[str, str]:
-    return kernels if isinstance(kernels, str) else dict(kernels)
+def _options(kind: type[MeasureOptions], given: MeasureOptions | None, overrides: Mapping[str, object]):
+    """Options of ``kind``: those given, and over them those by name."""
+    if given is not None and not isinstance(given, MeasureOptions):
+        raise TypeError(f"options takes {kind.__name__}, found {type(given).__name__}")
+    if given is None:
+        given = kind()
+    elif not isinstance(given, kind):  # what measuring needs is part of what converting needs
+        given = kind(**vars(given))
+    elif type(given) is not kind:
+        given = kind(**{field.name: getattr(given, field.name) for field in dataclasses.fields(kind)})
+    return given.replace(**overrides)
+
+
+def _example(args: tuple, kwargs: Mapping | None) -> Example:
+    """The example, or an error if there is nothing in one of its tensors, or options stand in its place."""
+    example = Example(args, dict(kwargs or {}))
+    for value in (*args, *example.kwargs.values()):
+        if isinstance(value, MeasureOptions):
+            raise TypeError(f"give {type(value).__name__} by keyword: options=…; what is not named is the example")
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            raise ValueError(
+                f"the example is empty (shape {tuple(value.shape)}): statistics and times need at least one value"
+            )
+    return example
+
+
+def _check_without_example(options: ConvertOptions) -> None:
+    if options.layout == "time_last":
+        raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+    if options.selection is not None:
+        raise ValueError("selection= needs an example input: layers are matched by its shapes")
+    if options.verify is not False:
+        raise ValueError("verify needs an example input: what is measured runs on it")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -326,14 +275,6 @@ def _check_model(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if not isinstance(tensor, nn.parameter.UninitializedParameter) and bool(tensor.isnan().any()):
             raise ValueError(f"{name}: the weights contain NaN; train or reinitialise this layer before converting")
-
-
-def _check_example(args: tuple, kwargs: Mapping) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.numel() == 0:
-            raise ValueError(
-                f"the example is empty (shape {tuple(value.shape)}): statistics and times need at least one value"
-            )
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.norms.affine import norm_affine
+from mfpsn_fx.model.results import record_of
 from mfpsn_fx.model.time_last import run_time_last, shape_time_first
 from mfpsn_fx.passes import conversion_nodes, neurons
 from mfpsn_fx.passes.layout.regions import time_last_nodes
+from mfpsn_fx.passes.neurons import input_meta
 
 from .selection import Row, graph_of, selection
 
@@ -211,13 +213,14 @@ def _conversion(gm: fx.GraphModule, node: fx.Node) -> list[str]:
 
 def _bytes(gm: fx.GraphModule, node: fx.Node) -> int | None:
     """Bytes of the tensor that a conversion copies, as planning saw it; None if it did not."""
-    meta = node.meta.get("mfpsn_tensor") or node.args[0].meta.get("mfpsn_tensor")
+    meta = input_meta(node) or input_meta(node.args[0])
     if meta is not None:
         shape, dtype, _ = meta
         return torch.Size(shape).numel() * dtype.itemsize
-    for neuron in neurons(gm):  # of copies and pickles: what the neurons on either side remember
+    record = record_of(gm)
+    for neuron in neurons(gm):  # of pickles: what was measured of the neurons on either side
         if neuron.node is not None and (neuron.node is node.args[0] or neuron.input is node):
-            measured = neuron.module.measured.get(neuron.key)
+            measured = record.measured.get(neuron.name)
             if measured is not None:
                 return torch.Size(measured.shape).numel() * getattr(torch, measured.dtype).itemsize
     return None

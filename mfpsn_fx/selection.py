@@ -11,9 +11,9 @@ from torch import fx, nn
 from mfpsn_fx.kernels.autotune.race import NOT_REACHED
 from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.results import Candidate, Measured
+from mfpsn_fx.model.results import Candidate, ConversionRecord, Measured, record_of
 from mfpsn_fx.model.sources.description import qualified_name, source_paths
-from mfpsn_fx.passes import conversion_nodes, neurons
+from mfpsn_fx.passes import Neuron, conversion_nodes, neurons
 
 from .tables import check_style, laid_out
 
@@ -198,9 +198,10 @@ def selection(model: nn.Module) -> Selection:
     """
     gm = graph_of(model)
     found = neurons(gm)
-    plan = next((n.module.plan for n in found if n.module is not None and n.module.plan is not None), None)
+    record = record_of(gm)
+    plan = record.plan
     return Selection(
-        tuple(_row(neuron) for neuron in found),
+        tuple(_row(neuron, record.measured.get(neuron.name)) for neuron in found),
         totals_ms=plan.totals if plan else (),
         neuron_totals_ms=plan.neuron_totals if plan else (),
         conversions=len(conversion_nodes(gm)),
@@ -215,7 +216,7 @@ def selection(model: nn.Module) -> Selection:
         noise=plan.noise if plan else None,
         measured=plan.measured if plan else None,
         kept=plan.kept if plan else None,
-        unconverted=tuple(_unconverted(gm)),
+        unconverted=tuple(_unconverted(gm, record)),
         readouts=tuple((p, m.kind.__name__) for p, m in gm.named_modules() if isinstance(m, LeakyIntegrator)),
     )
 
@@ -244,9 +245,8 @@ def graph_of(model: nn.Module) -> fx.GraphModule:
     return model
 
 
-def _row(neuron) -> Row:
+def _row(neuron: Neuron, measured: Measured | None) -> Row:
     module = neuron.module
-    measured: Measured | None = module.measured.get(neuron.key) if module is not None else None
     row = Row(
         layer=neuron.name,
         source=module.source.name if module is not None and module.source else "MulFreePSN",
@@ -275,7 +275,7 @@ def _row(neuron) -> Row:
     )
 
 
-def _default_kernel(neuron, training: bool) -> str:
+def _default_kernel(neuron: Neuron, training: bool) -> str:
     return "" if neuron.module is None else neuron.module.default_kernel(neuron.layout, training)
 
 
@@ -283,7 +283,7 @@ def _find(candidates: Sequence[Candidate], kernel: str, layout: str) -> Candidat
     return next((c for c in candidates if (c.kernel, c.layout) == (kernel, layout) and c.error is None), None)
 
 
-def _notes(neuron, measured: Measured | None):
+def _notes(neuron: Neuron, measured: Measured | None):
     if neuron.node is None:
         yield "inside a leaf"
     if not (neuron.kernel and neuron.eval_kernel):
@@ -298,7 +298,7 @@ def _notes(neuron, measured: Measured | None):
             yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"
 
 
-def _unconverted(gm: fx.GraphModule):
+def _unconverted(gm: fx.GraphModule, record: ConversionRecord):
     for path, module in source_paths(gm).items():
-        why = getattr(module, "mfpsn_unconverted", "it was left as it was")
+        why = record.unconverted.get(path, "it was left as it was")
         yield path, f"{qualified_name(type(module))}: {why}"

@@ -10,41 +10,52 @@ if __name__ != "mfpsn_fx.passes":
     )
 
 from .assign_dilations import AssignDilations, receptive_field
-from .base import Pass, Pipeline, PipelineError, Result
+from .base import Pass, Pipeline, Result
 from .calibrate import Calibrate
 from .check_sources import CheckSources
+from .context import Example, PassContext
+from .errors import ConversionError, PipelineError
 from .fuse_norms import FoldNorms, UnfoldNorms, folded_norms, unfold_norms
 from .initialize_neurons import InitialiseNeurons
 from .layout.conversions import CancelConversions, InsertConversions, conversion_nodes
 from .layout.lower import LowerConversions
 from .layout.operators import register_operator_layout, unregister_operator_layout
 from .neurons import Neuron, neurons
+from .options import ConvertOptions, MeasureOptions
 from .planning.bind_kernels import BindKernels
+from .planning.canonicalize import Canonicalize
 from .planning.measure_neurons import Autoselect
+from .planning.plan import ApplyPlan, apply
 from .planning.plan_layout import PlanLayout
 from .planning.verify_plan import VerifyPlan
 from .propagate_shapes import ObserveInputs, PropagateShapes
-from .replace_neurons import ConversionError, ReplaceNeurons
+from .replace_neurons import ReplaceNeurons
 from .roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
 from .time_slices import RollUpError
 
 __all__ = [
+    "ApplyPlan",
     "AssignDilations",
     "Autoselect",
     "BindKernels",
     "Calibrate",
     "CancelConversions",
+    "Canonicalize",
     "CheckSources",
     "ConversionError",
+    "ConvertOptions",
+    "Example",
     "FoldNorms",
     "InitialiseNeurons",
     "InsertConversions",
     "LowerConversions",
+    "MeasureOptions",
     "Neuron",
     "ObserveInputs",
     "Pass",
+    "PassContext",
     "Pipeline",
     "PipelineError",
     "PlanLayout",
@@ -57,6 +68,7 @@ __all__ = [
     "SnapWeights",
     "UnfoldNorms",
     "VerifyPlan",
+    "apply",
     "conversion_nodes",
     "folded_norms",
     "neurons",

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-__all__ = ["Pass", "Pipeline", "PipelineError", "Result"]
+from .context import PassContext
+from .errors import PipelineError
+from .options import ConvertOptions, MeasureOptions
+
+__all__ = ["Pass", "Pipeline", "Result"]
 
 _log = logging.getLogger("mfpsn_fx")
 
@@ -32,26 +36,52 @@ class Result(PassResult):
 class Pass(PassBase):
     """One rewrite: a GraphModule in, a GraphModule out (a ``torch.fx`` pass, so it also fits FX's pass manager).
 
-    A subclass gives ``name``, ``call(gm) -> Result``, a docstring with the graph before and after, what it
-    ``needs`` from passes before it, and what it ``gives`` to passes after it.
+    A subclass gives ``name``, ``call(gm, context) -> Result``, a docstring with the graph before and after, what it
+    ``needs`` from passes before it, and what it ``gives`` to passes after it. It reads ``context.options``, and keeps
+    nothing of a network, so that one instance serves any.
+
+    Args:
+        options: options by name that this pass takes in place of the context's; those that are None are left.
+
+    Raises:
+        TypeError, ValueError: there is no such option, or its value is none that it takes.
     """
 
     name: str = ""
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        raise TypeError(f"{type(self).__name__} does not define call(gm)")
+    def __init__(self, **options: object) -> None:
+        self.options = {name: value for name, value in options.items() if value is not None}
+        ConvertOptions().replace(**self.options)
+
+    def __call__(self, gm: fx.GraphModule, context: PassContext | None = None) -> Result:
+        """Run on ``gm``.
+
+        Args:
+            gm: the graph, changed in place.
+            context: the example, the options and what earlier passes left; None: nothing.
+        """
+        context = PassContext() if context is None else context
+        given, options = context.options, context.options or ConvertOptions()
+        own = vars(self).get("options") or {}
+        if own.keys() - {field.name for field in dataclasses.fields(options)}:
+            options = ConvertOptions(**vars(options))
+        context.options = options.replace(**own)
+        try:
+            self.requires(gm)
+            result = self.call(gm, context)
+            self.ensures(gm)
+        finally:
+            context.options = given
+        return result
+
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        raise TypeError(f"{type(self).__name__} does not define call(gm, context)")
 
     def __repr__(self) -> str:
-        settings = ", ".join(
-            f"{key}={value!r}" for key, value in vars(self).items() if isinstance(value, (str, int, float, bool))
-        )
-        return f"{self.name}({settings})"
-
-
-class PipelineError(ValueError):
-    """Passes whose needs no earlier pass meets; the message names every one."""
+        settings = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, bool))}
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in (settings | vars(self).get('options', {})).items())})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +89,9 @@ class Pipeline:
     """Passes in order. Immutable: take it apart with ``[...]`` or ``list``, and build another.
 
     Args:
-        passes: callables as :class:`Pass` describes.
+        passes: :class:`Pass` instances, or functions of a GraphModule alone, which they change in place or return.
         given: what the graph offers before the first pass, e.g. ``("neurons",)`` for a converted one.
+        options: those of a context that has none.
 
     Raises:
         PipelineError: a pass needs what neither ``given`` nor an earlier pass gives.
@@ -71,6 +102,7 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
     given: tuple[str, ...] = ()
+    options: MeasureOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(self.passes))
@@ -89,14 +121,23 @@ class Pipeline:
         if faults:
             raise PipelineError("this pipeline cannot run:\n  " + "\n  ".join(faults))
 
-    def __call__(self, gm: fx.GraphModule) -> fx.GraphModule:
+    def __call__(self, gm: fx.GraphModule, context: PassContext | None = None) -> fx.GraphModule:
+        """Run all passes on ``gm`` and return the graph that the last one leaves.
+
+        Args:
+            gm: the graph, changed in place.
+            context: the example, the options, and the place where passes leave what they found.
+        """
+        context = PassContext() if context is None else context
+        if context.options is None:
+            context.options = self.options or ConvertOptions()
         folder = os.environ.get("MFPSN_FX_DEBUG")
         for index, one in enumerate(self.passes):
             before = _graph_text(gm) if folder else ""
             started = time.perf_counter()
-            result = one(gm)
+            result = one(gm, context) if isinstance(one, Pass) else one(gm)
             seconds = time.perf_counter() - started
-            gm = gm if result is None else result.graph_module
+            gm = gm if result is None else getattr(result, "graph_module", result)
             changes = getattr(result, "changes", ())
             _log.debug("pass %s: %d changes in %.3f s", _name(one), len(changes), seconds)
             if folder:
@@ -115,19 +156,19 @@ class Pipeline:
     def without(self, name: str) -> Pipeline:
         """The pipeline without the passes called ``name``; ``ValueError`` if there is none."""
         self._index(name)
-        return Pipeline([p for p in self.passes if _name(p) != name], self.given)
+        return dataclasses.replace(self, passes=[p for p in self.passes if _name(p) != name])
 
     def inserted(self, new: Pass, *, before: str | None = None, after: str | None = None) -> Pipeline:
         """The pipeline with ``new`` before or after the pass of that name, or at the end."""
         if before is not None and after is not None:
             raise ValueError("give before or after, not both")
         at = len(self) if before is None and after is None else self._index(before or after) + (after is not None)
-        return Pipeline([*self.passes[:at], new, *self.passes[at:]], self.given)
+        return dataclasses.replace(self, passes=[*self.passes[:at], new, *self.passes[at:]])
 
     def replaced(self, name: str, new: Pass) -> Pipeline:
         """The pipeline with ``new`` in the place of the pass called ``name``."""
         at = self._index(name)
-        return Pipeline([*self.passes[:at], new, *self.passes[at + 1 :]], self.given)
+        return dataclasses.replace(self, passes=[*self.passes[:at], new, *self.passes[at + 1 :]])
 
     def _index(self, name: str) -> int:
         names = [_name(p) for p in self.passes]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
-from mfpsn_fx.model.batch import Batch, check_repeatable, reset_states
+from mfpsn_fx.model.batch import Batch, reset_states
 from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.padding_mask import current_mask
@@ -23,6 +23,7 @@ from mfpsn_fx.model.sources.description import SourceNeuron
 from mfpsn_fx.model.sources.simulate import SimulatedNeuron, simulate
 
 from .base import Pass, Result
+from .context import PassContext
 from .fit_taps import Fit, Moments, Tail, filtered, fit_taps
 from .fuse_norms import unfold_norms
 
@@ -43,12 +44,13 @@ class Calibrate(Pass):
     order in which data meets them; each is fitted on inputs that its calibrated predecessors make.
 
     Args:
-        batches: run through several times for each layer: a list, a DataLoader. Each is a tensor, a tuple or a dict of
-            what the model takes, or a ``Batch`` with a mask.
+        batches: in place of the context's option ``calibrate``; None in both, and nothing is done. Run through
+            several times for each layer: a list, a DataLoader. Each is a tensor, a tuple or a dict of what the model
+            takes, or a ``Batch`` with a mask.
         drive: what the source neurons are driven by: ``"source"``, the source network's own layers, so that a layer
             makes up for what those before it missed; ``"own"``, the converted network's.
         rate: how many times as often as its source a neuron shall fire.
-        progress: show a progress bar; None: if the terminal is one.
+        progress: in place of the context's option.
 
     Layers other than neurons run in the mode that they are in.
 
@@ -62,18 +64,21 @@ class Calibrate(Pass):
     gives = ("initialised", "calibrated")
 
     def __init__(
-        self, batches: Iterable, drive: str = "source", rate: float = 1.0, progress: bool | None = None
+        self, batches: Iterable | None = None, drive: str = "source", rate: float = 1.0, progress: bool | None = None
     ) -> None:
-        check_repeatable(batches, "calibration")
         if drive not in ("source", "own"):
             raise ValueError(f"unknown drive {drive!r}: choose 'source' or 'own'")
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
             raise ValueError(f"rate must be a positive number, found {rate!r}")
-        self.batches, self.drive, self.rate, self.progress = batches, drive, float(rate), progress
+        self.drive, self.rate = drive, float(rate)
+        super().__init__(calibrate=batches, progress=progress)
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        twins = _Twins(gm, self.batches)
-        silent = None if self.progress is None else not self.progress
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        batches, progress = context.options.calibrate, context.options.progress
+        if batches is None:
+            return Result(gm)
+        twins = _Twins(gm, batches)
+        silent = None if progress is None else not progress
         before = twins.compare()
         fits: dict[str, Fit] = {}
         for path in tqdm(before, desc="calibrate", unit="layer", disable=silent):

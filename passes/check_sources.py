@@ -4,35 +4,52 @@ from __future__ import annotations
 
 from torch import fx
 
-from mfpsn_fx.model.capturing.capture import said_of
+from mfpsn_fx.model.capturing.capture import said_of, user_path
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
-from .replace_neurons import REFUSED, ConversionError, refusal_message
+from .context import PassContext
+from .errors import ConversionError, refusal_message
 
-__all__ = ["CheckSources"]
+__all__ = ["LEFT_OUT", "CheckSources"]
+
+LEFT_OUT = "left out by only="
 
 
 class CheckSources(Pass):
-    """Raise for neurons that are no filter, whatever they would meet (the graph is unchanged).
+    """Raise for neurons that are no filter, whatever reaches them, before anything is run (the graph is unchanged).
+
+    Before and after: ``conv -> lif -> linear``. ``context.refusals`` says why a neuron stays, for those that ``only=``
+    leaves out too.
+
+    Args:
+        strict: in place of the context's option.
 
     Raises:
-        ConversionError: with ``strict``, naming each of them and why.
+        ConversionError: with ``strict``, naming each neuron that is no filter, and why.
+        ValueError: ``only`` names what is no neuron.
     """
 
     name = "check_sources"
 
-    def __init__(self, strict: bool = True) -> None:
-        self.strict = strict
+    def __init__(self, strict: bool | None = None) -> None:
+        super().__init__(strict=strict)
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        failed = {}
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        options, failed = context.options, {}
         paths = source_paths(gm)
+        if options.only is not None and not callable(options.only):
+            known = {user_path(gm, path) for path in paths}
+            if unknown := sorted(set(options.only) - known - set(paths)):
+                raise ValueError(f"only= names layers that are no neurons: {unknown}; the neurons are {sorted(known)}")
         for path, neuron in paths.items():
+            if options.excludes(user_path(gm, path), neuron):
+                context.refusals[path] = LEFT_OUT
+                continue
             try:
                 describe(neuron)
             except NotAFilterError as error:
-                failed[path] = said_of(gm, gm.meta.get(REFUSED, {}), path) or str(error)
-        if failed and self.strict:
+                failed[path] = context.refusals[path] = said_of(gm, context.refusals, path) or str(error)
+        if failed and options.strict:
             raise ConversionError(refusal_message(failed, len(paths)))
         return Result(gm, [f"{path}: {reason}" for path, reason in failed.items()])

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
-from mfpsn_fx.model.capturing.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import preserved_rng, sharing_copy
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import source_paths
 
-__all__ = ["Example", "Run", "run_copy"]
+from .context import Example
+from .neurons import NeuronInput, fake_tensor
 
-Example = tuple[tuple, dict]
+__all__ = ["Run", "bind_arguments", "run_copy"]
 
 
 class Run(NamedTuple):
@@ -25,56 +26,63 @@ class Run(NamedTuple):
 
     Attributes:
         graph: the copy that ran; neurons that only the other mode reaches are those of a copy that ran in that mode.
-        tensors: for each node by name, (shape, dtype, device) of its tensor.
-        inside: the same of the input of each neuron, converted or not, by path (``path@2`` for the second call of
-            one), in the order of execution.
-        strides: for each node by name, the strides of its tensor.
-        operands: for each converted neuron, named as in ``inside``, the strides of its input, and the dtype in which
-            its op takes it: that of autocast, where the neuron stands in one.
+        values: for each node by name, a fake tensor as large as what it made.
+        inside: for each neuron by path, converted or not, the (shape, dtype, device) of its input (``path@2`` for the
+            second call of one), in the order of execution.
+        operands: for each converted neuron, named as in ``inside``, what reached it.
+        calls: for each node by name, the neurons of ``operands`` that it called.
     """
 
     graph: fx.GraphModule
-    tensors: dict[str, tuple]
+    values: dict[str, FakeTensor]
     inside: dict[str, tuple]
-    strides: dict[str, tuple[int, ...]]
-    operands: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    operands: dict[str, NeuronInput]
+    calls: dict[str, list[str]]
 
 
 class _Recorder(fx.Interpreter):
-    """Records shape, dtype, device and strides of each node's result, by node name."""
+    """Records what each node makes, by node name."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, operands: dict[str, NeuronInput]) -> None:
         super().__init__(gm)
-        self.tensors: dict[str, tuple] = {}
-        self.strides: dict[str, tuple[int, ...]] = {}
+        self.values: dict[str, FakeTensor] = {}
+        self.calls: dict[str, list[str]] = {}
+        self._operands = operands
 
     def run_node(self, n: fx.Node):
+        before = len(self._operands)
         result = super().run_node(n)
+        self.calls[n.name] = list(self._operands)[before:]
         if isinstance(result, torch.Tensor):
-            self.tensors[n.name] = (tuple(result.shape), result.dtype, result.device)
-            self.strides[n.name] = tuple(result.stride())
+            self.values[n.name] = fake_tensor(tuple(result.shape), result.dtype, result.device, result.stride())
         return result
 
 
 def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None = None) -> Run:
-    """Run a deep copy of ``gm`` on ``example`` without gradients, random generators preserved.
+    """Run a copy of ``gm`` on ``example`` without gradients, random generators preserved.
 
     ``prepare`` may hook the copy first. Neurons run in evaluation, other layers in the mode that they are in. If some
     neurons are not called, a second copy runs in the other mode and shows their inputs: a leaf's forward may call a
     child in one mode only.
     """
-    run, calls = _run(copy.deepcopy(gm), example, prepare)
+    run, calls = _run(_copy(gm), example, prepare)
     if 0 in calls.values():
         # not every network runs in both modes: such neurons then count as not reached
         with contextlib.suppress(Exception):
-            other, others = _run(copy.deepcopy(gm).train(not gm.training), example, prepare)
+            other, others = _run(_copy(gm).train(not gm.training), example, prepare)
             for path in (path for path, count in others.items() if count and not calls[path]):
                 run.graph.set_submodule(path, other.graph.get_submodule(path))
                 for name in (path, *(f"{path}@{use}" for use in range(2, others[path] + 1))):
                     run.inside[name] = other.inside[name]
                     if name in other.operands:
                         run.operands[name] = other.operands[name]
+            for node, names in other.calls.items():
+                run.calls[node] += [name for name in names if name not in run.calls[node] and name in run.operands]
     return run
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    return sharing_copy(gm, but=MulFreePSN)  # what prepares a copy sets its neurons' parameters
 
 
 def _run(
@@ -82,7 +90,7 @@ def _run(
 ) -> tuple[Run, dict[str, int]]:
     """Run ``copied`` itself; return what it showed, and how often each neuron was called."""
     inside: dict[str, tuple] = {}
-    operands: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    operands: dict[str, NeuronInput] = {}
     watched = source_paths(copied)
     for path, module in copied.named_modules():
         if isinstance(module, MulFreePSN):
@@ -99,17 +107,17 @@ def _run(
             name = path if calls[path] == 1 else f"{path}@{calls[path]}"
             inside[name] = (tuple(x.shape), x.dtype, x.device)
             if isinstance(module, MulFreePSN):
-                operands[name] = (tuple(x.stride()), _autocast(x))
+                operands[name] = NeuronInput(*inside[name], tuple(x.stride()), _autocast(x))
 
         module.register_forward_pre_hook(record)
     if prepare is not None:
         prepare(copied)
-    args, kwargs = example
-    args, kwargs = map_aggregate((tuple(args), dict(kwargs)), lambda a: a.clone() if torch.is_tensor(a) else a)
-    recorder = _Recorder(copied)
+    given = (tuple(example.args), dict(example.kwargs))
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, given)
+    recorder = _Recorder(copied, operands)
     with torch.no_grad(), preserved_rng():
         recorder.run(*bind_arguments(copied, args, kwargs))
-    return Run(copied, recorder.tensors, inside, recorder.strides, operands), calls
+    return Run(copied, recorder.values, inside, operands, recorder.calls), calls
 
 
 def _autocast(x: torch.Tensor) -> torch.dtype:

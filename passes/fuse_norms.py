@@ -16,12 +16,12 @@ from mfpsn_fx.model.norms.masked import MaskedBatchNorm, is_batch_norm
 from mfpsn_fx.model.time_last import has_hooks, run_time_last
 
 from .base import Pass, Result
-from .neurons import input_meta, neurons
+from .context import PassContext
+from .neurons import input_meta, known_value, neurons
 
-__all__ = ["UNFOLDED", "FoldNorms", "UnfoldNorms", "folded_norms", "unfold_norms"]
+__all__ = ["FoldNorms", "UnfoldNorms", "fold_norms", "folded_norms", "unfold_norms"]
 
 _VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as", torch.reshape, torch.unflatten}
-UNFOLDED = "mfpsn_unfolded"  # gm.meta: whether norms that were folded have been taken apart
 _DIRECT = "direct"  # a batch norm's form in time-last
 _ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
 
@@ -34,9 +34,6 @@ class FoldNorms(Pass):
     neuron that take T and N apart stay; where both are time-last, the norm is ``run_time_last(bn, conv)``. The norm's
     module stays where it was, with its names in the ``state_dict``; :func:`unfold_norms` is the way back.
 
-    Args:
-        again: only if ``unfold_norms`` took folds apart before.
-
     A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
     the neuron's channels, has no hooks, no forward of its own and no parametrization, and its output is read by the
     neuron alone. Others are left as they are.
@@ -46,23 +43,24 @@ class FoldNorms(Pass):
     needs = ("neurons", "shapes")
     gives = ("folded_norms",)
 
-    def __init__(self, again: bool = False) -> None:
-        self.again = again
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        context.layout_graph = None
+        return Result(gm, fold_norms(gm))
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        changes = []
-        if self.again and not gm.meta.get(UNFOLDED):
-            return Result(gm)
-        for neuron in neurons(gm):
-            if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
-                continue
-            found = _norm_before(gm, neuron.node, neuron.module, neuron.layout)
-            if found is not None:
-                path = _fold(gm, found, neuron.node)
-                changes.append(f"{neuron.name}: {path} folded")
-        gm.graph.lint()
-        gm.recompile()
-        return Result(gm, changes)
+
+def fold_norms(gm: fx.GraphModule) -> list[str]:
+    """Fold the batch norms of ``gm`` into the neurons behind them, where that can be; return what was done."""
+    changes = []
+    for neuron in neurons(gm):
+        if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
+            continue
+        found = _norm_before(gm, neuron.node, neuron.module, neuron.layout)
+        if found is not None:
+            path = _fold(gm, found, neuron.node)
+            changes.append(f"{neuron.name}: {path} folded")
+    gm.graph.lint()
+    gm.recompile()
+    return changes
 
 
 class UnfoldNorms(Pass):
@@ -73,9 +71,10 @@ class UnfoldNorms(Pass):
 
     name = "unfold_norms"
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         changed = unfold_norms(gm)
-        gm.meta[UNFOLDED] = bool(changed)
+        context.norms_unfused = context.norms_unfused or bool(changed)
+        context.layout_graph = None
         return Result(gm, changed)
 
 
@@ -96,8 +95,8 @@ def unfold_norms(gm: fx.GraphModule) -> list[str]:
             else:
                 layer = gm.graph.call_module(attribute.target, (x,))
         parts = {user.args[1]: user for user in node.users}
-        if (meta := x.meta.get("mfpsn_tensor")) is not None:
-            layer.meta["mfpsn_tensor"] = meta
+        if (value := known_value(x)) is not None:
+            layer.meta["val"] = value
         for part in (parts[1], parts[2]):
             for reader in list(part.users):
                 reader.kwargs = {k: v for k, v in reader.kwargs.items() if v is not part}
@@ -183,7 +182,7 @@ def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> str:
             options["layout"] = str(Layout.TIME_LAST)
         affine = gm.graph.call_function(norm_affine, (module, x), options)
         same, scale, shift = (gm.graph.call_function(operator.getitem, (affine, part)) for part in range(3))
-    same.meta["mfpsn_tensor"] = meta
+    same.meta["val"] = known_value(norm)
     norm.replace_all_uses_with(same)
     gm.graph.erase_node(norm)
     sn.kwargs = {**sn.kwargs, "scale": scale, "shift": shift}

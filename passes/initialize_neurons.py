@@ -11,6 +11,7 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.padding_mask import current_mask
 
 from .base import Pass, Result
+from .context import PassContext
 from .example_run import run_copy
 
 __all__ = ["InitialiseNeurons"]
@@ -30,26 +31,22 @@ class InitialiseNeurons(Pass):
     into k. Without an example γ = 1 and β = −1 stay: the threshold is one standard deviation above the mean.
 
     Args:
-        init: ``"source"`` or ``"random"`` (paper: nothing taken over).
-        args, kwargs: the example, or nothing. Layers other than neurons run in the mode that they are in.
+        init: in place of the context's option: ``"source"`` or ``"random"`` (paper: nothing taken over).
 
-    Raises:
-        ValueError: unknown ``init``.
+    Layers other than neurons run in the mode that they are in.
     """
 
     name = "initialise_neurons"
     needs = ("neurons", "dilations")
     gives = ("initialised",)
 
-    def __init__(self, init: str = "source", args: tuple = (), kwargs: dict | None = None) -> None:
-        if init not in ("source", "random"):
-            raise ValueError(f"unknown init {init!r}: choose 'source' or 'random'")
-        self.init, self.args, self.kwargs = init, tuple(args), dict(kwargs or {})
+    def __init__(self, init: str | None = None) -> None:
+        super().__init__(init=init)
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         changes = []
         ours = {path: module for path, module in gm.named_modules() if isinstance(module, MulFreePSN) and module.source}
-        if self.init == "random":
+        if context.options.init == "random":
             for path, module in ours.items():
                 module.reset_parameters()
                 changes.append(f"{path}: random weight, gamma 1, beta -1")
@@ -57,8 +54,8 @@ class InitialiseNeurons(Pass):
         for path, module in ours.items():
             kept = _sample_response(module)
             changes.append(f"{path}: weight from {module.source.name}, {kept:.0%} of its response's energy in reach")
-        if (self.args or self.kwargs) and ours:
-            copied = run_copy(gm, (self.args, self.kwargs), _hook_measurement).graph
+        if context.example and ours:
+            copied = run_copy(gm, context.example, _hook_measurement).graph
             for path, module in ours.items():
                 twin = copied.get_submodule(path)
                 for name in ("gamma", "beta", "running_mean", "running_var"):

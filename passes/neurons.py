@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, shape_together
 from mfpsn_fx.model.neuron import MulFreePSN
 
-__all__ = ["INPUTS", "OPERANDS", "STRIDES", "Neuron", "input_meta", "input_strides", "neurons"]
+__all__ = [
+    "OPERANDS", "Neuron", "NeuronInput", "fake_tensor", "input_meta", "input_strides", "known_value", "neurons",
+    "note_layout",
+]  # fmt: skip
 
 _OPS = (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default)
-INPUTS = "mfpsn_inputs"  # gm.meta: path -> (shape, dtype, device) at each neuron, in the order of execution
-OPERANDS = "mfpsn_operands"  # gm.meta: path -> (strides, dtype under autocast) at each converted neuron
-STRIDES = "mfpsn_strides"  # node.meta: the strides of its tensor, dims as its shape has them
+# node.meta: for each converted neuron that the node calls, by name and in the order of execution, its NeuronInput
+OPERANDS = "neuron_inputs"
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronInput:
+    """What reaches a converted neuron; ``op_dtype`` is what its op takes: that of autocast, where it stands in one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    strides: tuple[int, ...]
+    op_dtype: torch.dtype
 
 
 class Neuron:
@@ -40,16 +55,11 @@ class Neuron:
     kernel: str
     eval_kernel: str
 
-    def __init__(self, gm: fx.GraphModule, name: str, node: fx.Node | None) -> None:
-        self.gm, self.name, self.node = gm, name, node
+    def __init__(self, name: str, node: fx.Node | None, operand: NeuronInput | None = None) -> None:
+        self.name, self.node, self.operand = name, node, operand
 
     def __repr__(self) -> str:
         return f"Neuron({self.name!r}, order={self.order}, dilation={self.dilation}, layout={str(self.layout)!r})"
-
-    @property
-    def key(self) -> str:
-        """What the neuron's measurements are filed under in its module."""
-        return self.node.name if self.node is not None else ""
 
     @property
     def input(self) -> fx.Node | None:
@@ -60,7 +70,8 @@ class Neuron:
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
         """(shape, dtype, device) of the input as it comes, or None before shapes are propagated."""
         if self.node is None:
-            return self.gm.meta.get(INPUTS, {}).get(self.name)
+            found = self.operand
+            return None if found is None else (found.shape, found.dtype, found.device)
         return input_meta(self.input)
 
     @property
@@ -69,8 +80,7 @@ class Neuron:
         meta = self.meta
         if meta is None:
             return None
-        operand = self.gm.meta.get(OPERANDS, {}).get(self.name)
-        return meta[1] if operand is None else operand[1]
+        return meta[1] if self.operand is None else self.operand.op_dtype
 
     def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
         """The strides with which the input comes under ``layout`` (default: the neuron's own).
@@ -80,8 +90,7 @@ class Neuron:
         if layout not in (None, self.layout):
             return None
         if self.node is None:
-            operand = self.gm.meta.get(OPERANDS, {}).get(self.name)
-            return None if operand is None else operand[0]
+            return None if self.operand is None else self.operand.strides
         return input_strides(self.input)
 
     def problem(self, layout: Layout | None = None, training: bool = True) -> Problem | None:
@@ -106,8 +115,8 @@ class Neuron:
 
 
 class _ModuleNeuron(Neuron):
-    def __init__(self, gm: fx.GraphModule, name: str, node: fx.Node | None, module: MulFreePSN) -> None:
-        super().__init__(gm, name, node)
+    def __init__(self, name: str, node: fx.Node | None, module: MulFreePSN, operand: NeuronInput | None = None) -> None:
+        super().__init__(name, node, operand)
         self.module = module
 
     order = property(lambda self: self.module.order)
@@ -251,27 +260,41 @@ class _OpNeuron(Neuron):
         self.node.kwargs = {**self.node.kwargs, name: value}
 
 
-def input_meta(node: fx.Node | None) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
-    """(shape, dtype, device) of the tensor that ``node`` makes, as propagated or as Dynamo's fake tensor says."""
+def known_value(node: fx.Node | None) -> torch.Tensor | None:
+    """Return the fake tensor that stands for what ``node`` makes, as propagated or as Dynamo left it, or None."""
     if node is None:
         return None
-    value = node.meta.get("mfpsn_tensor")
-    if value is not None:
-        return value
-    value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(_hint(size) for size in value.shape), value.dtype, value.device
+    value = node.meta.get("val")
+    value = node.meta.get("example_value") if value is None else value
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def fake_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
+) -> FakeTensor:
+    """Return a tensor without memory; contiguous unless ``strides`` are given."""
+    with FakeTensorMode():
+        if strides is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def note_layout(node: fx.Node, value: fx.Node, source: Layout, target: Layout) -> None:
+    """Note at ``node`` that it makes the tensor of ``value``, now in layout ``target``, where that is known."""
+    if (meta := input_meta(value)) is not None:
+        node.meta["val"] = fake_tensor(target.shape_from(meta[0], source), *meta[1:])
+
+
+def input_meta(node: fx.Node | None) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
+    """Return (shape, dtype, device) of the tensor that ``node`` makes, or None where that is not known."""
+    value = known_value(node)
+    return None if value is None else (tuple(_hint(size) for size in value.shape), value.dtype, value.device)
 
 
 def input_strides(node: fx.Node | None) -> tuple[int, ...] | None:
-    """The strides of the tensor that ``node`` makes, as propagated or as Dynamo's fake tensor says."""
-    if node is None:
-        return None
-    if node.meta.get(STRIDES) is not None:
-        return node.meta[STRIDES]
-    value = node.meta.get("example_value")
-    return tuple(_hint(step) for step in value.stride()) if isinstance(value, torch.Tensor) else None
+    """Return the strides of the tensor that ``node`` makes, or None where they are not known."""
+    value = known_value(node)
+    return None if value is None else tuple(_hint(step) for step in value.stride())
 
 
 def _autocast_at(node: fx.Node, device: str) -> torch.dtype | None:
@@ -304,29 +327,30 @@ def neurons(gm: fx.GraphModule) -> list[Neuron]:
     found: list[Neuron] = []
     uses: dict[str, int] = {}
     for node in gm.graph.nodes:
+        operands: dict[str, NeuronInput] = node.meta.get(OPERANDS, {})
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
             if isinstance(module, MulFreePSN):
                 uses[node.target] = uses.get(node.target, 0) + 1
                 count = uses[node.target]
                 name = node.target if count == 1 else f"{node.target}@{count}"
-                found.append(_ModuleNeuron(gm, name, node, module))
+                found.append(_ModuleNeuron(name, node, module, operands.get(name)))
             elif node.target not in uses:
                 uses[node.target] = 1
-                found.extend(_inside(gm, node.target, module))
+                found.extend(_inside(node.target, module, operands))
         elif node.op == "call_function" and node.target in _OPS:
             layer = node.kwargs.get("layer") or node.name
             uses[layer] = uses.get(layer, 0) + 1
-            found.append(_OpNeuron(gm, layer if uses[layer] == 1 else f"{layer}@{uses[layer]}", node))
+            found.append(_OpNeuron(layer if uses[layer] == 1 else f"{layer}@{uses[layer]}", node))
     return found
 
 
-def _inside(gm: fx.GraphModule, path: str, leaf: nn.Module) -> Iterator[Neuron]:
-    met = {
-        name: _ModuleNeuron(gm, f"{path}.{name}", None, module)
-        for name, module in leaf.named_modules()
-        if isinstance(module, MulFreePSN)
-    }
-    order = list(gm.meta.get(INPUTS, {}))  # in the order of execution, where an example has shown it
-    rank = {name: index for index, name in enumerate(order)}
-    return iter(sorted(met.values(), key=lambda neuron: rank.get(neuron.name, len(rank))))
+def _inside(path: str, leaf: nn.Module, operands: Mapping[str, NeuronInput]) -> list[Neuron]:
+    """The neurons of a leaf, those first that an example reached, in the order of execution."""
+    found = []
+    for name, module in leaf.named_modules():
+        if isinstance(module, MulFreePSN):
+            name = f"{path}.{name}"
+            found.append(_ModuleNeuron(name, None, module, operands.get(name)))
+    rank = {name: index for index, name in enumerate(operands)}
+    return sorted(found, key=lambda neuron: rank.get(neuron.name, len(rank)))

@@ -5,17 +5,18 @@ from __future__ import annotations
 from torch import fx
 
 from .base import Pass, Result
+from .context import PassContext
 from .example_run import run_copy
-from .neurons import INPUTS, OPERANDS, STRIDES, neurons
+from .neurons import OPERANDS, input_meta, neurons
 
 __all__ = ["ObserveInputs", "PropagateShapes"]
 
 
 class ObserveInputs(Pass):
-    """Run a copy of the unconverted graph on an example and note what each neuron meets (the graph is unchanged).
+    """Run a copy of the unconverted graph on the example and note what each neuron meets.
 
-    Args:
-        args, kwargs: what the model is called with; nothing, to do nothing.
+    Before and after: ``conv -> lif -> linear``; ``context.inputs["lif"]`` is the shape, dtype and device of what
+    reached ``lif``. Without an example nothing is done.
 
     Raises:
         TypeError: the example does not fit the model's arguments.
@@ -24,27 +25,23 @@ class ObserveInputs(Pass):
     name = "observe_inputs"
     gives = ("inputs",)
 
-    def __init__(self, args: tuple = (), kwargs: dict | None = None) -> None:
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-
-    def call(self, gm: fx.GraphModule) -> Result:
-        if not self.args and not self.kwargs:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        if not context.example:
             return Result(gm)
-        gm.meta[INPUTS] = run_copy(gm, (self.args, self.kwargs)).inside
-        return Result(gm, [f"{path}: {shape}" for path, (shape, _, _) in gm.meta[INPUTS].items()])
+        context.inputs = run_copy(gm, context.example).inside
+        return Result(gm, [f"{path}: {shape}" for path, (shape, _, _) in context.inputs.items()])
 
 
 class PropagateShapes(Pass):
-    """Note shape, dtype, device and strides of each node's tensor in ``node.meta`` (the graph itself is unchanged).
+    """Note a fake tensor of shape, dtype, device and strides in ``node.meta["val"]`` of each node that makes a tensor.
 
-    A copy of the graph runs on the example without gradients; parameters, buffers, states and random generators stay
-    as they are. Neurons inside leaves are noted as well, and under autocast the dtype that each neuron computes in. In
-    Dynamo's graphs the fake tensors that are there serve, and no example is needed.
-
-    Args:
-        args, kwargs: what the model is called with.
+    Before: ``%lif`` with an empty ``meta``. After: ``%lif`` with ``meta["val"] = FakeTensor(size=(4, 2, 8))``. A copy
+    of the graph runs on the example without gradients; parameters, buffers, states and random generators stay as they
+    are. For the neurons inside leaves, and for the dtype that autocast gives a neuron, ``node.meta["neuron_inputs"]``
+    says what reached each. Without an example the fake tensors serve that are there, as in Dynamo's graphs.
 
     Raises:
+        TypeError: the example does not fit the model's arguments.
         ValueError: there is neither an example nor a graph that knows its shapes, or the example does not run.
     """
 
@@ -52,21 +49,20 @@ class PropagateShapes(Pass):
     needs = ("neurons",)
     gives = ("shapes",)
 
-    def __init__(self, args: tuple = (), kwargs: dict | None = None) -> None:
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-
-    def call(self, gm: fx.GraphModule) -> Result:
-        if not self.args and not self.kwargs:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        if not context.example:
             unknown = [neuron.name for neuron in neurons(gm) if neuron.meta is None]
             if unknown:
                 raise ValueError(f"no example was given, and the graph does not know the shapes at {unknown}")
             return Result(gm)
-        run = run_copy(gm, (self.args, self.kwargs))
+        run = run_copy(gm, context.example)
         changes = []
         for node in gm.graph.nodes:
-            found = run.tensors.get(node.name)
-            if node.meta.get("mfpsn_tensor") != found:
-                changes.append(f"{node.name}: {found[0] if found else 'no tensor'}")
-            node.meta["mfpsn_tensor"], node.meta[STRIDES] = found, run.strides.get(node.name)
-        gm.meta[INPUTS], gm.meta[OPERANDS] = run.inside, run.operands
+            before, found = input_meta(node), run.values.get(node.name)
+            node.meta.pop("val", None)
+            if found is not None:
+                node.meta["val"] = found
+            if input_meta(node) != before:
+                changes.append(f"{node.name}: {tuple(found.shape) if found is not None else 'no tensor'}")
+            node.meta[OPERANDS] = {name: run.operands[name] for name in run.calls[node.name]}
         return Result(gm, changes)

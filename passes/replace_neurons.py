@@ -14,28 +14,18 @@ from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.capturing.capture import preserved_rng, said_of, user_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx.model.results import keep_record, record_of
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
 from .channel_inference import channels_before, heads_note
-from .neurons import INPUTS
+from .check_sources import LEFT_OUT
+from .context import PassContext
+from .errors import ConversionError, refusal_message
+from .options import ConvertOptions, order_of
 from .separate_uses import has_state
 
-__all__ = ["REFUSED", "ConversionError", "ReplaceNeurons", "refusal_message"]
-
-REFUSED = "mfpsn_refused"  # gm.meta: path -> reason, of neurons that were found unfit before the graph was captured
-
-
-class ConversionError(ValueError):
-    """Neurons that could not be converted; the message names each with the reason."""
-
-
-def refusal_message(failed: Mapping[str, str], total: int) -> str:
-    lines = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
-    return (
-        f"{len(failed)} of {total} neurons cannot be converted:\n{lines}\n"
-        "With strict=False they stay as they are and are listed in the selection."
-    )
+__all__ = ["ReplaceNeurons"]
 
 
 class ReplaceNeurons(Pass):
@@ -48,15 +38,11 @@ class ReplaceNeurons(Pass):
     convolution, linear layer or norm in front of it.
 
     Args:
-        order: k of the new neurons.
-        channel_dims: for neurons by path, the dim or dims of their input (time-first order) that hold the channels,
-            where that is not dim 2.
-        surrogate: None keeps the source's.
-        gradient, momentum, eps, min_exponent, max_exponent: as in ``MulFreePSN``.
-        strict: raise where a neuron cannot be converted; otherwise it stays and is listed in the selection.
+        order, surrogate, gradient, strict, channel_dims, eps, momentum, min_exponent, max_exponent, only: in place of
+            the context's options.
 
     Raises:
-        ValueError: ``channel_dims`` names what is no neuron, or dims that are none of its input's.
+        ValueError: ``channel_dims`` or ``order`` name what is no neuron, or dims that are none of its input's.
         ConversionError: with ``strict``, naming every neuron that stays and why.
     """
 
@@ -65,28 +51,33 @@ class ReplaceNeurons(Pass):
 
     def __init__(
         self,
-        order: int = 2,
+        order: int | Mapping[str, int] | None = None,
         *,
         surrogate: Surrogate | None = None,
-        gradient: Gradient | str = Gradient.STRAIGHT_THROUGH,
-        strict: bool = True,
+        gradient: Gradient | str | None = None,
+        strict: bool | None = None,
         channel_dims: Mapping[str, int | tuple[int, ...]] | None = None,
-        **settings,
+        **options,
     ) -> None:
-        self.order, self.surrogate = order, surrogate
-        self.gradient, self.strict, self.settings = gradient, strict, settings
-        self.channel_dims = dict(channel_dims or {})
+        super().__init__(
+            order=order, surrogate=surrogate, gradient=gradient, strict=strict, channel_dims=channel_dims, **options
+        )
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        options: ConvertOptions = context.options
         made: dict[tuple[int, str] | int, MulFreePSN] = {}
         swaps: list[tuple[str, MulFreePSN]] = []
         failed: dict[str, str] = {}
-        refused, paths = gm.meta.get(REFUSED, {}), source_paths(gm)
+        paths = source_paths(gm)
         known = sorted(user_path(gm, path) for path in paths)
-        if unknown := sorted(set(self.channel_dims) - set(known) - set(paths)):
-            raise ValueError(f"channel_dims names layers that are no neurons: {unknown}; the neurons are {known}")
+        named = {"channel_dims": options.channel_dims or {}, "order": options.order}
+        for name, by_layer in named.items():
+            if isinstance(by_layer, Mapping) and (unknown := sorted(set(by_layer) - set(known) - set(paths))):
+                raise ValueError(f"{name} names layers that are no neurons: {unknown}; the neurons are {known}")
         for path, old in paths.items():
-            if (reason := said_of(gm, refused, path)) is not None:
+            if (reason := said_of(gm, context.refusals, path)) is not None or (
+                options.excludes(user_path(gm, path), old) and (reason := LEFT_OUT)
+            ):
                 failed[path] = reason
                 continue
             parent, _, child = path.rpartition(".")
@@ -94,54 +85,59 @@ class ReplaceNeurons(Pass):
             place = (id(gm.get_submodule(parent)), child) if has_state(old) else id(old)
             if place not in made:
                 try:
-                    made[place] = self._make(gm, path, old)
+                    made[place] = _make(gm, context, path, old)
                 except NotAFilterError as error:
                     failed[path] = str(error)
                     continue
             swaps.append((path, made[place]))
-        if failed and self.strict:
-            raise ConversionError(refusal_message(failed, len(failed) + len(swaps)))
-        for path, reason in failed.items():
-            gm.get_submodule(path).mfpsn_unconverted = reason  # for the selection, through copies and pickles
+        unfit = {path: reason for path, reason in failed.items() if reason != LEFT_OUT}
+        if unfit and options.strict:
+            raise ConversionError(refusal_message(unfit, len(failed) + len(swaps)))
+        context.refusals |= failed
+        keep_record(gm, dataclasses.replace(record_of(gm), unconverted=failed))
         for path, new in swaps:
             parent, _, child = path.rpartition(".")
             setattr(gm.get_submodule(parent), child, new)
         return Result(gm, [f"{path}: {new.source.name} -> {new!r}" for path, new in swaps])
 
-    def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:
-        source = describe(old)
-        said = said_of(gm, self.channel_dims, path)
-        shape = _observed_shape(gm, path)
-        dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
-        channels = source.channels or channels_before(gm, path)
-        if shape is not None:
-            channels = math.prod(shape[d] for d in dims)
-            if said is None and (note := heads_note(gm, path, shape)):
-                source = dataclasses.replace(source, notes=(*source.notes, note))
-        if source.channels not in (None, channels):
-            raise NotAFilterError(
-                f"it has {source.channels} channels, but its input {shape} has {channels} in dims {dims}: "
-                "channel_dims={path: dim} says where they are"
-            )
-        if channels is None:
-            raise NotAFilterError(
-                "its number of channels is not told by the graph (no convolution, linear layer or norm in front of "
-                "it); give convert an example input"
-            )
-        place = next((t for t in [*old.parameters(), *old.buffers(), *gm.parameters()]), torch.empty(0))
-        with preserved_rng():  # initialise_neurons draws where that is wanted
-            new = MulFreePSN(
-                channels,
-                self.order,
-                surrogate=self.surrogate or source.surrogate,
-                gradient=self.gradient,
-                channel_dims=dims,
-                device=place.device,
-                dtype=place.dtype if place.is_floating_point() else None,
-                **self.settings,
-            )
-        new.source, new.path = source, path
-        return new.train(old.training)
+
+def _make(gm: fx.GraphModule, context: PassContext, path: str, old: nn.Module) -> MulFreePSN:
+    source, options = describe(old), context.options
+    said = said_of(gm, options.channel_dims or {}, path)
+    shape = _observed_shape(gm, context.inputs, path)
+    dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
+    channels = source.channels or channels_before(gm, path)
+    if shape is not None:
+        channels = math.prod(shape[d] for d in dims)
+        if said is None and (note := heads_note(gm, path, shape)):
+            source = dataclasses.replace(source, notes=(*source.notes, note))
+    if source.channels not in (None, channels):
+        raise NotAFilterError(
+            f"it has {source.channels} channels, but its input {shape} has {channels} in dims {dims}: "
+            "channel_dims={path: dim} says where they are"
+        )
+    if channels is None:
+        raise NotAFilterError(
+            "its number of channels is not told by the graph (no convolution, linear layer or norm in front of "
+            "it); give convert an example input"
+        )
+    place = next((t for t in [*old.parameters(), *old.buffers(), *gm.parameters()]), torch.empty(0))
+    with preserved_rng():  # initialize_neurons draws where that is wanted
+        new = MulFreePSN(
+            channels,
+            _order(gm, options.order, path),
+            surrogate=options.surrogate or source.surrogate,
+            gradient=options.gradient,
+            eps=options.eps,
+            momentum=options.momentum,
+            min_exponent=options.min_exponent,
+            max_exponent=options.max_exponent,
+            channel_dims=dims,
+            device=place.device,
+            dtype=place.dtype if place.is_floating_point() else None,
+        )
+    new.source, new.path = source, path
+    return new.train(old.training)
 
 
 def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
@@ -151,8 +147,12 @@ def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _observed_shape(gm: fx.GraphModule, path: str) -> tuple[int, ...] | None:
-    seen = gm.meta.get(INPUTS, {})
+def _order(gm: fx.GraphModule, order: int | Mapping[str, int], path: str) -> int:
+    by_path = isinstance(order, Mapping) and path in order
+    return order_of(order, path if by_path else user_path(gm, path))
+
+
+def _observed_shape(gm: fx.GraphModule, seen: Mapping[str, tuple], path: str) -> tuple[int, ...] | None:
     if path not in seen:
         if seen:
             raise NotAFilterError("the example does not reach it; remove it, or give an example that does")

@@ -22,6 +22,7 @@ from mfpsn_fx.model.sources.stepping import Stepping
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time
 
 from .base import Pass, Result
+from .context import PassContext
 from .fused_axis import FusedAxis, without_batch
 from .time_slices import Expr, Ref, RollUpError, Slices, read_slices, references
 
@@ -88,7 +89,7 @@ class RollUp(Pass):
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         self.one_step, self.accept = one_step, tuple(accept)
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         slices, recorded = read_slices(
             gm, self.one_step, lambda linked: _record(gm, linked, self.args, self.kwargs, self.one_step)
         )

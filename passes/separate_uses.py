@@ -9,6 +9,7 @@ from torch import fx, nn
 from mfpsn_fx.model.sources.description import NotAFilterError, PerStep, Taps, describe, is_source
 
 from .base import Pass, Result
+from .context import PassContext
 
 __all__ = ["SeparateUses", "has_state"]
 
@@ -26,7 +27,7 @@ class SeparateUses(Pass):
 
     name = "separate_uses"
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         uses: dict[str, int] = {}
         changes = []
         for node in gm.graph.nodes:

@@ -8,6 +8,7 @@ from torch import fx
 from mfpsn_fx.kernels.quantizer import exponents
 
 from .base import Pass, Result
+from .context import PassContext
 from .neurons import neurons
 
 __all__ = ["SnapWeights"]
@@ -28,7 +29,7 @@ class SnapWeights(Pass):
     needs = ("neurons",)
     gives = ("snapped",)
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         found = {n.name: n.module for n in neurons(gm) if n.module is not None}
         faults = []
         for name, module in found.items():

@@ -20,7 +20,7 @@ from .distributed.group import Group, joined
 from .distributed.neuron import neuron_over_ranks
 from .padding_mask import current_mask
 from .recompute import Reruns
-from .results import Calibrated, Measured, Plan
+from .results import Calibrated
 from .sources.description import SourceNeuron
 
 __all__ = ["MulFreePSN"]
@@ -94,8 +94,6 @@ class MulFreePSN(nn.Module):
         self.kernel = self.eval_kernel = ""
         self.path = ""  # what messages call this layer
         self.source: SourceNeuron | None = None
-        self.measured: dict[str, Measured] = {}  # what planning found, for each node that calls this module
-        self.plan: Plan | None = None  # what it found for the network: one object, shared by its neurons
         self.calibrated: Calibrated | None = None  # what calibration found, if there was one
         self.ranks: Group | None = None  # over whose values batch statistics are taken; None: this process's
         self._reruns = Reruns()

@@ -1,10 +1,16 @@
-"""What planning found out, kept with the neurons: plain data that copies, pickles and turns into JSON."""
+"""What planning found out and chose, kept with the converted network: plain data that copies and pickles."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-__all__ = ["Calibrated", "Candidate", "Measured", "Plan"]
+from torch import fx
+
+__all__ = ["Calibrated", "Candidate", "ConversionRecord", "Measured", "Plan", "keep_record", "record_of"]
+
+_RECORD = "conversion_record"
+_PRESERVED = "_user_preserved_attributes"  # gm.meta: the attributes that FX's deepcopy sets on the copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +52,14 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The network as a whole. All times are milliseconds of forward and backward together.
+    """What was chosen for a network, and from what. All times are milliseconds of forward and backward together.
 
     Attributes:
+        time_last: the nodes that run time-last, by name, with the form that a layer takes there; all others are
+            time-first. None: every node keeps its layout.
+        kernels: for each neuron by name, its kernels for training and for evaluation; neurons that it leaves out keep
+            theirs.
+        fuse_norms: True if neurons apply the batch norms in front of them on load.
         layout: ``"time_first"``, ``"time_last"``, ``"mixed"``, or ``"keep"`` where each neuron kept its own.
         totals: predicted for all of the network in one layout, by its name, and for ``"plan"``, where there is one:
             neurons at their fastest kernels, other layers at their fastest forms, conversions.
@@ -64,7 +75,10 @@ class Plan:
         verdict: what that measurement said of the prediction.
     """
 
-    layout: str
+    time_last: Mapping[str, str] | None = None
+    kernels: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    fuse_norms: bool = False
+    layout: str = "keep"
     totals: tuple[tuple[str, float], ...] = ()
     neuron_totals: tuple[tuple[str, float], ...] = ()
     conversions: int = 0
@@ -79,6 +93,32 @@ class Plan:
     pinned: tuple[tuple[str, str, int], ...] = ()
     verified: tuple[tuple[str, str, float, float], ...] = ()
     verdict: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionRecord:
+    """What a converted network remembers of how it was made.
+
+    Attributes:
+        measured: for each neuron by name, every candidate's times.
+        plan: what was chosen; None: nothing was measured.
+        unconverted: for each source neuron that stayed, by path, why.
+    """
+
+    measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+    plan: Plan | None = None
+    unconverted: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def record_of(gm: fx.GraphModule) -> ConversionRecord:
+    """Return the record that is kept with ``gm``, an empty one if there is none."""
+    return getattr(gm, _RECORD, None) or ConversionRecord()
+
+
+def keep_record(gm: fx.GraphModule, record: ConversionRecord) -> None:
+    """Keep ``record`` with ``gm``, its deep copies and its pickles."""
+    setattr(gm, _RECORD, record)
+    gm.meta.setdefault(_PRESERVED, {})[_RECORD] = record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write the chosen layouts into the graph, with the conversions between them; cancel those that undo each other."""
+"""Write layouts into the graph, with the conversions between them; cancel those that undo each other."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout, to_layout
 
 from ..base import Pass, Result
+from ..context import PassContext
+from ..neurons import note_layout
 from .graph import LayoutGraph, layout_graph
 from .labels import Conversion, conversions_for, tensor_bytes, uncosted
 from .regions import into_time_last, is_conversion, remove_conversions
 
-__all__ = ["PLANNED", "CancelConversions", "InsertConversions", "conversion_nodes", "remove_conversions"]
-
-PLANNED = "mfpsn_layouts"  # gm.meta: time-last nodes by name -> the form of a layer; None: all stays as it is
+__all__ = ["CancelConversions", "InsertConversions", "cancel_conversions", "conversion_nodes", "insert_conversions"]
 
 
 def conversion_nodes(gm: fx.GraphModule) -> list[fx.Node]:
@@ -31,7 +31,7 @@ class InsertConversions(Pass):
     readers of a tensor. What an earlier run did is taken out first, so it can be repeated.
 
     Args:
-        layout: ``"auto"`` for what ``plan_layout`` chose (time-first if it did not run); ``"time_first"`` or
+        layout: ``"auto"`` for what the context's plan says (time-first if there is none); ``"time_first"`` or
             ``"time_last"`` for all that can, without regard to time.
     """
 
@@ -41,37 +41,49 @@ class InsertConversions(Pass):
 
     def __init__(self, layout: Layout | str = "auto") -> None:
         self.layout = layout if layout == "auto" else str(Layout.parse(layout))
+        super().__init__()
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        planned: Mapping[str, str] | None = gm.meta.get(PLANNED, {}) if self.layout == "auto" else {}
-        if planned is None:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        planned: Mapping[str, str] | None = {} if context.plan is None else context.plan.time_last
+        if self.layout == "auto" and planned is None:
             return Result(gm)
         changes = [f"removed {name}" for name in remove_conversions(gm)]
         graph = layout_graph(gm)
-        if self.layout == "auto":
-            labels = _labels(graph, planned)
-            conversions = conversions_for(graph, labels)
-        else:
-            labelling = uncosted(graph, Layout.parse(self.layout))
-            labels, conversions = labelling.labels, labelling.conversions
-        late = [node for node, label in labels.items() if label is Layout.TIME_LAST]
-        for node in late:
-            changes.append(f"{node.name}: time_first -> time_last")
-            if node in graph.neurons:
-                graph.neurons[node].layout = Layout.TIME_LAST
-            elif graph.operators[node].kind in ("layer", "dims"):
-                method = planned.get(node.name, "")
-                into_time_last(gm, node, method if method in graph.operators[node].methods else "")
-        changes += [_insert(gm, conversion) for conversion in conversions]
-        for node in late:
-            meta = node.meta.get("mfpsn_tensor")
-            if node in graph.tensors and meta is not None:
-                node.meta["mfpsn_tensor"] = (Layout.TIME_LAST.shape_from(meta[0], Layout.TIME_FIRST), *meta[1:])
-        if conversions:
-            changes.append(f"inserted {len(conversions)} conversions of {sum(c.bytes for c in conversions)} bytes")
-        gm.graph.lint()
-        gm.recompile()
+        if self.layout != "auto":
+            labels = uncosted(graph, Layout.parse(self.layout)).labels
+            planned = {node.name: "" for node, label in labels.items() if label is Layout.TIME_LAST}
+        changes += insert_conversions(gm, planned, graph)
+        context.layout_graph = None
         return Result(gm, changes)
+
+
+def insert_conversions(gm: fx.GraphModule, planned: Mapping[str, str], graph: LayoutGraph) -> list[str]:
+    """Write layouts into ``gm``, in which all is time-first; return what was done.
+
+    Args:
+        planned: the nodes that run time-last, by name, with the form that a layer takes there.
+        graph: where time has a place in ``gm``.
+    """
+    labels = _labels(graph, planned)
+    conversions = conversions_for(graph, labels)
+    changed = [node for node, label in labels.items() if label is Layout.TIME_LAST]
+    changes = []
+    for node in changed:
+        changes.append(f"{node.name}: time_first -> time_last")
+        if node in graph.neurons:
+            graph.neurons[node].layout = Layout.TIME_LAST
+        elif graph.operators[node].kind in ("layer", "dims"):
+            method = planned.get(node.name, "")
+            into_time_last(gm, node, method if method in graph.operators[node].methods else "")
+    changes += [_insert(gm, conversion) for conversion in conversions]
+    for node in changed:
+        if node in graph.tensors:
+            note_layout(node, node, Layout.TIME_FIRST, Layout.TIME_LAST)
+    if conversions:
+        changes.append(f"inserted {len(conversions)} conversions of {sum(c.bytes for c in conversions)} bytes")
+    gm.graph.lint()
+    gm.recompile()
+    return changes
 
 
 def _labels(graph: LayoutGraph, planned: Mapping[str, str]) -> dict[fx.Node, Layout]:
@@ -96,8 +108,7 @@ def _insert(gm: fx.GraphModule, conversion: Conversion) -> str:
         place = gm.graph.inserting_after(producer)
     with place:
         new = gm.graph.call_function(to_layout, (producer, str(source), str(target)))
-    if (meta := producer.meta.get("mfpsn_tensor")) is not None:
-        new.meta["mfpsn_tensor"] = (target.shape_from(meta[0], Layout.TIME_FIRST), *meta[1:])
+    note_layout(new, producer, Layout.TIME_FIRST, target)
     for reader in readers:
         reader.replace_input_with(producer, new)
     return f"{new.name}: {producer.name} {source} -> {target}, {conversion.bytes} bytes, read by {len(readers)}"
@@ -111,26 +122,32 @@ class CancelConversions(Pass):
 
     name = "cancel_conversions"
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        changes, again = [], True
-        while again:
-            again = False
-            for node in conversion_nodes(gm):
-                before = node.args[0]
-                inverse = (
-                    isinstance(before, fx.Node)
-                    and is_conversion(before)
-                    and before.args[1] == node.args[2]
-                    and before.args[2] == node.args[1]
-                )
-                if inverse:
-                    node.replace_all_uses_with(before.args[0])
-                elif node.args[1] == node.args[2]:
-                    node.replace_all_uses_with(before)
-                if not node.users:
-                    changes.append(f"removed {node.name}, {tensor_bytes(node)} bytes")
-                    gm.graph.erase_node(node)
-                    again = True
-        gm.graph.lint()
-        gm.recompile()
-        return Result(gm, changes)
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        context.layout_graph = None
+        return Result(gm, cancel_conversions(gm))
+
+
+def cancel_conversions(gm: fx.GraphModule) -> list[str]:
+    """Take out the conversions of ``gm`` that have no effect; return what was done."""
+    changes, again = [], True
+    while again:
+        again = False
+        for node in conversion_nodes(gm):
+            before = node.args[0]
+            inverse = (
+                isinstance(before, fx.Node)
+                and is_conversion(before)
+                and before.args[1] == node.args[2]
+                and before.args[2] == node.args[1]
+            )
+            if inverse:
+                node.replace_all_uses_with(before.args[0])
+            elif node.args[1] == node.args[2]:
+                node.replace_all_uses_with(before)
+            if not node.users:
+                changes.append(f"removed {node.name}, {tensor_bytes(node)} bytes")
+                gm.graph.erase_node(node)
+                again = True
+    gm.graph.lint()
+    gm.recompile()
+    return changes

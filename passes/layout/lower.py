@@ -7,6 +7,7 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout
 
 from ..base import Pass, Result
+from ..context import PassContext
 from .conversions import conversion_nodes
 
 __all__ = ["LowerConversions"]
@@ -22,7 +23,7 @@ class LowerConversions(Pass):
 
     name = "lower_conversions"
 
-    def call(self, gm: fx.GraphModule) -> Result:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         changes = []
         for node in conversion_nodes(gm):
             x, source, target = node.args

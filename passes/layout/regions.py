@@ -7,7 +7,7 @@ from torch import fx
 from mfpsn_fx.kernels.layout import Layout, to_layout
 from mfpsn_fx.model.time_last import run_time_last
 
-from ..neurons import STRIDES, Neuron, neurons
+from ..neurons import Neuron, neurons, note_layout
 from .dim_rules import dims_rule
 from .operators import is_spikes, known_time_last
 
@@ -54,9 +54,7 @@ def remove_conversions(gm: fx.GraphModule) -> list[str]:
     reads, makes = _late(found, gm)
     ours = _without_foreign(gm, found, reads, makes)
     for node in makes & ours:
-        node.meta.pop(STRIDES, None)  # of the other order of dims
-        if (meta := node.meta.get("mfpsn_tensor")) is not None:
-            node.meta["mfpsn_tensor"] = (Layout.TIME_FIRST.shape_from(meta[0], Layout.TIME_LAST), *meta[1:])
+        note_layout(node, node, Layout.TIME_LAST, Layout.TIME_FIRST)
     removed = []
     for node in list(gm.graph.nodes):
         if node not in ours:

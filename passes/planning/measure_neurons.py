@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 
@@ -12,54 +11,33 @@ from torch import fx
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.autotune.neuron_race import EVALUATION, TRAINING, kernel_contest
-from mfpsn_fx.kernels.autotune.race import Contest, Outcome, Results, beats, run_contests
+from mfpsn_fx.kernels.autotune.race import Contest, Outcome, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
 from mfpsn_fx.model.results import Candidate, Measured
 
 from ..base import Pass, Result
-from ..layout.conversions import remove_conversions
-from ..layout.graph import layout_graph
+from ..context import MeasurementStats, PassContext
 from ..neurons import Neuron, neurons
-from .replay import Choice, replayed
+from ..options import MeasureOptions
+from .canonicalize import layouts_in
+from .replay import choices_of, replayed
 
-__all__ = ["Autoselect", "candidates_for", "forced_kernel"]
+__all__ = ["Autoselect", "candidates_for", "check_choice", "cost_of", "fastest", "forced_kernel", "spread_of"]
 
-MEASURED = "mfpsn_measured"  # gm.meta: neuron name -> Measured
-PLAN = "mfpsn_plan"  # gm.meta: Plan
-SPENT = "mfpsn_spent"  # gm.meta: Spent
-CACHE = "mfpsn_cache"  # gm.meta: the SelectionCache of this run, which says once what is wrong with it
 VANILLA = "vanilla-conv1d"
 
 
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """What measuring took: seconds, ways measured now and known from earlier, the samples' noise, fewest samples."""
-
-    seconds: float = 0.0
-    measured: int = 0
-    kept: int = 0
-    noise: float | None = None
-    repeats: int = 0
-
-    def plus(self, seconds: float, results: Results) -> Spent:
-        """Together with another round of measuring."""
-        noise = max((n for n in (self.noise, results.noise) if n is not None), default=None)
-        return Spent(
-            self.seconds + seconds, self.measured + results.measured, self.kept + results.kept, noise, self.repeats
-        )
-
-
-def forced_kernel(choice: str | dict[str, str], name: str) -> str | None:
+def forced_kernel(choice: str | Mapping[str, str], name: str) -> str | None:
     """The kernel that ``choice`` prescribes for layer ``name``, or None where it leaves the choice open."""
-    if isinstance(choice, dict):
+    if isinstance(choice, Mapping):
         return choice.get(name)
     return None if choice == "auto" else choice
 
 
-def check_choice(choice: str | dict[str, str], names: list[str]) -> None:
+def check_choice(choice: str | Mapping[str, str], names: list[str]) -> None:
     """Raise ``ValueError`` unless ``choice`` is "auto", a kernel, or a mapping of known layers to kernels."""
-    if isinstance(choice, dict):
+    if isinstance(choice, Mapping):
         if unknown := sorted(set(choice) - set(names)):
             raise ValueError(f"kernels= names layers that are no neurons: {unknown}; the neurons are {names}")
         for name, kernel in choice.items():
@@ -71,38 +49,26 @@ def check_choice(choice: str | dict[str, str], names: list[str]) -> None:
         get_kernel(choice)
 
 
-def check_budget(budget_s: float) -> float:
-    """``budget_s``; ``ValueError`` unless it is a number of at least 0."""
-    if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s >= 0:
-        raise ValueError(f"budget_s must be a number of seconds, at least 0, found {budget_s!r}")
-    return float(budget_s)
-
-
-def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] = "auto") -> list[Kernel]:
-    """The kernels to be measured for ``neuron`` under ``layout``: all registered ones, or the one forced."""
+def candidates_for(neuron: Neuron, choice: str | Mapping[str, str] = "auto") -> list[Kernel]:
+    """The kernels to be measured for ``neuron``: all registered ones, or the one forced."""
     forced = forced_kernel(choice, neuron.name)
     return list(kernels()) if forced is None else [get_kernel(forced)]
 
 
 class Autoselect(Pass):
-    """Time forward and backward of each neuron with each kernel in each layout, and note the times.
+    """Time forward and backward of each neuron with each kernel in each layout; the graph is unchanged.
 
-    The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
-    ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
-    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_contests`;
+    Before and after: ``conv -> lif -> linear``; ``context.measurements["lif"]`` holds each kernel's times in each
+    layout, ``context.stats`` what that took. Kernels are measured in turn on data with the strides and dtype of the
+    layer's input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_contests`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
-    measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
-    measured for comparison, last, if there is time.
+    measured once, what was measured in an earlier run on this machine is not measured again, and layers for which the
+    option ``selection`` says what to take are not measured at all. The vanilla way is measured for comparison, last, if
+    there is time.
 
     Args:
-        layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each
-            neuron's own, no conversions removed.
-        kernels: ``"auto"``, one name for all, or a mapping from layer to name.
-        repeats: the fewest samples of a kernel that may be chosen.
-        progress: show a progress bar; None: if the terminal is one.
-        budget_s: seconds to measure for, all layers together.
-        cache: use and keep times in the user's cache.
-        choices: what was chosen elsewhere, by layer: layers that it fits are not measured.
+        layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. Where layouts are to
+            be chosen, 0.6 of the budget is for neurons, the rest for other layers and conversions.
 
     Raises:
         ValueError: unknown layout, kernel or layer; or no kernel works for a layer, with each one's reason.
@@ -114,41 +80,40 @@ class Autoselect(Pass):
 
     def __init__(
         self,
-        layout: Layout | str = "auto",
-        kernels: str | dict[str, str] = "auto",
-        repeats: int = 5,
+        layout: Layout | str | None = None,
+        kernels: str | Mapping[str, str] | None = None,
+        repeats: int | None = None,
         progress: bool | None = None,
         *,
-        budget_s: float = 30.0,
-        cache: bool = True,
-        choices: Mapping[str, Choice] | None = None,
+        budget_s: float | None = None,
+        cache: bool | None = None,
     ) -> None:
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"repeats must be an integer of at least 1, found {repeats!r}")
-        self.keep = layout == "keep"
-        self.layouts = tuple(Layout) if layout in ("auto", "uniform", "keep") else (Layout.parse(layout),)
-        self.kernels, self.repeats, self.progress = kernels, repeats, progress
-        self.budget_s, self.cache = check_budget(budget_s), cache
-        self.choices = None if choices is None else dict(choices)
+        super().__init__(
+            layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s, cache=cache
+        )
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        started = time.perf_counter()
-        gm.meta[CACHE] = SelectionCache.of_user() if self.cache else None
-        if not self.keep:
-            remove_conversions(gm)
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        started, options = time.perf_counter(), context.options
+        context.cache = SelectionCache.of_user() if options.cache else None
         found = neurons(gm)
-        check_choice(self.kernels, [neuron.name for neuron in found])
-        pinned = {} if self.keep else _pinned(gm)
-        layouts = {neuron.name: self._layouts_of(neuron, pinned) for neuron in found}
+        check_choice(options.kernels, [neuron.name for neuron in found])
+        found = [neuron for neuron in found if neuron.name not in context.fixed]
+        keep = options.layout == "keep"
+        pinned = {} if keep else _pinned(gm, context)
+        layouts = {neuron.name: _layouts_of(neuron, options.layout, pinned) for neuron in found}
         pools: dict[torch.device, Pool] = {}
         contests: list[Contest] = []
         measured = {}
-        if self.choices is not None:
-            measured |= replayed(found, self.choices, layouts)
-        entered = {n.name: self._enter(n, layouts[n.name], pools, contests) for n in found if n.name not in measured}
+        if options.selection is not None:
+            measured |= replayed(found, choices_of(options.selection), layouts)
+        entered = {
+            n.name: _enter(n, options.kernels, layouts[n.name], pools, contests)
+            for n in found
+            if n.name not in measured
+        }
         results = run_contests(
-            contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
-            cache=gm.meta[CACHE],
+            contests, budget_s=neurons_share(options) * options.budget_s, repeats=options.repeats,
+            progress=options.progress, cache=context.cache,
         )  # fmt: skip
         for neuron in found:
             if neuron.name in measured:
@@ -167,69 +132,88 @@ class Autoselect(Pass):
                 str(device),
                 (*candidates, *refused),
             )
-            self._check(neuron, layouts[neuron.name], measured[neuron.name], pinned)
-        gm.meta[MEASURED] = measured
-        gm.meta[SPENT] = Spent(repeats=self.repeats).plus(time.perf_counter() - started, results)
+            _check(neuron, options.kernels, layouts[neuron.name], measured[neuron.name], pinned)
+        context.measurements = measured
+        context.stats = MeasurementStats().plus(time.perf_counter() - started, results)
         return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
-    def _enter(
-        self, neuron: Neuron, layouts: tuple[Layout, ...], pools: dict[torch.device, Pool], contests: list[Contest]
-    ) -> tuple[dict[Layout, int], list[Candidate]]:
-        """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
-        places, refused = {}, []
-        for layout, names in self._jobs(neuron, layouts).items():
-            problem, able = neuron.problem(layout), []
-            for name in names:
-                kernel = get_kernel(name)
-                reason = kernel.refusal(problem) or kernel.refusal(neuron.problem(layout, training=False))
-                if reason is None:
-                    able.append(name)
-                else:
-                    refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
-            if able:
-                places[layout] = len(contests)
-                contests.append(
-                    kernel_contest(
-                        problem,
-                        able,
-                        pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
-                        name=f"{neuron.name}, {layout}",
-                        alpha=neuron.alpha,
-                        strides=neuron.strides(layout),
-                    )
+
+def neurons_share(options: MeasureOptions) -> float:
+    """Return the part of the budget that neurons get: all of it where no other layer has a choice."""
+    return 1.0 if options.layout == Layout.TIME_FIRST else 0.6
+
+
+def _enter(
+    neuron: Neuron,
+    choice: str | Mapping[str, str],
+    layouts: tuple[Layout, ...],
+    pools: dict[torch.device, Pool],
+    contests: list[Contest],
+) -> tuple[dict[Layout, int], list[Candidate]]:
+    """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
+    places, refused = {}, []
+    for layout, names in _jobs(neuron, choice, layouts).items():
+        problem, able = neuron.problem(layout), []
+        for name in names:
+            kernel = get_kernel(name)
+            reason = kernel.refusal(problem) or kernel.refusal(neuron.problem(layout, training=False))
+            if reason is None:
+                able.append(name)
+            else:
+                refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
+        if able:
+            places[layout] = len(contests)
+            contests.append(
+                kernel_contest(
+                    problem,
+                    able,
+                    pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
+                    name=f"{neuron.name}, {layout}",
+                    alpha=neuron.alpha,
+                    strides=neuron.strides(layout),
                 )
-        return places, refused
-
-    def _jobs(self, neuron: Neuron, layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
-        """The kernels to be measured for ``neuron``, by layout."""
-        jobs = {layout: [kernel.name for kernel in candidates_for(neuron, layout, self.kernels)] for layout in layouts}
-        first = jobs.setdefault(Layout.TIME_FIRST, [])
-        if VANILLA not in first:
-            first.append(VANILLA)
-        return jobs
-
-    def _layouts_of(self, neuron: Neuron, pinned: Mapping[str, str]) -> tuple[Layout, ...]:
-        """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
-        if self.keep or neuron.node is None:
-            return (neuron.layout,)
-        return (Layout.TIME_FIRST,) if neuron.name in pinned else self.layouts
-
-    def _check(
-        self, neuron: Neuron, layouts: tuple[Layout, ...], measured: Measured, pinned: Mapping[str, str]
-    ) -> None:
-        """Raise ``ValueError`` unless one of the kernels asked for ran in one of ``layouts``."""
-        forced = forced_kernel(self.kernels, neuron.name)
-        asked = [c for c in measured.candidates if Layout.parse(c.layout) in layouts and forced in (None, c.kernel)]
-        if any(candidate.error is None for candidate in asked):
-            return
-        reasons = "\n".join(f"  {c.kernel} ({c.layout}): {c.error}" for c in asked)
-        why = f", which stays time-first ({pinned[neuron.name]})" if neuron.name in pinned else ""
-        raise ValueError(f"{neuron.name}: no kernel can serve input of shape {neuron.meta[0]}{why}:\n{reasons}")
+            )
+    return places, refused
 
 
-def _pinned(gm: fx.GraphModule) -> dict[str, str]:
+def _jobs(neuron: Neuron, choice: str | Mapping[str, str], layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
+    """The kernels to be measured for ``neuron``, by layout."""
+    jobs = {layout: [kernel.name for kernel in candidates_for(neuron, choice)] for layout in layouts}
+    first = jobs.setdefault(Layout.TIME_FIRST, [])
+    if VANILLA not in first:
+        first.append(VANILLA)
+    return jobs
+
+
+def _layouts_of(neuron: Neuron, rule: str, pinned: Mapping[str, str]) -> tuple[Layout, ...]:
+    """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
+    if rule == "keep" or neuron.node is None:
+        return (neuron.layout,)
+    if neuron.name in pinned:
+        return (Layout.TIME_FIRST,)
+    return tuple(Layout) if rule in ("auto", "uniform") else (Layout.parse(rule),)
+
+
+def _check(
+    neuron: Neuron,
+    choice: str | Mapping[str, str],
+    layouts: tuple[Layout, ...],
+    measured: Measured,
+    pinned: Mapping[str, str],
+) -> None:
+    """Raise ``ValueError`` unless one of the kernels asked for ran in one of ``layouts``."""
+    forced = forced_kernel(choice, neuron.name)
+    asked = [c for c in measured.candidates if Layout.parse(c.layout) in layouts and forced in (None, c.kernel)]
+    if any(candidate.error is None for candidate in asked):
+        return
+    reasons = "\n".join(f"  {c.kernel} ({c.layout}): {c.error}" for c in asked)
+    why = f", which stays time-first ({pinned[neuron.name]})" if neuron.name in pinned else ""
+    raise ValueError(f"{neuron.name}: no kernel can serve input of shape {neuron.meta[0]}{why}:\n{reasons}")
+
+
+def _pinned(gm: fx.GraphModule, context: PassContext) -> dict[str, str]:
     """Neuron → why it stays time-first in any case."""
-    graph = layout_graph(gm)
+    graph = layouts_in(gm, context)
     return {
         neuron.name: graph.operators[node].why
         for node, neuron in graph.neurons.items()

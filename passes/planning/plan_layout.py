@@ -9,34 +9,21 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.results import Candidate, Measured, Plan
 
 from ..base import Pass, Result
-from ..layout.conversions import PLANNED, remove_conversions
-from ..layout.graph import LayoutGraph, layout_graph
+from ..context import PassContext
+from ..layout.graph import LayoutGraph
 from ..layout.labels import Labelling, one_layout, solve
 from ..layout.min_cut import Costs
 from ..neurons import Neuron, neurons
+from ..options import ConvertOptions
+from .canonicalize import layouts_in
 from .measure_layers import AS_IS, stateless_times
-from .measure_neurons import (
-    CACHE,
-    MEASURED,
-    PLAN,
-    SPENT,
-    Spent,
-    check_budget,
-    cost_of,
-    fastest,
-    forced_kernel,
-    spread_of,
-)
+from .measure_neurons import cost_of, fastest, forced_kernel, neurons_share, spread_of
 
-__all__ = ["ALTERNATIVES", "RULES", "PlanLayout"]
-
-RULES = ("auto", "uniform", "keep", *map(str, Layout))
-ALTERNATIVES = "mfpsn_alternatives"  # gm.meta: name as in Plan.totals -> what PLANNED would be for it
+__all__ = ["PlanLayout"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +40,18 @@ class _Times:
 
 
 class PlanLayout(Pass):
-    """Choose the layout of each neuron and layer so that the network's predicted time is the least; the graph stays.
+    """Choose layouts and kernels so that the network's predicted time is the least; the graph is unchanged.
 
-    Nodes are neurons, at their fastest kernel in either layout, and layers without a memory, at their fastest form;
-    a conversion is paid once for all readers of a tensor. Inputs and outputs of the graph are time-first, as are
-    operators of which no other form is known. The minimum is exact: a minimum cut. It must beat all time-first by more
-    than the spread of the times, or that stays. ``insert_conversions`` writes the
-    choice into the graph.
+    Before and after: ``conv -> lif -> linear``; ``context.plan`` says which nodes run time-last, in which form, and on
+    which kernels, ``context.alternatives`` the same for each layout alone. Nodes are neurons, at their fastest kernel
+    in either layout, and layers without a memory, at their fastest form, which is measured here; a conversion is paid
+    once for all readers of a tensor. Inputs and outputs of the graph are time-first, as are operators of which no other
+    form is known. The minimum is exact: a minimum cut. It must beat all time-first by more than the spread of the
+    times, or that stays.
 
     Args:
-        layout: ``"auto"``; ``"uniform"``: all neurons and layers in one layout, the better one (paper, algorithm 1);
-            ``"time_first"`` or ``"time_last"``: all in that one; ``"keep"``: each neuron as it is.
-        kernels: those that neurons may use, as for ``autoselect``.
-        repeats: the fewest samples, for layers and conversions.
-        progress: show a progress bar; None: if the terminal is one.
-        budget_s: seconds to measure layers and conversions for.
-        cache: use and keep times in the user's cache.
+        layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. ``layout="uniform"`` is
+            the paper's algorithm 1.
 
     Raises:
         ValueError: an unknown layout, or with the kernels asked for no layout serves a neuron, or with one layout
@@ -81,109 +64,116 @@ class PlanLayout(Pass):
 
     def __init__(
         self,
-        layout: Layout | str = "auto",
-        kernels: str | Mapping[str, str] = "auto",
-        repeats: int = 5,
+        layout: Layout | str | None = None,
+        kernels: str | Mapping[str, str] | None = None,
+        repeats: int | None = None,
         progress: bool | None = None,
         *,
-        budget_s: float = 15.0,
-        cache: bool = True,
+        budget_s: float | None = None,
+        cache: bool | None = None,
     ) -> None:
-        if layout not in RULES:
-            Layout.parse(layout)  # it says which there are
-        self.layout = str(layout)
-        self.kernels, self.repeats, self.progress = kernels, repeats, progress
-        self.budget_s, self.cache = check_budget(budget_s), cache
-
-    def call(self, gm: fx.GraphModule) -> Result:
-        started = time.perf_counter()
-        measured: dict[str, Measured] = gm.meta.get(MEASURED, {})
-        if self.layout == "keep":
-            kept = [self._best(n, measured, n.layout) for n in neurons(gm) if n.name in measured]
-            total = (("keep", sum(cost_of(best) for best in kept if best is not None)),)
-            plan = Plan("keep", total, total)
-            gm.meta[PLANNED], gm.meta[ALTERNATIVES] = None, {}
-        else:
-            remove_conversions(gm)
-            plan = self._plan(gm, measured)
-        spent: Spent = gm.meta.get(SPENT, Spent(repeats=self.repeats))
-        gm.meta[PLAN] = dataclasses.replace(
-            plan,
-            seconds=spent.seconds + time.perf_counter() - started,
-            repeats=spent.repeats,
-            noise=spent.noise,
-            measured=spent.measured,
-            kept=spent.kept,
+        super().__init__(
+            layout=layout, kernels=kernels, repeats=repeats, progress=progress, budget_s=budget_s, cache=cache
         )
-        return Result(gm, [f"{name}: {ms:.3f} ms" for name, ms in plan.totals])
 
-    def _plan(self, gm: fx.GraphModule, measured: dict[str, Measured]) -> Plan:
-        times = self._times(gm, measured)
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        started = time.perf_counter()
+        options = context.options
+        found = [neuron for neuron in neurons(gm) if neuron.name in context.measurements]
+        fuse = options.fold_norms if isinstance(options, ConvertOptions) else context.norms_unfused
+        if options.layout == "keep":
+            kept = [_best(n, options.kernels, context.measurements, n.layout) for n in found]
+            total = (("keep", sum(cost_of(best) for best in kept if best is not None)),)
+            kernels = {n.name: _kernels(n, options.kernels, context.measurements, n.layout) for n in found}
+            plans = {"keep": Plan(None, kernels, fuse, "keep", total, total)}
+            chosen = "keep"
+        else:
+            plans, chosen = self._plans(gm, context, found, fuse)
+        stats = context.stats
+        took = stats.seconds + time.perf_counter() - started
+        context.alternatives = {
+            name: dataclasses.replace(
+                plan, seconds=took, repeats=options.repeats, noise=stats.noise, measured=stats.measured, kept=stats.kept
+            )
+            for name, plan in plans.items()
+        }
+        context.plan = context.alternatives[chosen]
+        return Result(gm, [f"{name}: {ms:.3f} ms" for name, ms in context.plan.totals])
+
+    def _plans(
+        self, gm: fx.GraphModule, context: PassContext, found: list[Neuron], fuse: bool
+    ) -> tuple[dict[str, Plan], str]:
+        """The plans to choose from, by name, and the name of the one that was chosen."""
+        rule, choice = context.options.layout, context.options.kernels
+        times = self._times(gm, context, found)
         ways: dict[str, Labelling] = {}
         for layout in Layout:
-            if self.layout in ("auto", "uniform", layout) and (found := self._uniform(times, layout)) is not None:
-                ways[str(layout)] = found
-        if self.layout == "auto":
-            ways["plan"] = self._clear(times, ways.get("time_first"), self._solved(times))
+            if rule in ("auto", "uniform", layout) and (uniform := self._uniform(times, layout)) is not None:
+                ways[str(layout)] = uniform
+        if rule == "auto":
+            ways["plan"] = self._clear(times, ways.get("time_first"), self._solved(times, choice))
         if not ways:
             raise ValueError(
-                f"no single layout serves every layer with the kernels asked for ({self.kernels!r}); "
+                f"no single layout serves every layer with the kernels asked for ({choice!r}); "
                 "choose other kernels, or layout='auto'"
             )
-        chosen = "plan" if self.layout == "auto" else min(ways, key=lambda name: ways[name].cost)
+        chosen = "plan" if rule == "auto" else min(ways, key=lambda name: ways[name].cost)
         first = ways.get("time_first")
-        if self.layout == "uniform" and self._clear(times, first, ways[chosen]) is first:
+        if rule == "uniform" and self._clear(times, first, ways[chosen]) is first:
             chosen = "time_first"
-        planned = {name: self._late(times, way) for name, way in ways.items()}
-        gm.meta[PLANNED] = planned[chosen]
-        gm.meta[ALTERNATIVES] = planned
-        best = ways[chosen]
-        return Plan(
-            _name_of(times.graph, best),
-            tuple((name, (way.cost + times.fixed) / 1e6) for name, way in ways.items()),
-            tuple((name, self._neurons_cost(times, way) / 1e6) for name, way in ways.items()),
-            len(best.conversions),
-            best.conversion_cost / 1e6,
-            conversion_totals=tuple((name, way.conversion_cost / 1e6) for name, way in ways.items()),
-            conversion_bytes=sum(c.bytes for c in best.conversions),
-            pinned=tuple((name, why, count) for (name, why), count in times.graph.pinned().items()),
-        )
+        totals = tuple((name, (way.cost + times.fixed) / 1e6) for name, way in ways.items())
+        neuron_totals = tuple((name, self._neurons_cost(times, way) / 1e6) for name, way in ways.items())
+        conversion_totals = tuple((name, way.conversion_cost / 1e6) for name, way in ways.items())
+        pinned = tuple((name, why, count) for (name, why), count in times.graph.pinned().items())
+        plans = {}
+        for name, way in ways.items():
+            layouts = {n.name: way.labels.get(n.node, n.layout) for n in found}
+            plans[name] = Plan(
+                self._time_last(times, way),
+                {n.name: _kernels(n, choice, context.measurements, layouts[n.name]) for n in found},
+                fuse,
+                _name_of(times.graph, way),
+                totals,
+                neuron_totals,
+                conversions=len(way.conversions),
+                conversion_ms=way.conversion_cost / 1e6,
+                conversion_totals=conversion_totals,
+                conversion_bytes=sum(c.bytes for c in way.conversions),
+                pinned=pinned,
+            )
+        return plans, chosen
 
-    def _times(self, gm: fx.GraphModule, measured: dict[str, Measured]) -> _Times:
-        graph = layout_graph(gm)
+    def _times(self, gm: fx.GraphModule, context: PassContext, found: list[Neuron]) -> _Times:
+        options = context.options
+        graph = layouts_in(gm, context)
         costs, methods, fixed, spreads = {}, {}, 0, {}
-        for neuron in neurons(gm):
-            if neuron.name not in measured:
-                continue
+        for neuron in found:
             if neuron.node in graph.neurons:
-                best = [self._best(neuron, measured, layout) for layout in Layout]
+                best = [_best(neuron, options.kernels, context.measurements, layout) for layout in Layout]
                 costs[neuron.node] = Costs(*map(_ns, best))
                 spreads[neuron.node] = tuple(1e6 * ((spread_of(one) if one else None) or 0.0) for one in best)
             else:
-                fixed += _ns(self._best(neuron, measured, neuron.layout)) or 0
-        if self.layout == Layout.TIME_FIRST:  # no other form and no conversion is in question
+                fixed += _ns(_best(neuron, options.kernels, context.measurements, neuron.layout)) or 0
+        if options.layout == Layout.TIME_FIRST:  # no other form and no conversion is in question
             return _Times(graph, costs, {}, methods, fixed, spreads, {})
-        cache = gm.meta.get(CACHE) or SelectionCache.of_user() if self.cache else None
-        found = stateless_times(gm, graph, self.repeats, self.progress, self.budget_s, cache)
-        gm.meta[SPENT] = gm.meta.get(SPENT, Spent(repeats=self.repeats)).plus(0.0, found.results)
-        for node, times in found.layers.items():
-            first = times.get((Layout.TIME_FIRST, AS_IS))
-            late = {method: ms for (layout, method), ms in times.items() if layout is Layout.TIME_LAST}
-            if first is None or not late:
+        share = (1 - neurons_share(options)) * options.budget_s
+        times = stateless_times(gm, graph, options.repeats, options.progress, share, context.cache)
+        context.stats = context.stats.plus(0.0, times.results)
+        for node, ways in times.layers.items():
+            first = ways.get((Layout.TIME_FIRST, AS_IS))
+            last = {method: ms for (layout, method), ms in ways.items() if layout is Layout.TIME_LAST}
+            if first is None or not last:
                 costs[node] = Costs(0, None)  # what cannot be measured stays as it was written
                 continue
-            methods[node] = min(late, key=late.get)
-            best = first, late[methods[node]]
+            methods[node] = min(last, key=last.get)
+            best = first, last[methods[node]]
             costs[node] = Costs(*(round(ms * 1e6) for ms, _ in best))
             spreads[node] = tuple(spread * 1e6 for _, spread in best)
         conversions = {
-            node: (round(there[0] * 1e6), round(back[0] * 1e6)) for node, (there, back) in found.conversions.items()
+            node: (round(there[0] * 1e6), round(back[0] * 1e6)) for node, (there, back) in times.conversions.items()
         }
-        moved = {node: tuple(spread * 1e6 for _, spread in both) for node, both in found.conversions.items()}
+        moved = {node: tuple(spread * 1e6 for _, spread in both) for node, both in times.conversions.items()}
         return _Times(graph, costs, conversions, methods, fixed, spreads, moved)
-
-    def _best(self, neuron: Neuron, measured: dict[str, Measured], layout: Layout) -> Candidate | None:
-        return fastest(measured[neuron.name], layout, kernel=forced_kernel(self.kernels, neuron.name))
 
     @staticmethod
     def _clear(times: _Times, first: Labelling | None, way: Labelling) -> Labelling:
@@ -197,21 +187,23 @@ class PlanLayout(Pass):
             spreads.append(there if move.target is Layout.TIME_LAST else back)
         return way if first.cost - way.cost > math.hypot(*spreads) else first
 
-    def _uniform(self, times: _Times, layout: Layout) -> Labelling | None:
+    @staticmethod
+    def _uniform(times: _Times, layout: Layout) -> Labelling | None:
         try:
             return solve(times.graph, one_layout(times.graph, times.costs, layout), times.conversion_costs)
         except ValueError:
             return None
 
-    def _solved(self, times: _Times) -> Labelling:
+    @staticmethod
+    def _solved(times: _Times, choice: str | Mapping[str, str]) -> Labelling:
         for node, neuron in times.graph.neurons.items():
             costs = times.costs.get(node, Costs())
             if costs.time_first is None and costs.time_last is None:  # measured by an earlier call, for other kernels
-                raise ValueError(f"{neuron.name}: none of the kernels asked for ({self.kernels!r}) was measured")
+                raise ValueError(f"{neuron.name}: none of the kernels asked for ({choice!r}) was measured")
         return solve(times.graph, times.costs, times.conversion_costs)
 
     @staticmethod
-    def _late(times: _Times, way: Labelling) -> dict[str, str]:
+    def _time_last(times: _Times, way: Labelling) -> dict[str, str]:
         """The time-last nodes by name, with the forms of layers."""
         return {
             node.name: times.methods.get(node, AS_IS) for node, label in way.labels.items() if label is Layout.TIME_LAST
@@ -221,6 +213,22 @@ class PlanLayout(Pass):
     def _neurons_cost(times: _Times, way: Labelling) -> int:
         own = (times.costs.get(node, Costs()).under(way.labels[node]) for node in times.graph.neurons)
         return times.fixed + sum(cost or 0 for cost in own)
+
+
+def _best(
+    neuron: Neuron, choice: str | Mapping[str, str], measured: Mapping[str, Measured], layout: Layout
+) -> Candidate | None:
+    return fastest(measured[neuron.name], layout, kernel=forced_kernel(choice, neuron.name))
+
+
+def _kernels(
+    neuron: Neuron, choice: str | Mapping[str, str], measured: Mapping[str, Measured], layout: Layout
+) -> tuple[str, str]:
+    """The kernels of ``neuron`` under ``layout``, for training and for evaluation: those forced, or the fastest."""
+    if (forced := forced_kernel(choice, neuron.name)) is not None:
+        return forced, forced
+    best = [fastest(measured[neuron.name], layout, evaluation=evaluation) for evaluation in (False, True)]
+    return tuple("" if one is None else one.kernel for one in best)
 
 
 def _ns(candidate: Candidate | None) -> int | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
@@ -12,7 +16,7 @@ from mfpsn_fx.model.results import Candidate, Measured
 
 from ..neurons import Neuron
 
-__all__ = ["Choice", "replayed"]
+__all__ = ["Choice", "choices_of", "replayed"]
 
 _log = logging.getLogger("mfpsn_fx")
 
@@ -88,3 +92,37 @@ def replayed(
     if missing := sorted(set(choices) - {neuron.name for neuron in found}):
         _log.warning("the selection has layers that this network does not have: %s", ", ".join(missing))
     return taken
+
+
+def choices_of(selection: Any) -> dict[str, Choice]:
+    """Return what a selection chose for each layer.
+
+    Args:
+        selection: a ``Selection``, the JSON text that its ``to_json`` wrote, or the path of it.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: there is no such file, or it is no selection.
+    """
+    names = [field.name for field in dataclasses.fields(Choice)]
+    if hasattr(selection, "rows"):
+        return {row.layer: Choice(**{name: getattr(row, name) for name in names}) for row in selection.rows}
+    text = _text(selection)
+    try:
+        data = json.loads(text)
+        if data["format"] != 1:
+            raise ValueError("unknown format")
+        return {row["layer"]: Choice(**{name: row[name] for name in names}) for row in data["rows"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"this is not a selection written by to_json: {error}") from error
+
+
+def _text(selection: str | os.PathLike) -> str:
+    if isinstance(selection, str) and selection.lstrip().startswith("{"):
+        return selection
+    if not isinstance(selection, (str, os.PathLike)):
+        raise TypeError(f"selection= takes a Selection, its JSON text or a path, found {type(selection).__name__}")
+    try:
+        return pathlib.Path(selection).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"selection={str(selection)!r} is neither JSON text nor a file to be read: {error}") from error

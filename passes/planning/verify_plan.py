@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
@@ -13,110 +12,73 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mfpsn_fx.model.capturing.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import preserved_rng, sharing_copy
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.results import Plan
 
 from ..base import Pass, Result
+from ..context import Example, PassContext
 from ..example_run import bind_arguments
-from ..layout.conversions import PLANNED, CancelConversions, InsertConversions, conversion_nodes
-from ..layout.labels import tensor_bytes
-from .bind_kernels import BindKernels
-from .measure_neurons import PLAN
-from .plan_layout import ALTERNATIVES
+from .plan import apply
 
-__all__ = ["VERIFY", "VerifyPlan"]
+__all__ = ["VerifyPlan"]
 
 _MODES = {True: ("eager", "compiled"), "eager": ("eager",), "compiled": ("compiled",)}
-VERIFY = (False, *_MODES)
 _WARM_UP = 2
 
 
 class VerifyPlan(Pass):
     """Measure a training step of the plan and of each uniform layout on the example; keep the plan unless it lost.
 
-    Copies are measured, turn by turn; parameters, statistics and random generators stay as they are. If another
-    layout beats the planned one by more than the two spreads together, eager or compiled, and loses in neither, it is
-    written into the graph in its place. The selection table shows the times and the verdict.
+    Before and after: ``conv -> lif -> linear``; ``context.plan`` is another if that one proved faster. Copies are
+    measured, turn by turn; parameters, statistics and random generators stay as they are. If another layout beats the
+    planned one by more than the two spreads together, eager or compiled, and loses in neither, it is taken. The
+    selection table shows the times and the verdict.
 
     Args:
-        args, kwargs: what the model is called with.
-        mode: ``True``: eager and under ``torch.compile``, which takes as long as compiling up to three networks;
-            ``"eager"`` or ``"compiled"``: that alone. What does not compile is measured in eager mode, and the table
-            says so.
-        kernels: as for ``bind_kernels``.
-        repeats: samples of each network, at least 5 are taken.
-        progress: show a progress bar; None: if the terminal is one.
-
-    Raises:
-        ValueError: an unknown mode.
+        mode: in place of the context's option ``verify``. ``False``: nothing is done; ``True``: eager and under
+            ``torch.compile``, which takes as long as compiling up to three networks; ``"eager"`` or ``"compiled"``:
+            that alone. What does not compile is measured in eager mode, and the table says so.
+        repeats, progress: in place of the context's options; at least 5 samples are taken of each network.
     """
 
     name = "verify_plan"
-    needs = ("neurons", "shapes", "layout_plan", "kernels")
+    needs = ("neurons", "shapes", "layout_plan")
     gives = ("verified",)
 
     def __init__(
-        self,
-        args: tuple = (),
-        kwargs: Mapping | None = None,
-        mode: bool | str = True,
-        kernels: str | Mapping[str, str] = "auto",
-        repeats: int = 5,
-        progress: bool | None = None,
+        self, mode: bool | str | None = None, repeats: int | None = None, progress: bool | None = None
     ) -> None:
-        if mode not in _MODES:
-            raise ValueError(f"unknown way to verify {mode!r}: choose True, 'eager' or 'compiled'")
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-        self.modes = _MODES[mode]
-        self.kernels, self.repeats, self.progress = kernels, repeats, progress
+        super().__init__(verify=mode, repeats=repeats, progress=progress)
 
-    def call(self, gm: fx.GraphModule) -> Result:
-        plan: Plan = gm.meta[PLAN]
-        alternatives: dict[str, dict[str, str]] = gm.meta.get(ALTERNATIVES, {})
-        if not alternatives:
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        if context.options.verify is False or context.plan.time_last is None:
             return Result(gm)
-        chosen = next(name for name, late in alternatives.items() if late == gm.meta[PLANNED])
-        chosen = "plan" if "plan" in alternatives else chosen
-        different = {chosen: alternatives[chosen]}
-        for name, late in alternatives.items():
-            if late not in different.values():
-                different[name] = late
-        variants = {name: self._variant(gm, late) for name, late in different.items()}
-        verified, failed = self._verified(variants)
+        chosen = next(name for name, plan in context.alternatives.items() if plan is context.plan)
+        different = {chosen: context.plan}
+        for name, plan in context.alternatives.items():
+            if all(plan.time_last != other.time_last for other in different.values()):
+                different[name] = plan
+        variants = {name: _variant(gm, plan) for name, plan in different.items()}
+        verified, failed = self._verified(variants, context)
         best, verdict = _decided(verified, chosen)
-        plan = dataclasses.replace(plan, verified=tuple(verified), verdict="; ".join(filter(None, (verdict, failed))))
+        plan = dataclasses.replace(
+            different[best], verified=tuple(verified), verdict="; ".join(filter(None, (verdict, failed)))
+        )
         if best != chosen:
-            gm.meta[PLANNED] = alternatives[best]
-            InsertConversions()(gm)
-            CancelConversions()(gm)
-            nodes = conversion_nodes(gm)
-            plan = dataclasses.replace(
-                plan,
-                layout=best,
-                conversions=len(nodes),
-                conversion_ms=dict(plan.conversion_totals)[best],
-                conversion_bytes=sum(map(tensor_bytes, nodes)),
-            )
-        gm.meta[PLAN] = plan
-        BindKernels(self.kernels)(gm)  # it hands the record to the neurons
+            plan = dataclasses.replace(plan, layout=best)
+        context.plan = plan
         return Result(gm, [f"{name}: {ms:.3f} ms {mode}" for mode, name, ms, _ in verified])
 
-    def _variant(self, gm: fx.GraphModule, late: dict[str, str]) -> fx.GraphModule:
-        variant = copy.deepcopy(gm)
-        variant.meta = {**gm.meta, PLANNED: late}
-        for one in (InsertConversions(), CancelConversions(), BindKernels(self.kernels)):
-            one(variant)
-        variant.meta = {}
-        return variant
-
-    def _verified(self, variants: Mapping[str, fx.GraphModule]) -> tuple[list[tuple[str, str, float, float]], str]:
+    def _verified(
+        self, variants: Mapping[str, fx.GraphModule], context: PassContext
+    ) -> tuple[list[tuple[str, str, float, float]], str]:
         """(mode, name, milliseconds, spread) of each, and what could not be measured."""
-        verified, failed, modes = [], "", list(self.modes)
+        verified, failed, modes = [], "", list(_MODES[context.options.verify])
         while modes:
             mode = modes.pop(0)
             try:
-                times = self._measured(variants, mode)
+                times = self._measured(variants, mode, context)
             except Exception as error:
                 if mode == "eager":
                     raise
@@ -127,13 +89,16 @@ class VerifyPlan(Pass):
             verified += [(mode, name, *_summary(samples)) for name, samples in times.items()]
         return verified, failed
 
-    def _measured(self, variants: Mapping[str, fx.GraphModule], mode: str) -> dict[str, list[float]]:
+    def _measured(
+        self, variants: Mapping[str, fx.GraphModule], mode: str, context: PassContext
+    ) -> dict[str, list[float]]:
         devices = {t.device for gm in variants.values() for t in (*gm.parameters(), *gm.buffers())}
-        silent = None if self.progress is None else not self.progress
-        rounds = _WARM_UP + max(5, self.repeats)
+        progress = context.options.progress
+        silent = None if progress is None else not progress
+        rounds = _WARM_UP + max(5, context.options.repeats)
         with preserved_rng():
             steps = {
-                name: _step(gm, torch.compile(gm) if mode == "compiled" else gm, self.args, self.kwargs, devices)
+                name: _step(gm, torch.compile(gm) if mode == "compiled" else gm, context.example, devices)
                 for name, gm in variants.items()
             }
             samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -145,13 +110,18 @@ class VerifyPlan(Pass):
         return samples
 
 
-def _step(
-    gm: fx.GraphModule, run: Callable, args: tuple, kwargs: Mapping, devices: set[torch.device]
-) -> Iterator[float]:
+def _variant(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    variant = sharing_copy(gm)
+    apply(plan, variant)
+    return variant
+
+
+def _step(gm: fx.GraphModule, run: Callable, example: Example, devices: set[torch.device]) -> Iterator[float]:
     """Milliseconds of one training step after the other."""
     while True:
         _fresh(gm)
-        given = pytree.tree_map_only(Tensor, torch.clone, (bind_arguments(gm, args, dict(kwargs))))
+        bound = bind_arguments(gm, example.args, dict(example.kwargs))
+        given = pytree.tree_map_only(Tensor, torch.clone, bound)
         with torch.enable_grad():
             _synchronise(devices)
             started = time.perf_counter()

@@ -481,7 +481,7 @@ def test_neurons_that_stay_forget_between_batches(example):
 
 
 def test_the_pass_states_its_needs(hot, example):
-    pipeline = mfpsn_fx.conversion_pipeline((example,), calibrate=[example])
+    pipeline = mfpsn_fx.conversion_pipeline(calibrate=[example])
     names = [p.name for p in pipeline]
     assert names.index("calibrate") == names.index("initialise_neurons") + 1
     with pytest.raises(mfpsn_fx.PipelineError, match="calibrate needs 'neurons'"):

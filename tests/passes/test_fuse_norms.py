@@ -14,7 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 import mfpsn_fx
 from mfpsn_fx.model.norms.affine import norm_affine
-from mfpsn_fx.passes import FoldNorms, Pipeline, PropagateShapes, folded_norms, neurons, unfold_norms
+from mfpsn_fx.passes import (
+    Example,
+    FoldNorms,
+    PassContext,
+    Pipeline,
+    PropagateShapes,
+    folded_norms,
+    neurons,
+    unfold_norms,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,9 +65,8 @@ def converted(net, x, **options):
 
 def folded(model, *x):
     """A copy of ``model`` with its norms folded."""
-    twin = Pipeline([PropagateShapes(x), FoldNorms()], given=("neurons",))(copy.deepcopy(model))
-    twin.meta.clear()
-    return twin
+    pipeline = Pipeline([PropagateShapes(), FoldNorms()], given=("neurons",))
+    return pipeline(copy.deepcopy(model), PassContext(Example(x)))
 
 
 @pytest.fixture

@@ -13,14 +13,18 @@ import mfpsn_fx
 from mfpsn_fx import MulFreePSN, Pass, Pipeline, PipelineError, conversion_pipeline, planning_pipeline
 from mfpsn_fx.kernels import get_kernel, power_of_two, to_layout
 from mfpsn_fx.model import capture
+from mfpsn_fx.model.results import record_of
 from mfpsn_fx.passes import (
     AssignDilations,
     Autoselect,
     BindKernels,
     CancelConversions,
+    ConvertOptions,
+    Example,
     InitialiseNeurons,
     InsertConversions,
     ObserveInputs,
+    PassContext,
     PropagateShapes,
     ReplaceNeurons,
     Result,
@@ -31,6 +35,11 @@ from mfpsn_fx.passes import (
 )
 
 
+def on(*args, **options):
+    """What passes need to run on a batch, quickly."""
+    return PassContext(Example(args), ConvertOptions(repeats=1, progress=False, **options))
+
+
 @pytest.fixture
 def gm(net):
     return capture(copy.deepcopy(net))[0]
@@ -39,8 +48,9 @@ def gm(net):
 class TestOneByOne:
     def test_graph_runs_after_every_pass(self, gm, example):
         """Unbound is legal: runnable and differentiable after each pass."""
-        for one in conversion_pipeline((example,), repeats=1, progress=False):
-            result = one(gm)
+        context = on(example)
+        for one in conversion_pipeline():
+            result = one(gm, context)
             gm = result.graph_module
             out = gm(example)
             out.sum().backward()
@@ -54,7 +64,8 @@ class TestOneByOne:
                     module.reset()
 
     def test_passes_tell_what_they_changed(self, gm, example):
-        told = {one.name: one(gm).changes for one in conversion_pipeline((example,), repeats=1, progress=False)}
+        context = on(example)
+        told = {one.name: one(gm, context).changes for one in conversion_pipeline()}
         assert told["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
         assert told["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
         assert "100%" not in told["initialise_neurons"][0]
@@ -83,7 +94,7 @@ class TestOneByOne:
         assert [n.dilation for n in neurons(gm)] == [1, 2, 1]
 
     def test_shapes(self, gm, example):
-        Pipeline([ReplaceNeurons(), PropagateShapes((example,))])(gm)
+        Pipeline([ReplaceNeurons(), PropagateShapes()])(gm, on(example))
         assert [n.meta[0] for n in neurons(gm)] == [(6, 5, 4, 8), (6, 5, 4, 8), (6, 5, 6)]
         with pytest.raises(ValueError, match="no example was given"):
             PropagateShapes()(capture(nn.Sequential(MulFreePSN(2)))[0])
@@ -104,8 +115,8 @@ class TestConversions:
         x = torch.randn(5, 2, 3, 4)
         gm, _ = capture(Skip().eval())
         expected = gm(x)
-        pipeline = Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])
-        pipeline(gm)
+        pipeline = Pipeline([PropagateShapes(), InsertConversions("time_last")], given=["neurons"])
+        pipeline(gm, on(x))
         assert torch.equal(gm(x), expected)
         # x once for three readers, and the end; the linear layer runs time-last
         assert len(conversion_nodes(gm)) == 2
@@ -135,7 +146,7 @@ class TestConversions:
         gm, _ = capture(model)
         with torch.no_grad():
             expected = model(x)
-            Pipeline([PropagateShapes((x,)), InsertConversions("time_last")], given=["neurons"])(gm)
+            Pipeline([PropagateShapes(), InsertConversions("time_last")], given=["neurons"])(gm, on(x))
             assert torch.equal(gm(x), expected)
 
     def test_masks_and_parameters_of_full_shape(self):
@@ -157,7 +168,7 @@ class TestConversions:
         gm, _ = capture(model)
         expected = gm(x, mask)
         assert 0 < expected.sum() < expected.numel()
-        Pipeline([PropagateShapes((x, mask)), InsertConversions("time_last")], given=["neurons"])(gm)
+        Pipeline([PropagateShapes(), InsertConversions("time_last")], given=["neurons"])(gm, on(x, mask))
         assert torch.equal(gm(x, mask), expected)
         assert [str(n.layout) for n in neurons(gm)] == ["time_last"] * 2
         assert len(conversion_nodes(gm)) == 3
@@ -181,12 +192,11 @@ class TestConversions:
 
 class TestAutoselect:
     def test_every_layer_kernel_and_layout_is_tried(self, gm, example):
-        pipeline = conversion_pipeline((example,), repeats=1, progress=False)
-        gm = pipeline(gm)
+        gm = conversion_pipeline(repeats=1, progress=False)(gm, PassContext(Example((example,))))
         for n in neurons(gm):
-            tried = {(c.layout, c.kernel) for c in n.module.measured[n.key].candidates}
+            tried = {(c.layout, c.kernel) for c in record_of(gm).measured[n.name].candidates}
             assert len(tried) == 2 * len(mfpsn_fx.kernels.kernels())
-            working = [c for c in n.module.measured[n.key].candidates if c.error is None and c.layout == n.layout]
+            working = [c for c in record_of(gm).measured[n.name].candidates if c.error is None and c.layout == n.layout]
             # of those that are not slower than the fastest by more than their spread, the one of highest rank
             for kernel, cost, spread in (
                 (n.kernel, lambda c: c.training_ms, lambda c: c.spread_ms),
@@ -204,7 +214,7 @@ class TestAutoselect:
             return [1.0] * 3 if problem.layout == "time_last" and name == "conv2d" else [50.0] * 3
 
         distorted(fake, conversion=5.0)
-        gm = conversion_pipeline((example,), repeats=1, progress=False)(gm)
+        gm = conversion_pipeline()(gm, on(example))
         table = mfpsn_fx.selection(gm)
         assert {(r.layout, r.kernel) for r in table.rows} == {("time_last", "conv2d")}
         # six layers and the mean over time; of conversions the example's alone, which has no gradient
@@ -214,7 +224,7 @@ class TestAutoselect:
         assert (table.layout, table.conversions, table.conversion_bytes) == ("time_last", 1, 4 * example.numel())
         assert {r.ratio for r in table.rows} == {50.0}
         distorted(fake, conversion=500.0)
-        planning_pipeline((example,), repeats=1, progress=False)(gm)
+        planning_pipeline()(gm, on(example))
         assert {r.layout for r in mfpsn_fx.selection(gm).rows} == {"time_first"}
 
     def test_identical_layers_are_measured_once(self):
@@ -235,7 +245,7 @@ class TestAutoselect:
         with pytest.raises(
             ValueError, match=r"(?s)features\.2: no kernel can serve.*shifted-add.*MemoryError: too big"
         ):
-            conversion_pipeline((example,), repeats=1, progress=False)(gm)
+            conversion_pipeline()(gm, on(example))
 
 
 class TestSnap:
@@ -277,20 +287,18 @@ class TestPipeline:
         assert len(text.splitlines()) == 4
 
     def test_printed_taken_apart_and_extended(self, example):
-        pipeline = conversion_pipeline((example,))
+        pipeline = conversion_pipeline()
         text = str(pipeline)
         for one in pipeline:
             assert one.name in text
         names = [p.name for p in pipeline]
         assert names[:2] == ["check_sources", "observe_inputs"]
-        assert [p.name for p in pipeline.without("cancel_conversions")] == [
-            n for n in names if n != "cancel_conversions"
-        ]
+        assert [p.name for p in pipeline.without("verify_plan")] == [n for n in names if n != "verify_plan"]
         longer = pipeline.inserted(SnapWeights(), after="initialise_neurons")
         assert longer[6].name == "snap_weights"
         assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
-        assert pipeline.inserted(SnapWeights(), before="autoselect")[8].name == "snap_weights"
-        assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].sequence == (7,)
+        assert pipeline.inserted(SnapWeights(), before="autoselect")[9].name == "snap_weights"
+        assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].options == {"dilation": 7}
         assert len(pipeline) == len(names)
         with pytest.raises(ValueError, match="no pass called 'x'"):
             pipeline.without("x")
@@ -304,7 +312,7 @@ class TestPipeline:
             name = "scale"
             needs = ("neurons",)
 
-            def call(self, gm):
+            def call(self, gm, context):
                 for n in neurons(gm):
                     n.module.gamma.data.mul_(2)
                 return Result(gm, ["doubled"])
@@ -327,7 +335,7 @@ class TestPipeline:
         text = (tmp_path / "debug" / "04_assign_dilations.changes.txt").read_text()
         assert text.startswith("time: ")
         assert "features.4: dilation 1 -> 2" in text
-        assert len(files) == 3 * len(conversion_pipeline((example,)))
+        assert len(files) == 3 * len(conversion_pipeline())
 
 
 def test_observe_inputs_without_an_example_does_nothing(gm):

@@ -21,7 +21,7 @@ from ..time_axis import fold_time, unfold_time
 from ..time_last import has_hooks as _has_hooks
 from ..time_last import has_own_forms
 
-__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "user_path"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "sharing_copy", "user_path"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
@@ -313,6 +313,20 @@ def copied(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied with copy.deepcopy, which is needed to leave it untouched: "
             f"{_first_line(error)}. Detach tensors that are kept as attributes (reset the network's state) and retry"
         ) from error
+
+
+def sharing_copy(model: nn.Module, but: type[nn.Module] | tuple[type[nn.Module], ...] = ()) -> nn.Module:
+    """Return a deep copy of ``model`` whose parameters share their memory with the model's.
+
+    For trying a network: buffers, hooks, flags and gradients are the copy's own, the weights, nearly all of its
+    memory, are not copied. Modules of type ``but`` have parameters of their own.
+    """
+    own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
+    memo: dict[int, object] = {}
+    for p in model.parameters():
+        if type(p) is nn.Parameter and id(p) not in own:
+            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+    return copy.deepcopy(model, memo)
 
 
 def _with_constants(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> nn.Module:

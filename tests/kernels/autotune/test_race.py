@@ -23,7 +23,8 @@ from mfpsn_fx.kernels.autotune.buffers import Pool, last_level_cache
 from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.autotune.clock import ClockError, estimate, noise_of, sample, spread_of
 from mfpsn_fx.kernels.autotune.race import Contest, Entrant, beats, run_contests
-from mfpsn_fx.model.results import Candidate, Measured
+from mfpsn_fx.model.results import Candidate, Measured, record_of
+from mfpsn_fx.passes import Example, PassContext
 from mfpsn_fx.passes.planning.measure_neurons import fastest
 
 CPU = torch.device("cpu")
@@ -602,11 +603,12 @@ class TestChoice:
             assert fastest(self.measured(**times), "time_first", evaluation=evaluation).kernel == wanted
 
     def test_time_last_must_win_by_more_than_the_spread(self, net, example, distorted):
-        pipeline = mfpsn_fx.planning_pipeline((example,), repeats=1, progress=False)
+        pipeline = mfpsn_fx.planning_pipeline(repeats=1, progress=False)
         for late, layout in ((0.99, "time_first"), (0.5, "time_last")):
             distorted(lambda problem, name, late=late: [late if problem.layout == "time_last" else 1.0] * 3, 1e-9)
             model = mfpsn_fx.convert(net, example, repeats=1, progress=False)
-            assert {row.layout for row in mfpsn_fx.selection(pipeline(model)).rows} == {layout}
+            table = mfpsn_fx.selection(pipeline(model, PassContext(Example((example,)))))
+            assert {row.layout for row in table.rows} == {layout}
 
 
 class Doubled(nn.Module):
@@ -673,7 +675,7 @@ class TestWhatIsMeasured:
         table = mfpsn_fx.selection(model)
         assert table.noise > 0
         assert f"{table.measured} ways measured, lowest of their samples; noise: {table.noise:.1%}" in str(table)
-        for candidate in model.a.measured["a"].candidates:
+        for candidate in record_of(model).measured["a"].candidates:
             if candidate.error is None:
                 samples = dict(candidate.samples)
                 assert candidate.forward_ms == min(samples["forward"])

@@ -23,20 +23,22 @@ from torch.utils import _pytree as pytree
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, to_layout
 from mfpsn_fx.model import capture
+from mfpsn_fx.model.results import Plan, record_of
 from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import run_time_last
 from mfpsn_fx.passes import (
     Autoselect,
     BindKernels,
     CancelConversions,
+    Example,
     InsertConversions,
+    PassContext,
     Pipeline,
     PlanLayout,
     PropagateShapes,
     conversion_nodes,
     neurons,
 )
-from mfpsn_fx.passes.layout.conversions import PLANNED
 from mfpsn_fx.passes.layout.graph import layout_graph
 from mfpsn_fx.passes.layout.min_cut import Costs, Tensor, best_labels, crossings, total_cost
 from mfpsn_fx.passes.planning import verify_plan
@@ -218,7 +220,7 @@ class TestPlan:
 
         Watch(gm.eval()).run(x)
         assert table.conversion_bytes == sum(sizes[n] for n in nodes)
-        plan = neurons(gm)[0].module.plan
+        plan = record_of(gm).plan
         assert (plan.conversions, plan.conversion_bytes) == (len(nodes), table.conversion_bytes)
         # each is read once at least, and cancelling finds nothing to do
         assert not CancelConversions()(gm).modified
@@ -300,7 +302,7 @@ class TestPlan:
 
 
 def passed(gm, *xs, layout="time_last"):
-    Pipeline([PropagateShapes(xs), InsertConversions(layout)], given=["neurons"])(gm)
+    Pipeline([PropagateShapes(), InsertConversions(layout)], given=["neurons"])(gm, PassContext(Example(xs)))
     return gm
 
 
@@ -353,11 +355,11 @@ class TestGraphs:
         with torch.no_grad():
             gm = capture(model)[0]
             expected = run(model)
-            PropagateShapes(xs)(gm)
+            PropagateShapes()(gm, PassContext(Example(xs)))
             names = [node.name for node in gm.graph.nodes]
-            gm.meta[PLANNED] = {name: "" for index, name in enumerate(names) if bits >> (index % 20) & 1}
+            planned = {name: "" for index, name in enumerate(names) if bits >> (index % 20) & 1}
             for layout in ("auto", "auto", "time_last", "auto", "time_first"):
-                InsertConversions(layout)(gm)
+                InsertConversions(layout)(gm, PassContext(plan=Plan(planned)))
                 for found, value in zip(run(gm), expected, strict=True):
                     torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10)
             assert conversion_nodes(gm) == []
@@ -365,9 +367,9 @@ class TestGraphs:
     def test_no_neuron(self):
         gm = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))[0]
         x = torch.randn(3, 2, 4)
-        pipeline = mfpsn_fx.planning_pipeline((x,), repeats=1, progress=False)
+        pipeline = mfpsn_fx.planning_pipeline(repeats=1, progress=False)
         expected, code = gm(x), gm.code
-        assert torch.equal(pipeline(gm)(x), expected)
+        assert torch.equal(pipeline(gm, PassContext(Example((x,))))(x), expected)
         assert gm.code == code
 
     @pytest.mark.parametrize("layout", ["auto", "time_last"])

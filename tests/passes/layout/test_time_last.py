@@ -14,7 +14,15 @@ from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import to_layout
 from mfpsn_fx.model import capture
 from mfpsn_fx.model.time_last import run_time_last, time_last_methods
-from mfpsn_fx.passes import InsertConversions, Pipeline, PropagateShapes, conversion_nodes, neurons
+from mfpsn_fx.passes import (
+    Example,
+    InsertConversions,
+    PassContext,
+    Pipeline,
+    PropagateShapes,
+    conversion_nodes,
+    neurons,
+)
 from mfpsn_fx.passes.layout.operators import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,9 +188,9 @@ def test_functions_with_mapped_dims(name):
     x, y = torch.randn(4, 2, 3, 5, 6, dtype=torch.float64), torch.randn(4, 2, 3, 5, 6, dtype=torch.float64)
     gm, _ = capture(Between(function).double().eval())
     expected, code = gm(x, y), gm.code
-    pipeline = Pipeline([PropagateShapes((x, y)), InsertConversions("time_last")], given=["neurons"])
+    pipeline = Pipeline([PropagateShapes(), InsertConversions("time_last")], given=["neurons"])
     for _ in range(2):
-        pipeline(gm)
+        pipeline(gm, PassContext(Example((x, y))))
         torch.testing.assert_close(gm(x, y), expected, rtol=1e-13, atol=1e-13)
         assert {str(n.layout) for n in neurons(gm)} == {"time_last"}
         # both inputs, and the output if it has a T axis
@@ -190,11 +198,13 @@ def test_functions_with_mapped_dims(name):
         assert len(conversion_nodes(gm)) == 2 + outputs
         seen = {}
         Watch(gm, seen).run(x, y)
-        noted = {n.name: n.meta["mfpsn_tensor"][0] for n in gm.graph.nodes if n.meta.get("mfpsn_tensor")}
+        noted = {n.name: tuple(n.meta["val"].shape) for n in gm.graph.nodes if "val" in n.meta}
         assert {name: shape for name, shape in noted.items() if name in seen} == seen  # of each edge as it is now
     # a pickled graph has lost all notes, and still can be made time-first
     again = pickle.loads(pickle.dumps(gm))
-    Pipeline([PropagateShapes((x, y)), InsertConversions("time_first")], given=["neurons"])(again)
+    Pipeline([PropagateShapes(), InsertConversions("time_first")], given=["neurons"])(
+        again, PassContext(Example((x, y)))
+    )
     assert conversion_nodes(again) == []
     assert torch.equal(again(x, y), expected)
     InsertConversions("time_first")(gm)
@@ -232,7 +242,7 @@ def test_what_has_no_form_stays_time_first(name):
     x, y = torch.randn(4, 2, 3, 5, 6, dtype=torch.float64), torch.randn(4, 2, 3, 5, 6, dtype=torch.float64)
     gm, _ = capture(Between(function).double().eval())
     expected = gm(x, y)
-    Pipeline([PropagateShapes((x, y)), InsertConversions("time_last")], given=["neurons"])(gm)
+    Pipeline([PropagateShapes(), InsertConversions("time_last")], given=["neurons"])(gm, PassContext(Example((x, y))))
     assert torch.equal(gm(x, y), expected)
     assert {str(n.layout) for n in neurons(gm)} == {"time_last"}
     if why is not None:

@@ -1,0 +1,301 @@
+"""What users may choose: each option once, with its default, its check and its description."""
+
+# ruff: noqa: RUF009  (the fields' defaults are descriptions of themselves, made once)
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
+from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.kernels.surrogate import Surrogate, get_surrogate
+from mfpsn_fx.model.batch import check_repeatable
+from mfpsn_fx.model.channel_dims import check_dims
+
+__all__ = ["DEFAULT_ORDER", "LAYOUTS", "VERIFY", "ConvertOptions", "MeasureOptions", "dilation_sequence", "order_of"]
+
+LAYOUTS = ("auto", "uniform", "keep", *map(str, Layout))
+VERIFY = (False, True, "eager", "compiled")
+DEFAULT_ORDER = 2
+_SAWTOOTH = 3  # the sawtooth's period (paper, equation 11)
+
+
+def _option(default: object, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def _documented(cls: type) -> type:
+    """Append the fields' descriptions to the class's docstring: each is written once."""
+    lines = [f"    {field.name}: {field.metadata['doc']}" for field in dataclasses.fields(cls)]
+    cls.__doc__ = "\n".join([cls.__doc__.rstrip(), "", "Attributes:", *lines, ""])
+    return cls
+
+
+@_documented
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """How kernels and layouts are measured and chosen. Frozen; checks itself.
+
+    Raises:
+        TypeError, ValueError: a value is none that its option takes.
+    """
+
+    layout: str = _option(
+        "auto",
+        '``"auto"``: the best for every stretch of the network, conversions included, as measured; ``"uniform"``: one '
+        'for all, the better one; ``"time_first"``, ``"time_last"``: that one; ``"keep"``: as it is (docs/layout.md).',
+    )
+    kernels: str | Mapping[str, str] = _option(
+        "auto", '``"auto"`` (measured), one name for all neurons, or a mapping from layer to name.'
+    )
+    repeats: int = _option(5, "The fewest samples of a kernel that may be chosen.")
+    budget_s: float = _option(10.0, "Seconds to measure for, all layers together.")
+    progress: bool | None = _option(None, "Show progress bars; None: if the terminal is one.")
+    cache: bool = _option(True, "Use times measured earlier on this machine, and keep new ones (docs/measurement.md).")
+    selection: Any = _option(
+        None,
+        "A ``Selection`` from elsewhere, its JSON text or the path of it: layouts and kernels are taken from there "
+        "instead of measured; layers that it does not fit are named in a warning and measured.",
+    )
+    verify: bool | str = _option(
+        False,
+        "Measure a training step of the planned network and of the uniform ones, end to end: ``True``: eager and "
+        'compiled; ``"eager"`` or ``"compiled"``: that alone. If the plan lost by more than the noise, the better one '
+        "is used.",
+    )
+
+    _NOT_JSON: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            Layout.parse(self.layout)  # it says which there are
+        self._set(layout=str(self.layout))
+        if isinstance(self.kernels, str):
+            if self.kernels != "auto":
+                get_kernel(self.kernels)
+        elif isinstance(self.kernels, Mapping):
+            self._set(kernels=dict(self.kernels))
+            for layer, name in self.kernels.items():
+                try:
+                    get_kernel(name)
+                except ValueError as error:
+                    raise ValueError(f"{layer}: {error}") from None
+        else:
+            raise TypeError(f"kernels takes a name or a mapping from layer to name, found {self.kernels!r}")
+        if isinstance(self.repeats, bool) or not isinstance(self.repeats, int) or self.repeats < 1:
+            raise ValueError(f"repeats must be an integer of at least 1, found {self.repeats!r}")
+        number = isinstance(self.budget_s, (int, float)) and not isinstance(self.budget_s, bool)
+        if not number or not self.budget_s >= 0:
+            raise ValueError(f"budget_s must be a number of seconds, at least 0, found {self.budget_s!r}")
+        self._set(budget_s=float(self.budget_s))
+        self._check_flag("cache")
+        if self.progress is not None:
+            self._check_flag("progress")
+        if self.verify not in VERIFY:
+            raise ValueError(f"unknown way to verify {self.verify!r}: choose True, 'eager' or 'compiled'")
+        if self.selection is not None and (self.layout != "auto" or self.kernels != "auto"):
+            raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
+
+    def replace(self, **changes: object) -> Self:
+        """Return these options with some changed.
+
+        Raises:
+            TypeError: there is no such option; the message names those that there are.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise TypeError(f"there is no option {', '.join(map(repr, unknown))}; the options are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Return the options as JSON text, of which :meth:`from_json` makes equal ones.
+
+        Raises:
+            ValueError: an option holds what JSON cannot: data, a function, an object.
+        """
+        return json.dumps({field.name: self._plain(field.name) for field in dataclasses.fields(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote; options that it leaves out have their defaults.
+
+        Raises:
+            ValueError: it is no JSON object, or a value is none that its option takes.
+            TypeError: it names an option that there is not.
+        """
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"these are no options written by to_json: {error}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"these are no options written by to_json: an object is needed, found {given!r}")
+        return cls().replace(**{name: cls._parsed(name, value) for name, value in given.items()})
+
+    def _plain(self, name: str) -> object:
+        value = getattr(self, name)
+        if name == "selection" and hasattr(value, "to_json"):
+            return value.to_json()
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if reason := self._NOT_JSON.get(name) if value is not None else None:
+            if name != "only" or callable(value):
+                raise ValueError(f"{name}={type(value).__name__} has no JSON form: {reason}")
+            return sorted(value)
+        if isinstance(value, Surrogate):
+            return {"name": value.name, "alpha": value.alpha}
+        return value
+
+    @classmethod
+    def _parsed(cls, name: str, value: object) -> object:
+        if name == "surrogate" and isinstance(value, dict):
+            return get_surrogate(value["name"], value["alpha"])
+        if name == "channel_dims" and isinstance(value, dict):
+            return {path: tuple(dims) if isinstance(dims, list) else dims for path, dims in value.items()}
+        if isinstance(value, list):
+            return tuple(value)
+        return value
+
+    def _check_flag(self, name: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            raise ValueError(f"{name} must be True or False, found {getattr(self, name)!r}")
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@_documented
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions(MeasureOptions):
+    """How a network is converted, and how kernels and layouts are chosen for it. Frozen; checks itself.
+
+    Raises:
+        TypeError, ValueError: a value is none that its option takes.
+    """
+
+    order: int | Mapping[str, int] = _option(
+        DEFAULT_ORDER,
+        f"k, the taps of each neuron, or a mapping from layer to k; layers that it leaves out have {DEFAULT_ORDER}.",
+    )
+    dilation: str | int | Sequence[int] = _option(
+        "sawtooth", 'The distance of taps in steps: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.'
+    )
+    init: str = _option("source", '``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.')
+    calibrate: Iterable | None = _option(
+        None,
+        "Batches on which the new neurons are fitted to what their sources do, resets included, layer by layer: a list "
+        "or a DataLoader of what the model takes (docs/calibration.md).",
+    )
+    strict: bool = _option(
+        True, "Raise if a neuron cannot be converted; otherwise it stays, and the selection lists it."
+    )
+    only: Iterable[str] | Callable[[str, nn.Module], bool] | None = _option(
+        None,
+        "Which neurons to convert: their paths in the model, or a function of path and module; the others stay, and "
+        "the selection lists them. None: all.",
+    )
+    surrogate: Surrogate | None = _option(None, "For all new neurons; None keeps each source's.")
+    gradient: str = _option(
+        str(Gradient.STRAIGHT_THROUGH),
+        'Of the power-of-two quantizer: ``"straight-through"``, ``"round-only"`` or ``"none"``.',
+    )
+    channel_dims: Mapping[str, int | tuple[int, ...]] | None = _option(
+        None,
+        "Where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in the model, the dim, or the "
+        'dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).',
+    )
+    fold_norms: bool = _option(
+        True,
+        "With an example, let neurons apply the batch norms in front of them on load "
+        "(:class:`mfpsn_fx.passes.FuseNorms`): the same network, with one tensor less for each.",
+    )
+    eps: float = _option(1e-5, "As in ``torch.nn.BatchNorm1d``, of each neuron's statistics.")
+    momentum: float = _option(0.1, "As in ``torch.nn.BatchNorm1d``, of each neuron's running statistics.")
+    min_exponent: int = _option(MIN_EXPONENT, "The least exponent of a quantized weight.")
+    max_exponent: int = _option(MAX_EXPONENT, "The largest exponent of a quantized weight.")
+
+    _NOT_JSON: ClassVar[dict[str, str]] = {
+        "calibrate": "it is data; leave it out and give it to convert",
+        "only": "it is a function; give the neurons' paths",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.order, Mapping):
+            self._set(order=dict(self.order))
+        for layer, order in self.order.items() if isinstance(self.order, dict) else [("", self.order)]:
+            if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+                at = f" of {layer}" if layer else ""
+                raise ValueError(f"order{at} must be an integer of at least 1, found {order!r}")
+        dilation_sequence(self.dilation)
+        if not isinstance(self.dilation, (str, int)):
+            self._set(dilation=tuple(self.dilation))
+        if self.init not in ("source", "random"):
+            raise ValueError(f"unknown init {self.init!r}: choose 'source' or 'random'")
+        if self.calibrate is not None:
+            check_repeatable(self.calibrate, "calibration")
+        self._check_flag("strict")
+        self._check_flag("fold_norms")
+        if isinstance(self.only, str):
+            raise TypeError(f"only takes several paths or a function of path and module, found the text {self.only!r}")
+        if self.only is not None and not callable(self.only):
+            self._set(only=frozenset(self.only))
+        if self.surrogate is not None and not isinstance(self.surrogate, Surrogate):
+            raise TypeError(f"surrogate takes a Surrogate such as mfpsn_fx.ATan(), found {self.surrogate!r}")
+        self._set(gradient=str(Gradient.parse(self.gradient)))
+        if self.channel_dims is not None:
+            self._set(channel_dims=dict(self.channel_dims))
+            for path, dims in self.channel_dims.items():
+                try:
+                    check_dims(dims)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
+        if not (self.eps > 0 and math.isfinite(self.eps) and 0 <= self.momentum <= 1):
+            raise ValueError(f"eps must be positive and momentum in [0, 1], found {self.eps} and {self.momentum}")
+        check_exponent_bounds(self.min_exponent, self.max_exponent)
+
+    def excludes(self, path: str, module: nn.Module) -> bool:
+        """Return True if ``only`` leaves out the neuron at ``path`` in the user's model."""
+        if self.only is None:
+            return False
+        return not (self.only(path, module) if callable(self.only) else path in self.only)
+
+
+def order_of(order: int | Mapping[str, int], path: str) -> int:
+    """Return k of the neuron at ``path`` in the user's model."""
+    return order.get(path, DEFAULT_ORDER) if isinstance(order, Mapping) else order
+
+
+def dilation_sequence(dilation: str | int | Sequence[int], period: int = _SAWTOOTH) -> tuple[int, ...]:
+    """Return the dilations that repeat over the layers (paper, equation 11).
+
+    Raises:
+        ValueError: ``dilation`` is not ``"sawtooth"``, an integer of at least 1, or a sequence of them.
+    """
+    wanted = f"unknown dilation {dilation!r}: give 'sawtooth', an integer, or a sequence of integers"
+    if isinstance(dilation, str):
+        if dilation != "sawtooth":
+            raise ValueError(wanted)
+        dilation = range(1, _positive(period) + 1)
+    elif isinstance(dilation, int):
+        dilation = [dilation]
+    try:
+        sequence = tuple(_positive(d) for d in dilation)
+    except TypeError:
+        raise ValueError(wanted) from None
+    if not sequence:
+        raise ValueError("the sequence of dilations is empty")
+    return sequence
+
+
+def _positive(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"a dilation must be an integer of at least 1, found {value!r}")
+    return value

@@ -1,0 +1,48 @@
+"""The form of a graph that planning starts from."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..base import Pass, Result
+from ..context import PassContext
+from ..fuse_norms import unfold_norms
+from ..layout.conversions import conversion_nodes
+from ..layout.graph import LayoutGraph, layout_graph
+from ..layout.regions import remove_conversions
+
+__all__ = ["Canonicalize", "layouts_in"]
+
+
+class Canonicalize(Pass):
+    """Take out what an earlier plan wrote: fused norms become layers again, and all is time-first.
+
+    Before: ``to_layout -> run_time_last(conv) -> norm_affine(bn) -> lif(layout="time_last") -> to_layout``. After:
+    ``conv -> bn -> lif``. With the option ``layout="keep"`` layouts and conversions stay.
+    """
+
+    name = "canonicalize"
+    gives = ("canonical",)
+
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        unfused = unfold_norms(gm)
+        context.norms_unfused = bool(unfused)
+        context.layout_graph = None
+        changes = [f"{path}: a layer again" for path in unfused]
+        if context.options.layout != "keep":
+            changes += [f"removed {name}" for name in remove_conversions(gm)]
+            gm.recompile()
+        return Result(gm, changes)
+
+
+def layouts_in(gm: fx.GraphModule, context: PassContext) -> LayoutGraph:
+    """Return where time has a place in ``gm``, read once for all passes until the graph is changed.
+
+    Raises:
+        ValueError: conversions stand in the graph, so that not all is time-first.
+    """
+    if context.layout_graph is None:
+        if conversion_nodes(gm):
+            raise ValueError("layout conversions stand in the graph: run Canonicalize before measuring and planning")
+        context.layout_graph = layout_graph(gm)
+    return context.layout_graph

@@ -1,0 +1,98 @@
+"""Write a plan into a graph: the one place where planning changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from mfpsn_fx.kernels.registry import get_kernel
+from mfpsn_fx.model.results import Plan, keep_record, record_of
+
+from ..base import Pass, Result
+from ..context import PassContext
+from ..fuse_norms import fold_norms
+from ..layout.conversions import cancel_conversions, insert_conversions
+from ..layout.graph import LayoutGraph, layout_graph
+from ..layout.regions import remove_conversions
+from ..neurons import Neuron, neurons
+
+__all__ = ["ApplyPlan", "apply"]
+
+
+def apply(plan: Plan, gm: fx.GraphModule, graph: LayoutGraph | None = None) -> list[str]:
+    """Write ``plan`` into ``gm``: layouts and conversions, kernels, fused norms; return what was changed.
+
+    It can be repeated, and applied to a copy of the graph that it was made for.
+
+    Args:
+        plan: what was chosen.
+        gm: a graph with neurons, changed in place.
+        graph: where time has a place in ``gm``, if it has been read already and no conversions stand in it.
+
+    Raises:
+        ValueError: a kernel does not support its layer; all such in one error. The graph is as it was.
+    """
+    found = {neuron.name: neuron for neuron in neurons(gm)}
+    _check(plan, found)
+    changes = []
+    if plan.time_last is not None:
+        changes += [f"removed {name}" for name in remove_conversions(gm)]
+        changes += insert_conversions(gm, plan.time_last, layout_graph(gm) if graph is None else graph)
+        changes += cancel_conversions(gm)
+        found = {neuron.name: neuron for neuron in neurons(gm)}
+    for name, (kernel, eval_kernel) in plan.kernels.items():
+        neuron = found[name]
+        before = (neuron.kernel, neuron.eval_kernel)
+        neuron.kernel, neuron.eval_kernel = kernel, eval_kernel
+        if before != (kernel, eval_kernel):
+            changes.append(f"{name}: {kernel or '-'} / {eval_kernel or '-'}")
+    if plan.fuse_norms:  # of a norm the planner knows both forms; folded, it takes its neuron's layout
+        changes += fold_norms(gm)
+    gm.recompile()
+    return changes
+
+
+class ApplyPlan(Pass):
+    """Write the context's plan into the graph.
+
+    Before: ``conv -> bn -> lif -> linear``. After, where that was chosen: ``to_layout -> run_time_last(conv) ->
+    norm_affine(bn) -> lif(layout="time_last", kernel="fused-cpp", …) -> to_layout -> linear``. Without a plan nothing
+    is done.
+    """
+
+    name = "apply_plan"
+    needs = ("neurons",)
+    gives = ("layout", "kernels")
+
+    def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
+        if context.plan is None:
+            return Result(gm)
+        graph, context.layout_graph = context.layout_graph, None
+        changes = apply(context.plan, gm, graph)
+        if any(neuron.module is not None for neuron in neurons(gm)):  # Dynamo's graphs are not kept
+            keep_record(gm, dataclasses.replace(record_of(gm), measured=context.measurements, plan=context.plan))
+        return Result(gm, changes)
+
+
+def _check(plan: Plan, found: dict[str, Neuron]) -> None:
+    """Raise ``ValueError`` unless the plan's kernels exist and support their layers."""
+    faults = []
+    for name, kernels in plan.kernels.items():
+        if name not in found:
+            faults.append(f"{name}: there is no such neuron; the neurons are {list(found)}")
+            continue
+        for kernel in dict.fromkeys(filter(None, kernels)):
+            if plan.time_last is None and (reason := _refusal(found[name], kernel)) is not None:
+                faults.append(f"{name}: kernel {kernel!r} {reason}")
+    if faults:
+        raise ValueError("the kernels asked for do not support these layers:\n  " + "\n  ".join(faults))
+
+
+def _refusal(neuron: Neuron, kernel: str) -> str | None:
+    candidate = get_kernel(kernel)
+    problem = neuron.problem()
+    if problem is None:
+        served = neuron.layout in candidate.layouts
+        return None if served else f"serves {' and '.join(map(str, candidate.layouts))}, not {neuron.layout}"
+    return candidate.refusal(problem)
