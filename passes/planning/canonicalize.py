@@ -7,7 +7,6 @@ from torch import fx
 from ..base import Pass, Result
 from ..context import PassContext
 from ..fuse_norms import unfold_norms
-from ..layout.conversions import conversion_nodes
 from ..layout.graph import LayoutGraph, layout_graph
 from ..layout.regions import remove_conversions
 
@@ -38,11 +37,8 @@ class Canonicalize(Pass):
 def layouts_in(gm: fx.GraphModule, context: PassContext) -> LayoutGraph:
     """Return where time has a place in ``gm``, read once for all passes until the graph is changed.
 
-    Raises:
-        ValueError: conversions stand in the graph, so that not all is time-first.
+    Conversions that stand in it are taken for the user's own.
     """
     if context.layout_graph is None:
-        if conversion_nodes(gm):
-            raise ValueError("layout conversions stand in the graph: run Canonicalize before measuring and planning")
         context.layout_graph = layout_graph(gm)
     return context.layout_graph

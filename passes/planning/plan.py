@@ -16,6 +16,7 @@ from ..layout.conversions import cancel_conversions, insert_conversions
 from ..layout.graph import LayoutGraph, layout_graph
 from ..layout.regions import remove_conversions
 from ..neurons import Neuron, neurons
+from .plan_layout import keep_layouts
 
 __all__ = ["ApplyPlan", "apply"]
 
@@ -57,8 +58,8 @@ class ApplyPlan(Pass):
     """Write the context's plan into the graph.
 
     Before: ``conv -> bn -> lif -> linear``. After, where that was chosen: ``to_layout -> run_time_last(conv) ->
-    norm_affine(bn) -> lif(layout="time_last", kernel="fused-cpp", …) -> to_layout -> linear``. Without a plan nothing
-    is done.
+    norm_affine(bn) -> lif(layout="time_last", kernel="fused-cpp", …) -> to_layout -> linear``. Without a plan, neurons
+    that were measured are bound to the fastest kernels of their layouts.
     """
 
     name = "apply_plan"
@@ -67,7 +68,7 @@ class ApplyPlan(Pass):
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         if context.plan is None:
-            return Result(gm)
+            context.plan = keep_layouts(gm, context)
         graph, context.layout_graph = context.layout_graph, None
         changes = apply(context.plan, gm, graph)
         if any(neuron.module is not None for neuron in neurons(gm)):  # Dynamo's graphs are not kept

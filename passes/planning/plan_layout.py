@@ -23,7 +23,7 @@ from .canonicalize import layouts_in
 from .measure_layers import AS_IS, stateless_times
 from .measure_neurons import cost_of, fastest, forced_kernel, neurons_share, spread_of
 
-__all__ = ["PlanLayout"]
+__all__ = ["PlanLayout", "keep_layouts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +79,10 @@ class PlanLayout(Pass):
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         started = time.perf_counter()
         options = context.options
-        found = [neuron for neuron in neurons(gm) if neuron.name in context.measurements]
-        fuse = options.fold_norms if isinstance(options, ConvertOptions) else context.norms_unfused
         if options.layout == "keep":
-            kept = [_best(n, options.kernels, context.measurements, n.layout) for n in found]
-            total = (("keep", sum(cost_of(best) for best in kept if best is not None)),)
-            kernels = {n.name: _kernels(n, options.kernels, context.measurements, n.layout) for n in found}
-            plans = {"keep": Plan(None, kernels, fuse, "keep", total, total)}
-            chosen = "keep"
+            plans, chosen = {"keep": keep_layouts(gm, context)}, "keep"
         else:
-            plans, chosen = self._plans(gm, context, found, fuse)
+            plans, chosen = self._plans(gm, context)
         stats = context.stats
         took = stats.seconds + time.perf_counter() - started
         context.alternatives = {
@@ -100,10 +94,9 @@ class PlanLayout(Pass):
         context.plan = context.alternatives[chosen]
         return Result(gm, [f"{name}: {ms:.3f} ms" for name, ms in context.plan.totals])
 
-    def _plans(
-        self, gm: fx.GraphModule, context: PassContext, found: list[Neuron], fuse: bool
-    ) -> tuple[dict[str, Plan], str]:
+    def _plans(self, gm: fx.GraphModule, context: PassContext) -> tuple[dict[str, Plan], str]:
         """The plans to choose from, by name, and the name of the one that was chosen."""
+        found = _measured_neurons(gm, context)
         rule, choice = context.options.layout, context.options.kernels
         times = self._times(gm, context, found)
         ways: dict[str, Labelling] = {}
@@ -131,7 +124,7 @@ class PlanLayout(Pass):
             plans[name] = Plan(
                 self._time_last(times, way),
                 {n.name: _kernels(n, choice, context.measurements, layouts[n.name]) for n in found},
-                fuse,
+                _fuse_norms(context),
                 _name_of(times.graph, way),
                 totals,
                 neuron_totals,
@@ -213,6 +206,25 @@ class PlanLayout(Pass):
     def _neurons_cost(times: _Times, way: Labelling) -> int:
         own = (times.costs.get(node, Costs()).under(way.labels[node]) for node in times.graph.neurons)
         return times.fixed + sum(cost or 0 for cost in own)
+
+
+def keep_layouts(gm: fx.GraphModule, context: PassContext) -> Plan:
+    """Return the plan that keeps all layouts: each neuron on the fastest kernel that was measured in its own."""
+    found, choice, measured = _measured_neurons(gm, context), context.options.kernels, context.measurements
+    best = [_best(n, choice, measured, n.layout) for n in found]
+    total = (("keep", sum(cost_of(one) for one in best if one is not None)),)
+    kernels = {n.name: _kernels(n, choice, measured, n.layout) for n in found}
+    return Plan(None, kernels, _fuse_norms(context), "keep", total, total)
+
+
+def _measured_neurons(gm: fx.GraphModule, context: PassContext) -> list[Neuron]:
+    return [n for n in neurons(gm) if n.name in context.measurements and n.name not in context.fixed]
+
+
+def _fuse_norms(context: PassContext) -> bool:
+    """True if the user wants norms fused, or, where that is not asked, if they were."""
+    options = context.options
+    return options.fold_norms if isinstance(options, ConvertOptions) else context.norms_unfused
 
 
 def _best(

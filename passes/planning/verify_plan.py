@@ -43,7 +43,7 @@ class VerifyPlan(Pass):
     """
 
     name = "verify_plan"
-    needs = ("neurons", "shapes", "layout_plan")
+    needs = ("neurons", "shapes")
     gives = ("verified",)
 
     def __init__(
@@ -52,7 +52,7 @@ class VerifyPlan(Pass):
         super().__init__(verify=mode, repeats=repeats, progress=progress)
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
-        if context.options.verify is False or context.plan.time_last is None:
+        if context.options.verify is False or context.plan is None or context.plan.time_last is None:
             return Result(gm)
         chosen = next(name for name, plan in context.alternatives.items() if plan is context.plan)
         different = {chosen: context.plan}

@@ -699,9 +699,9 @@ class TestVerify:
     def clock(self, monkeypatch, ms):
         """Steps of each network take what ``ms`` says of its neurons' layouts, with a little noise."""
 
-        def step(gm, run, args, kwargs, devices):
+        def step(gm, run, example, devices):
             layouts = "".join("l" if n.layout == "time_last" else "f" for n in neurons(gm))
-            run(*args)
+            run(*example.args)
             index = 0
             while True:
                 index += 1
@@ -769,7 +769,7 @@ class TestVerify:
         gm, x = converted
         monkeypatch.setattr(torch, "compile", lambda gm: types.SimpleNamespace(gm=gm, compiled=True))
 
-        def step(gm, run, args, kwargs, devices):
+        def step(gm, run, example, devices):
             ms = (3, 1, 2) if getattr(run, "compiled", False) else eager
             layouts = {str(n.layout) for n in neurons(gm)}
             while True:
