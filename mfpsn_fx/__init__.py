@@ -25,6 +25,8 @@ from mfpsn_fx.model.norms.synchronized import SynchronisedBatchNorm, synchronise
 from mfpsn_fx.model.padding_mask import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import (
     ConversionError,
+    ConvertOptions,
+    MeasureOptions,
     Pass,
     Pipeline,
     PipelineError,
@@ -51,9 +53,11 @@ __all__ = [
     "Batch",
     "Calibration",
     "ConversionError",
+    "ConvertOptions",
     "Geometric",
     "Layout",
     "MaskedBatchNorm",
+    "MeasureOptions",
     "Monitor",
     "MulFreePSN",
     "NotAFilterError",
