@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .op import settled_layer, unwatched
+from .constants import NeuronConstants
+from .op import resolve_layer, unwatched
 
 __all__ = ["run_layer"]
 
@@ -42,7 +43,7 @@ def run_layer(
     shift: Tensor | None,
     momentum: float,
     update: bool,
-    **constants,
+    constants: NeuronConstants,
 ) -> Tensor | None:
     """Spikes of a layer without a mask, its running statistics updated; None where the op must be called instead.
 
@@ -50,7 +51,7 @@ def run_layer(
         x … shift: as the op takes them.
         momentum: of the running statistics.
         update: whether they are updated (in training).
-        constants: the op's keyword arguments.
+        constants: the op's.
 
     Raises:
         ValueError, TypeError: as the op.
@@ -58,5 +59,5 @@ def run_layer(
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift)
     if torch.compiler.is_compiling() or not _plain_eager(tensors):
         return None
-    whole = settled_layer(*tensors, **constants)
-    return None if whole is None else whole(*tensors, momentum, update, **constants)
+    whole = resolve_layer(*tensors, constants)
+    return None if whole is None else whole(*tensors, momentum, update, constants)

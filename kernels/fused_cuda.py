@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_build
-from .fold import Folding
+from .constants import NeuronConstants
 from .fused_cuda_plan import LIMIT, MOST_ORDER, MOST_ORDER_FLOAT64, Geometry, Plan, plan
 from .layout import Layout, uniform_stride
 from .parts import Call, Parts
@@ -143,11 +143,11 @@ class _Run:
             self.alive.append(vector)
             setattr(self.arguments, name, vector.data_ptr())
 
-    def fold(self, folding: Folding, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    def fold(self, constants: NeuronConstants, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
         """Hand over what the fold takes."""
         a = self.arguments
-        a.eps, a.quantiser = folding.eps, _QUANTISERS[Gradient.parse(folding.gradient)]
-        a.min_exponent, a.max_exponent = folding.min_exponent, folding.max_exponent
+        a.eps, a.quantiser = constants.eps, _QUANTISERS[Gradient.parse(constants.gradient)]
+        a.min_exponent, a.max_exponent = constants.min_exponent, constants.max_exponent
         self.give(weight=weight, gamma=gamma, beta=beta)
         self.make("taps", self.order)
         self.make("bias")
@@ -215,10 +215,10 @@ class FusedCuda(Parts):
         run(_FIRE)
         return _narrow(run.given, given)
 
-    def forward(self, call, folding, x, weight, gamma, beta, mean, var):
+    def forward(self, call, x, weight, gamma, beta, mean, var):
         given, x = x, _wide(call, x)
         run = self._run(call, x, weight.shape[1], out=torch.empty_like(x))
-        run.fold(folding, weight, gamma, beta)
+        run.fold(call.constants, weight, gamma, beta)
         if mean is None:
             mean, var = run.make("mean"), run.make("var")
             run.partials(3)
@@ -252,11 +252,12 @@ class FusedCuda(Parts):
         run(_INPUT | _FINISH_INPUT)
         return _narrow(run.given, given) if input_grad else None, dweight, dscale, dshift
 
-    def backward(self, call, folding, grad, x, weight, gamma, beta, mean, var, training, input_grad):
+    def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
+        training = call.constants.training
         given, x = x, _wide(call, x)
         run = self._run(call, x, weight.shape[1], _wide(call, grad.to(given.dtype)),
                         torch.empty_like(x) if input_grad else None)  # fmt: skip
-        run.fold(folding, weight, gamma, beta)
+        run.fold(call.constants, weight, gamma, beta)
         run.give(mean=mean, var=var)
         run.arguments.chain, run.arguments.training, run.arguments.input_grad = True, training, input_grad
         dweight, dgamma, dbeta = run.make("dweight", run.order), run.make("dgamma"), run.make("dbeta")

@@ -194,7 +194,7 @@ class Autoselect(Pass):
                         able,
                         pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
                         name=f"{neuron.name}, {layout}",
-                        alpha=neuron.alpha,
+                        constants=neuron.constants,
                         strides=neuron.strides(layout),
                     )
                 )
