@@ -10,6 +10,7 @@ if __name__ != "mfpsn_fx.kernels":
     )
 
 from . import conv1d, conv2d, fused_cpu, fused_cuda, fused_triton, matmul, shifted_add  # noqa: F401  (each registers its kernels)
+from .constants import NeuronConstants
 from .fold import fold
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
@@ -32,6 +33,7 @@ __all__ = [
     "Gradient",
     "Kernel",
     "Layout",
+    "NeuronConstants",
     "Problem",
     "Rational",
     "Sigmoid",

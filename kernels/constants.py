@@ -59,17 +59,17 @@ class NeuronConstants:
             raise ValueError(f"{prefix}dilation must be at least 1, found {found.dilation}")
         return found
 
-    @staticmethod
-    def schema(names: Iterable[str]) -> str:
+    @classmethod
+    def schema(cls, names: Iterable[str]) -> str:
         """Return the fields ``names`` as a schema has arguments: type, name and default of each."""
-        fields = {field.name: field for field in dataclasses.fields(NeuronConstants)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         return ", ".join(f"{fields[name].type} {name}={fields[name].default!r}" for name in names)
 
     @classmethod
     def of_call(cls, op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> NeuronConstants:
         """Return the constants of a call of one of the ops; of those that it does not take, the defaults."""
         bound = bind(op, args, kwargs)
-        return cls(**{name: bound[name] for name in ALL if name in bound})
+        return cls(**{field.name: bound[field.name] for field in dataclasses.fields(cls) if field.name in bound})
 
     def arguments(self, names: Iterable[str]) -> dict[str, object]:
         """Return the keyword arguments ``names`` for a call of an op."""
@@ -86,7 +86,7 @@ class NeuronConstants:
         return Layout.parse(self.layout)
 
     def __getstate__(self) -> dict[str, object]:  # without what has been derived
-        return self.arguments(ALL)
+        return self.arguments(field.name for field in dataclasses.fields(self))
 
 
 ALL = tuple(field.name for field in dataclasses.fields(NeuronConstants))

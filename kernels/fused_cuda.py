@@ -25,6 +25,8 @@ _STATISTICS, _FINISH_STATISTICS, _FOLD, _FIRE = 1, 2, 4, 8
 _REDUCTIONS, _FINISH_REDUCTIONS, _INPUT, _FINISH_INPUT = 16, 32, 64, 128
 
 
+# Unlike the C++ library this one is called through ctypes, not through torch's ops: its sources include no PyTorch
+# header, so that one build serves every release of PyTorch, also one that was made elsewhere (``build --arch``).
 class _View(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("time", "batch", "channel", "position")]
 

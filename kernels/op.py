@@ -461,7 +461,9 @@ for _name, _run, _fake, _implied in (
 def unwatched(*tensors: Tensor) -> bool:
     """Return True if no dispatch mode, tensor subclass or profiler is active, so that the dispatcher can be bypassed.
 
-    Through it once more, with twenty arguments, takes a tenth of a training step's time in Python.
+    For a neuron with a mask, and for kernels without a layer (see eager.py): through it once more, forward and backward,
+    a training step takes 1.13 times as long on the least input, 1.02 times at T = 2 of ``benchmarks/neuron.py``, and at
+    T = 4 no longer.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
