@@ -461,7 +461,7 @@ for _name, _run, _fake, _implied in (
 def unwatched(*tensors: Tensor) -> bool:
     """Return True if no dispatch mode, tensor subclass or profiler is active, so that the dispatcher can be bypassed.
 
-    For a neuron with a mask, and for kernels without a layer (see eager.py): through it once more, forward and backward,
+    For neurons with a mask, and kernels without a layer (see eager.py): through it once more, forward and backward,
     a training step takes 1.13 times as long on the least input, 1.02 times at T = 2 of ``benchmarks/neuron.py``, and at
     T = 4 no longer.
     """
