@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 
 from .constants import NeuronConstants
 from .op import resolve_layer, unwatched
-from .registry import lacks_layer
 
 __all__ = ["run_layer"]
 
@@ -21,7 +20,7 @@ __all__ = ["run_layer"]
 def _plain_eager(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether these are plain tensors, and no mode, transform, profiler or autocast wants to see the op."""
     return (
-        unwatched(*(t for t in tensors if t is not None))
+        unwatched(*tensors)
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
@@ -60,8 +59,7 @@ def run_layer(
         ValueError, TypeError: as the op.
     """
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift)
-    # a kernel without a layer is known before anything is asked: evaluation of a small input takes 0.9 of the time
-    if torch.compiler.is_compiling() or lacks_layer(constants.method) or not _plain_eager(tensors):
+    if torch.compiler.is_compiling() or not _plain_eager(tensors):
         return None
     whole = resolve_layer(*tensors, constants)
     return None if whole is None else whole(*tensors, momentum, update, constants)

@@ -458,7 +458,10 @@ for _name, _run, _fake, _implied in (
     torch.library.register_fake(f"mfpsn::{_name}", _with_value(_fake, **_implied), lib=_lib)
 
 
-def unwatched(*tensors: Tensor) -> bool:
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
     """Return True if no dispatch mode, tensor subclass or profiler is active, so that the dispatcher can be bypassed.
 
     For neurons with a mask, and kernels without a layer (see eager.py): through it once more, forward and backward,
@@ -468,7 +471,7 @@ def unwatched(*tensors: Tensor) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.autograd._profiler_enabled()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 

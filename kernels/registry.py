@@ -20,7 +20,6 @@ __all__ = [
     "default_kernel",
     "get_kernel",
     "kernels",
-    "lacks_layer",
     "rank_of",
     "register_kernel",
     "unregister_kernel",
@@ -240,11 +239,6 @@ def kernels(layout: Layout | str | None = None) -> tuple[Kernel, ...]:
 def rank_of(name: str) -> float:
     """The rank of the kernel called ``name``; below all others if it is not registered (any more)."""
     return _KERNELS[name].rank if name in _KERNELS else float("-inf")
-
-
-def lacks_layer(name: str) -> bool:
-    """Return True if the kernel called ``name`` is registered and has no ``layer``."""
-    return name in _KERNELS and _KERNELS[name].parts.layer is None
 
 
 def default_kernel(problem: Problem, *, build: bool = True) -> Kernel:

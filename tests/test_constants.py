@@ -14,7 +14,6 @@ from torch import fx
 
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import Layout, NeuronConstants, Problem, cpu_build, neuron
-from mfpsn_fx.kernels import eager as eager_module
 from mfpsn_fx.kernels.constants import ALL, FOLDING, PLACE, SURROGATE, bind
 from mfpsn_fx.kernels.neuron_contests import kernel_contest
 from mfpsn_fx.kernels.working_set import Pool
@@ -180,17 +179,3 @@ def test_the_cpp_library_is_called_through_torch_alone():
         assert "torch" in imported
         assert "ctypes" not in imported
     assert 'extern "C"' not in "".join(path.read_text() for path in (KERNELS / "csrc").rglob("*cpu*"))
-
-
-def test_a_kernel_without_a_layer_is_not_asked_for_one(monkeypatch):
-    """Looking whether anybody watches takes a tenth of a small evaluation."""
-    asked = []
-    plain_eager = eager_module._plain_eager
-    monkeypatch.setattr(eager_module, "_plain_eager", lambda tensors: asked.append(1) or plain_eager(tensors))
-    module = MulFreePSN(3).eval()
-    module.bind(eval_kernel="shifted-add")
-    module(torch.randn(4, 2, 3))
-    assert asked == []
-    module.bind(eval_kernel="")
-    module(torch.randn(4, 2, 3))
-    assert asked == [1]
