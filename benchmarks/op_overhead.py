@@ -13,7 +13,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mfpsn_fx.kernels import neuron
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.op import _neuron
+
+
+def plain(*tensors: Tensor | None, **keywords: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _neuron(*tensors, constants=NeuronConstants.checked(**keywords))
 
 
 @torch.library.custom_op("mfpsn_bench::neuron", mutates_args=())
@@ -40,7 +45,7 @@ def convenient(
     method: str = "",
     layer: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _neuron(
+    return plain(
         x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, eps=eps, surrogate=surrogate,
         alpha=alpha, gradient=gradient, min_exponent=min_exponent, max_exponent=max_exponent, training=training,
         dilation=dilation, layout=layout, method=method, layer=layer,
@@ -51,7 +56,7 @@ def main(rounds: int = 60, calls: int = 50) -> None:
     x = torch.zeros(0, 1, 2)  # nothing to compute: what remains is the way to the kernel
     one = torch.ones(2)
     arguments = (x, torch.ones(2, 2), one, -one, 0 * one, one)
-    variants = {"plain Python call": _neuron, "define/impl (ours)": neuron, "torch.library.custom_op": convenient}
+    variants = {"plain Python call": plain, "define/impl (ours)": neuron, "torch.library.custom_op": convenient}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     with torch.no_grad():
         for _ in range(rounds):

@@ -33,6 +33,7 @@ from mfpsn_fx.kernels import Layout, Problem, get_kernel, kernels
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.clock import sample
 from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.model.results import record_of
 from mfpsn_fx.passes import neurons
 
@@ -115,26 +116,28 @@ def chosen(settings: Settings) -> dict[str, object]:
     rows = []
     for neuron in neurons(model):
         measured = record_of(model).measured[neuron.name]
-        problem = Problem(
-            neuron.layout.shape_from(measured.shape, Layout.TIME_FIRST), neuron.layout,
-            getattr(torch, measured.dtype), settings.device.type, neuron.order, neuron.dilation, neuron.surrogate,
-            neuron.gradient, affine=neuron.affine,
+        constants = dataclasses.replace(neuron.constants, training=True, layer="")
+        problem = Problem.of(
+            constants, neuron.layout.shape_from(measured.shape, Layout.TIME_FIRST), getattr(torch, measured.dtype),
+            settings.device.type, neuron.order, affine=neuron.affine,
         )  # fmt: skip
-        rows.append({"layer": neuron.name, "problem": problem, "alpha": neuron.alpha, "training": neuron.kernel,
+        rows.append({"layer": neuron.name, "problem": problem, "constants": constants, "training": neuron.kernel,
                      "evaluation": neuron.eval_kernel})  # fmt: skip
     table = mfpsn_fx.selection(model)
     return {"seconds": seconds, "autoselect_s": table.autoselect_s, "rows": rows}
 
 
-def quiet_times(settings: Settings, problems: list[tuple[Problem, float]]) -> list[dict[str, dict[str, float]]]:
+def quiet_times(
+    settings: Settings, problems: list[tuple[Problem, NeuronConstants]]
+) -> list[dict[str, dict[str, float]]]:
     """For each problem, milliseconds by mode and kernel: the lowest of many samples.
 
     A round samples all kernels of all problems, so that a few disturbed seconds are none of any kernel's last ones.
     """
     pool, runs = Pool(settings.device), {}
-    for index, (problem, alpha) in enumerate(problems):
+    for index, (problem, constants) in enumerate(problems):
         able = [kernel.name for kernel in kernels() if kernel.refusal(problem) is None]
-        for entrant in kernel_contest(problem, able, pool, name="quiet", alpha=alpha).entrants:
+        for entrant in kernel_contest(problem, able, pool, name="quiet", constants=constants).entrants:
             runs |= {(index, part, entrant.name): run for part, run in entrant.prepare().items()}
     for run in runs.values():
         run()
@@ -170,13 +173,13 @@ def measure(settings: Settings, progress: bool | None = None) -> dict[str, objec
     """All conversions, then what their decisions cost; what ``--json`` writes."""
     silent = None if progress is None else not progress
     found = [chosen(settings) for _ in tqdm(range(settings.conversions), desc="convert", disable=silent)]
-    problems = list({(row["problem"], row["alpha"]): None for one in found for row in one["rows"]})
+    problems = list({(row["problem"], row["constants"]): None for one in found for row in one["rows"]})
     times = dict(zip(problems, quiet_times(settings, problems), strict=True))
     conversions = []
     for one in found:
         rows = []
         for row in one["rows"]:
-            for mode, ms in times[row["problem"], row["alpha"]].items():
+            for mode, ms in times[row["problem"], row["constants"]].items():
                 if ms:
                     best = min(ms, key=ms.get)
                     rows.append({

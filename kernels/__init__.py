@@ -10,6 +10,7 @@ if __name__ != "mfpsn_fx.kernels":
     )
 
 from .bn_fold import fold
+from .constants import NeuronConstants
 from .implementations import (  # noqa: F401  (each registers its kernels)
     conv1d,
     conv2d,
@@ -40,6 +41,7 @@ __all__ = [
     "Gradient",
     "Kernel",
     "Layout",
+    "NeuronConstants",
     "Problem",
     "Rational",
     "Sigmoid",

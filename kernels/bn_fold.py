@@ -9,16 +9,7 @@ from torch import Tensor
 
 from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantiser_slope
 
-__all__ = ["Fold", "FoldGrads", "Folding", "deviation", "fold", "fold_backward"]
-
-
-class Folding(NamedTuple):
-    """The constants of a fold: ε, how a gradient passes the quantiser, and the bounds of its exponents."""
-
-    eps: float = 1e-5
-    gradient: str = "straight-through"
-    min_exponent: int = MIN_EXPONENT
-    max_exponent: int = MAX_EXPONENT
+__all__ = ["Fold", "FoldGrads", "deviation", "fold", "fold_backward"]
 
 
 class Fold(NamedTuple):

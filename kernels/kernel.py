@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bn_fold import Folding, fold, fold_backward
-from .layout import Layout, per_channel, valid_steps
-from .surrogate import Surrogate
+from .bn_fold import fold, fold_backward
+from .constants import FOLDING, NeuronConstants
+from .layout import per_channel, valid_steps
+from .surrogate import Surrogate, get_surrogate
 
 __all__ = ["Call", "FilterParts", "Parts"]
 
 
-class Call(NamedTuple):
-    """The constants of one call. ``scale``/``shift`` are (C,), ``mask`` is (T, N) of bool; each may be None.
+class Call:
+    """What one call has beside X and weights. ``scale``/``shift`` are (C,), ``mask`` is (T, N); each may be None.
 
     The filter's input is X' = mask · (scale · X + shift); outside 0 ≤ t < T it is zero *after* the affine.
     """
 
-    layout: Layout
-    dilation: int
-    dtype: torch.dtype  # of the weights and of all sums: float32, or float64 for float64
-    surrogate: Surrogate
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    mask: Tensor | None = None
+    __slots__ = ("constants", "dilation", "dtype", "layout", "mask", "scale", "shift")
+
+    def __init__(
+        self,
+        constants: NeuronConstants,
+        dtype: torch.dtype,  # of the weights and of all sums: float32, or float64 for float64
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.constants, self.dtype, self.scale, self.shift, self.mask = constants, dtype, scale, shift, mask
+        # attributes of their own: kernels read them often, and as properties they added 2 us to a part's 36
+        self.layout, self.dilation = constants.place, constants.dilation
+
+    @property
+    def surrogate(self) -> Surrogate:
+        return get_surrogate(self.constants.surrogate, self.constants.alpha)
 
 
 class Parts:
@@ -41,7 +52,7 @@ class Parts:
 
     ``layer``, where a kernel has it, is the whole layer with its own autograd, for eager calls without a mask that
     nobody watches: ``layer(x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update,
-    **constants)`` takes the op's arguments, all of one precision, updates the running statistics if ``update`` and in
+    constants)`` takes the op's arguments, all of one precision, updates the running statistics if ``update`` and in
     training, and returns S. Values, gradients and errors must be those of the op.
     """
 
@@ -88,7 +99,6 @@ class Parts:
     def forward(
         self,
         call: Call,
-        folding: Folding,
         x: Tensor,
         weight: Tensor,
         gamma: Tensor,
@@ -102,13 +112,12 @@ class Parts:
         """
         if mean is None:
             mean, var = self.statistics(call, x, weight)
-        folded = fold(weight, gamma, beta, mean, var, *folding)
+        folded = fold(weight, gamma, beta, mean, var, **call.constants.arguments(FOLDING))
         return self.fire(call, x, folded.taps, folded.bias), mean, var
 
     def backward(
         self,
         call: Call,
-        folding: Folding,
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -116,17 +125,17 @@ class Parts:
         beta: Tensor,
         mean: Tensor,
         var: Tensor,
-        training: bool,
         input_grad: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """(dX or None without ``input_grad``, dW, dγ, dβ, dscale, dshift), no two of them one tensor.
 
-        ``mean`` and ``var`` are those that forward used: of the batch in ``training``, else the running ones.
+        ``mean`` and ``var`` are those that forward used: of the batch in training, else the running ones.
         """
-        folded = fold(weight, gamma, beta, mean, var, *folding)
+        constants = call.constants
+        folded = fold(weight, gamma, beta, mean, var, **constants.arguments(FOLDING))
         dtaps, dbias, cache = self.backward_reductions(call, grad, x, folded.taps, folded.bias)
-        count = self._count(call, x) if training else None
-        found = fold_backward(folded, dtaps, dbias, weight, gamma, mean, folding.gradient, count)
+        count = self._count(call, x) if constants.training else None
+        found = fold_backward(folded, dtaps, dbias, weight, gamma, mean, constants.gradient, count)
         dx, through, dscale, dshift = self.backward_input(
             call, grad, x, folded.taps, folded.bias, weight, found.offset, found.inner, cache, input_grad
         )

@@ -9,31 +9,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .bn_fold import Folding
+from .constants import ALL, PLACE, SURROGATE, NeuronConstants
 from .kernel import Call
 from .layout import Layout
-from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from .registry import FALLBACK_KERNEL, Kernel, Problem, default_kernel, get_kernel, version
-from .surrogate import get_surrogate
 
 __all__ = ["backward_input", "backward_reductions", "fire", "neuron", "statistics"]
 
 _log = logging.getLogger("mfpsn_fx")
 _warned: set[tuple[str, str, str]] = set()
 
-# The kernel's name travels as "method": Inductor's fallback for custom ops has a parameter of its own called "kernel".
-# "" stands for the kernel of highest rank, which is found when the op runs: a graph that was compiled or exported on
-# one machine says nothing of the kernels of another.
 _AFFINE = "Tensor? scale=None, Tensor? shift=None, Tensor? mask=None"
-_PLACE = "int dilation=1, str layout='time_first', str method='', str layer=''"
-_SURROGATE = "str surrogate='atan', float alpha=2.0"
-_QUANTISER = f"str gradient='straight-through', int min_exponent={MIN_EXPONENT}, int max_exponent={MAX_EXPONENT}"
 
 # Kernels take X with any strides, and results have X's. Without the tag Inductor copies what it has laid out otherwise
 # (channels last, say) to the strides that tracing saw: 7 copies in a training step of SEW-ResNet-18.
@@ -42,37 +34,46 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # define/impl, not custom_op: beyond the work itself a call then costs about 0.8 of what it costs through the
 # convenience (14 against 18 us, benchmarks/op_overhead.py)
 _lib = torch.library.Library("mfpsn", "DEF")
-_lib.define(
-    f"neuron(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, {_AFFINE}, "
-    f"*, float eps=1e-5, {_SURROGATE}, {_QUANTISER}, bool training=False, {_PLACE}) "
-    "-> (Tensor spikes, Tensor mean, Tensor var)",
-    tags=_TAGS,
-)
-_lib.define(
-    "neuron_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, "
-    f"{_AFFINE}, *, float eps=1e-5, {_SURROGATE}, {_QUANTISER}, bool training=False, bool input_grad=True, {_PLACE}) "
-    "-> (Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dscale, Tensor dshift)",
-    tags=_TAGS,
-)
-_lib.define(
-    f"statistics(Tensor x, Tensor weight, {_AFFINE}, *, {_PLACE}) -> (Tensor mean, Tensor var)",
-    tags=_TAGS,
-)
-_lib.define(
-    f"fire(Tensor x, Tensor taps, Tensor bias, {_AFFINE}, *, {_PLACE}) -> Tensor",
-    tags=_TAGS,
-)
-_lib.define(
-    f"backward_reductions(Tensor grad, Tensor x, Tensor taps, Tensor bias, {_AFFINE}, *, {_SURROGATE}, {_PLACE}) "
-    "-> (Tensor dtaps, Tensor dbias)",
-    tags=_TAGS,
-)
-_lib.define(
-    "backward_input(Tensor grad, Tensor x, Tensor taps, Tensor bias, Tensor weight, Tensor? offset=None, "
-    f"Tensor? slope=None, {_AFFINE}, *, bool input_grad=True, {_SURROGATE}, {_PLACE}) "
-    "-> (Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
-    tags=_TAGS,
-)
+for _name, _tensors, _constants, _results in (
+    (
+        "neuron",
+        f"Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, {_AFFINE}",
+        NeuronConstants.schema(ALL),
+        "(Tensor spikes, Tensor mean, Tensor var)",
+    ),
+    (
+        "neuron_backward",
+        f"Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor mean, Tensor var, {_AFFINE}",
+        f"{NeuronConstants.schema(ALL)}, bool input_grad=True",
+        "(Tensor dx, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dscale, Tensor dshift)",
+    ),
+    (
+        "statistics",
+        f"Tensor x, Tensor weight, {_AFFINE}",
+        NeuronConstants.schema(PLACE),
+        "(Tensor mean, Tensor var)",
+    ),
+    (
+        "fire",
+        f"Tensor x, Tensor taps, Tensor bias, {_AFFINE}",
+        NeuronConstants.schema(PLACE),
+        "Tensor",
+    ),
+    (
+        "backward_reductions",
+        f"Tensor grad, Tensor x, Tensor taps, Tensor bias, {_AFFINE}",
+        NeuronConstants.schema(SURROGATE + PLACE),
+        "(Tensor dtaps, Tensor dbias)",
+    ),
+    (
+        "backward_input",
+        "Tensor grad, Tensor x, Tensor taps, Tensor bias, Tensor weight, Tensor? offset=None, Tensor? slope=None, "
+        f"{_AFFINE}",
+        f"{NeuronConstants.schema(SURROGATE + PLACE)}, bool input_grad=True",
+        "(Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
+    ),
+):
+    _lib.define(f"{_name}({_tensors}, *, {_constants}) -> {_results}", tags=_TAGS)
 
 neuron = torch.ops.mfpsn.neuron
 statistics = torch.ops.mfpsn.statistics
@@ -89,11 +90,9 @@ def _sum_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
-def _check(
-    shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...], dilation: int, layout: str, layer: str
-) -> Layout:
-    """What shapes and constants must satisfy, ``shape`` and ``weight`` being those of the input and of W."""
-    place = Layout.parse(layout)
+def _check(shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...], constants: NeuronConstants) -> None:
+    """Raise unless ``shape`` and ``weight``, those of the input and of W, fit each other and the layout."""
+    place, layer = constants.place, constants.layer
     if not dtype.is_floating_point:
         raise TypeError(
             f"{_named(layer)}the input must be floating point, found {dtype}; convert it, e.g. with x.float()"
@@ -110,12 +109,10 @@ def _check(
             f"{_named(layer)}expected {weight[0]} channels in dim {place.channel_dim} of the {place} input, "
             f"found {shape[place.channel_dim]} in shape {tuple(shape)}"
         )
-    if dilation < 1:
-        raise ValueError(f"{_named(layer)}dilation must be at least 1, found {dilation}")
-    return place
 
 
-def _check_mask(mask: Tensor, x: Tensor, place: Layout, layer: str) -> None:
+def _check_mask(mask: Tensor, x: Tensor, constants: NeuronConstants) -> None:
+    place, layer = constants.place, constants.layer
     wanted = (x.shape[place.time_dim], x.shape[place.batch_dim])
     if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
         raise ValueError(
@@ -126,10 +123,10 @@ def _check_mask(mask: Tensor, x: Tensor, place: Layout, layer: str) -> None:
         raise ValueError(f"{_named(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
 
 
-def _check_fake(x: Tensor, weight: Tensor, mask: Tensor | None, dilation: int, layout: str, layer: str) -> None:
-    place = _check(x.shape, x.dtype, weight.shape, dilation, layout, layer)
+def _check_fake(x: Tensor, weight: Tensor, mask: Tensor | None, constants: NeuronConstants) -> None:
+    _check(x.shape, x.dtype, weight.shape, constants)
     if mask is not None:
-        _check_mask(mask, x, place, layer)
+        _check_mask(mask, x, constants)
 
 
 def _check_operands(x: Tensor, weight: Tensor, grad: Tensor | None, layer: str, vectors: dict) -> None:
@@ -187,46 +184,27 @@ def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
     return default
 
 
-class _Bound(NamedTuple):
-    parts: object
-    call: Call
-
-
-class _Settled(NamedTuple):
-    parts: object
-    layout: Layout
-    dtype: torch.dtype
-
-
-# What follows from shapes and constants is found once for all calls alike: found anew it took a fifth of a training
-# step's time in Python
+# What follows from shapes and constants is found once for all calls that have them: found in each call it took a fifth
+# of a training step's time in Python
 @functools.lru_cache(maxsize=1024)
-def _settled(
+def _resolve_kernel(
     registered: int,  # changes with the registry, and with it the answer
     shape: torch.Size,
     weight: torch.Size,
     dtype: torch.dtype,
     wide: bool,
     device: torch.device,  # not its type alone: GPUs of one machine may differ in what they can run
-    surrogate: str,
-    gradient: str,
-    training: bool,
     masked: bool,
     affine: bool,
-    dilation: int,
-    layout: str,
-    method: str,
-    layer: str,
-) -> _Settled:
-    place = _check(shape, dtype, weight, dilation, layout, layer)
+    constants: NeuronConstants,
+) -> tuple[object, torch.dtype]:
+    """Return the parts that serve such a call, and the dtype of its weights and sums."""
+    _check(shape, dtype, weight, constants)
     sums = torch.float64 if wide or dtype is torch.float64 else torch.float32
     # with float64 weights it is a kernel for float64 that has to serve, whatever the input
-    problem = Problem(
-        tuple(shape), place, sums if wide else dtype, device.type, weight[1], dilation, surrogate,
-        str(Gradient.parse(gradient)), training, masked, affine,
-    )  # fmt: skip
+    problem = Problem.of(constants, shape, sums if wide else dtype, device.type, weight[1], masked, affine)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return _Settled(_kernel(method, problem, layer).parts, place, sums)
+        return _kernel(constants.method, problem, constants.layer).parts, sums
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -240,108 +218,50 @@ def _bind(
     scale: Tensor | None,
     shift: Tensor | None,
     mask: Tensor | None,
-    *,
-    dilation: int,
-    layout: str,
-    method: str,
-    layer: str,
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    gradient: str = "straight-through",
-    training: bool = False,
+    constants: NeuronConstants,
     grad: Tensor | None = None,
     **vectors: Tensor | None,
-) -> _Bound:
+) -> tuple[object, Call]:
     affine = scale is not None or shift is not None
-    parts, place, dtype = _settled(
-        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, surrogate,
-        gradient, training, mask is not None, affine, dilation, layout, method, layer,
+    parts, dtype = _resolve_kernel(
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, mask is not None, affine,
+        constants,
     )  # fmt: skip
     if affine:
         vectors |= {"scale": scale, "shift": shift}
-    _check_operands(x, weight, grad, layer, vectors)
+    _check_operands(x, weight, grad, constants.layer, vectors)
     if mask is not None:
-        _check_mask(mask, x, place, layer)
-    return _Bound(
-        parts, Call(place, dilation, dtype, get_surrogate(surrogate, alpha), _to(scale, dtype), _to(shift, dtype), mask)
-    )
+        _check_mask(mask, x, constants)
+    return parts, Call(constants, dtype, _to(scale, dtype), _to(shift, dtype), mask)
 
 
 def _neuron(
-    x,
-    weight,
-    gamma,
-    beta,
-    running_mean,
-    running_var,
-    scale=None,
-    shift=None,
-    mask=None,
-    *,
-    eps=1e-5,
-    surrogate="atan",
-    alpha=2.0,
-    gradient="straight-through",
-    min_exponent=MIN_EXPONENT,
-    max_exponent=MAX_EXPONENT,
-    training=False,
-    dilation=1,
-    layout="time_first",
-    method="",
-    layer="",
-):
-    check_exponent_bounds(min_exponent, max_exponent)
+    x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
+    constants: NeuronConstants,
+):  # fmt: skip
     parts, call = _bind(
-        x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
-        gradient=gradient, training=training, gamma=gamma, beta=beta, running_mean=running_mean,
-        running_var=running_var,
+        x, weight, scale, shift, mask, constants,
+        gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
-    dtype = call.dtype
+    dtype, training = call.dtype, constants.training
     if training:
-        _check_training(x, weight, layer)
+        _check_training(x, weight, constants.layer)
         used = None, None
     else:
         used = _to(running_mean, dtype), _to(running_var, dtype)
     if x.numel() == 0:
         return torch.empty_like(x), weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
-    folding = Folding(eps, gradient, min_exponent, max_exponent)
-    spikes, mean, var = parts.forward(call, folding, x, _to(weight, dtype), _to(gamma, dtype), _to(beta, dtype), *used)
+    spikes, mean, var = parts.forward(call, x, _to(weight, dtype), _to(gamma, dtype), _to(beta, dtype), *used)
     if not training:
         mean, var = weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
     return spikes, mean, var
 
 
 def _neuron_backward(
-    grad,
-    x,
-    weight,
-    gamma,
-    beta,
-    mean,
-    var,
-    scale=None,
-    shift=None,
-    mask=None,
-    *,
-    eps=1e-5,
-    surrogate="atan",
-    alpha=2.0,
-    gradient="straight-through",
-    min_exponent=MIN_EXPONENT,
-    max_exponent=MAX_EXPONENT,
-    training=False,
-    input_grad=True,
-    dilation=1,
-    layout="time_first",
-    method="",
-    layer="",
-):
-    parts, call = _bind(
-        x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha,
-        gradient=gradient, training=training, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var,
-    )  # fmt: skip
+    grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *,
+    constants: NeuronConstants, input_grad=True,
+):  # fmt: skip
+    parts, call = _bind(x, weight, scale, shift, mask, constants, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var)
     dtype, given = call.dtype, (weight, gamma, beta)
     if x.numel() == 0:
         return (
@@ -352,11 +272,9 @@ def _neuron_backward(
         )
     dx, dweight, dgamma, dbeta, dscale, dshift = parts.backward(
         call,
-        Folding(eps, gradient, min_exponent, max_exponent),
         grad,
         x,
         *(_to(p, dtype) for p in (weight, gamma, beta, mean, var)),
-        training,
         input_grad,
     )
     return (
@@ -369,25 +287,30 @@ def _neuron_backward(
     )
 
 
-def settled_layer(
-    x, weight, gamma, beta, running_mean, running_var, scale, shift, *, surrogate, gradient, min_exponent, max_exponent,
-    training, dilation, layout, method, layer, **constants,
-):  # fmt: skip
-    """``Parts.layer`` of the kernel that serves this call, all checks done; None if there is none."""
+def resolve_layer(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    constants: NeuronConstants,
+) -> Callable[..., Tensor] | None:
+    """Return ``Parts.layer`` of the kernel that serves this call, all checks done; None if there is none."""
     affine = scale is not None or shift is not None
-    parts, _, dtype = _settled(
-        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, surrogate,
-        gradient, training, False, affine, dilation, layout, method, layer,
-    )  # fmt: skip
+    parts, dtype = _resolve_kernel(
+        version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, False, affine, constants
+    )
     if parts.layer is None or x.numel() == 0:
         return None
-    check_exponent_bounds(min_exponent, max_exponent)
     vectors = {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
     if affine:
         vectors |= {"scale": scale, "shift": shift}
-    _check_operands(x, weight, None, layer, vectors)
-    if training:
-        _check_training(x, weight, layer)
+    _check_operands(x, weight, None, constants.layer, vectors)
+    if constants.training:
+        _check_training(x, weight, constants.layer)
     # what has to be cast goes through the op: float32 sums for a float32 or narrower input, float64 for float64
     if (x.dtype is torch.float64) is not (dtype is torch.float64):
         return None
@@ -396,45 +319,24 @@ def settled_layer(
     return parts.layer
 
 
-def _statistics(x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
-    parts, call = _bind(
-        x, weight, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, training=True
-    )
+def _statistics(x, weight, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
+    parts, call = _bind(x, weight, scale, shift, mask, constants)
     if x.numel() == 0:
         return tuple(weight.new_zeros(weight.shape[0], dtype=call.dtype) for _ in range(2))
     return parts.statistics(call, x, _to(weight, call.dtype))
 
 
-def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""):
-    parts, call = _bind(
-        x, taps, scale, shift, mask, dilation=dilation, layout=layout, method=method, layer=layer, bias=bias
-    )
+def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
+    parts, call = _bind(x, taps, scale, shift, mask, constants, bias=bias)
     if x.numel() == 0:
         return torch.empty_like(x)
     return parts.fire(call, x, _to(taps, call.dtype), _to(bias, call.dtype))
 
 
 def _backward_reductions(
-    grad,
-    x,
-    taps,
-    bias,
-    scale=None,
-    shift=None,
-    mask=None,
-    *,
-    surrogate="atan",
-    alpha=2.0,
-    dilation=1,
-    layout="time_first",
-    method="",
-    layer="",
-):
-    parts, call = _bind(
-        x, taps, scale, shift, mask,
-        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
-        grad=grad, bias=bias,
-    )  # fmt: skip
+    grad, x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants
+):  # fmt: skip
+    parts, call = _bind(x, taps, scale, shift, mask, constants, grad=grad, bias=bias)
     if x.numel() == 0:
         return taps.new_zeros(taps.shape, dtype=call.dtype), taps.new_zeros(taps.shape[0], dtype=call.dtype)
     dtaps, dbias, _ = parts.backward_reductions(call, grad, x, _to(taps, call.dtype), _to(bias, call.dtype))
@@ -442,30 +344,12 @@ def _backward_reductions(
 
 
 def _backward_input(
-    grad,
-    x,
-    taps,
-    bias,
-    weight,
-    offset=None,
-    slope=None,
-    scale=None,
-    shift=None,
-    mask=None,
-    *,
-    input_grad=True,
-    surrogate="atan",
-    alpha=2.0,
-    dilation=1,
-    layout="time_first",
-    method="",
-    layer="",
-):
+    grad, x, taps, bias, weight, offset=None, slope=None, scale=None, shift=None, mask=None, *,
+    constants: NeuronConstants, input_grad=True,
+):  # fmt: skip
     parts, call = _bind(
-        x, weight, scale, shift, mask,
-        dilation=dilation, layout=layout, method=method, layer=layer, surrogate=surrogate, alpha=alpha, training=True,
-        grad=grad, taps=taps, bias=bias, offset=offset, slope=slope,
-    )  # fmt: skip
+        x, weight, scale, shift, mask, constants, grad=grad, taps=taps, bias=bias, offset=offset, slope=slope
+    )
     if x.numel() == 0:
         none = weight.new_empty(0)
         zero = weight.new_zeros(weight.shape[0], dtype=call.dtype)
@@ -494,19 +378,20 @@ def _backward_input(
 
 def _fake_neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
-    training=False, dilation=1, layout="time_first", layer="", **constants,
+    constants: NeuronConstants,
 ):  # fmt: skip
-    _check_fake(x, weight, mask, dilation, layout, layer)
-    if training:
-        _check_training(x, weight, layer)
-    size = weight.shape[0] if training else 0
+    _check_fake(x, weight, mask, constants)
+    if constants.training:
+        _check_training(x, weight, constants.layer)
+    size = weight.shape[0] if constants.training else 0
     dtype = _sum_dtype(x, weight)
     return torch.empty_like(x), weight.new_empty(size, dtype=dtype), weight.new_empty(size, dtype=dtype)
 
 
 def _fake_neuron_backward(
-    grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *, input_grad=True, **constants
-):
+    grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *,
+    constants: NeuronConstants, input_grad=True,
+):  # fmt: skip
     return (
         torch.empty_like(x) if input_grad else x.new_empty(0),
         weight.new_empty(weight.shape),
@@ -517,27 +402,27 @@ def _fake_neuron_backward(
     )
 
 
-def _fake_statistics(
-    x, weight, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", method="", layer=""
-):
-    _check_fake(x, weight, mask, dilation, layout, layer)
+def _fake_statistics(x, weight, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
+    _check_fake(x, weight, mask, constants)
     channel = weight.new_empty(weight.shape[0], dtype=_sum_dtype(x, weight))
     return channel, torch.empty_like(channel)
 
 
-def _fake_fire(x, taps, bias, scale=None, shift=None, mask=None, *, dilation=1, layout="time_first", layer="", **rest):
-    _check_fake(x, taps, mask, dilation, layout, layer)
+def _fake_fire(x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
+    _check_fake(x, taps, mask, constants)
     return torch.empty_like(x)
 
 
-def _fake_backward_reductions(grad, x, taps, bias, *rest, **constants):
+def _fake_backward_reductions(
+    grad, x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants
+):  # fmt: skip
     dtype = _sum_dtype(x, taps)
     return taps.new_empty(taps.shape, dtype=dtype), taps.new_empty(taps.shape[0], dtype=dtype)
 
 
 def _fake_backward_input(
     grad, x, taps, bias, weight, offset=None, slope=None, scale=None, shift=None, mask=None, *,
-    input_grad=True, **constants,
+    constants: NeuronConstants, input_grad=True,
 ):  # fmt: skip
     dtype, channels = _sum_dtype(x, weight), weight.shape[0]
     return (
@@ -548,27 +433,45 @@ def _fake_backward_input(
     )
 
 
-for _name, _run, _fake in (
-    ("neuron", _neuron, _fake_neuron),
-    ("neuron_backward", _neuron_backward, _fake_neuron_backward),
-    ("statistics", _statistics, _fake_statistics),
-    ("fire", _fire, _fake_fire),
-    ("backward_reductions", _backward_reductions, _fake_backward_reductions),
-    ("backward_input", _backward_input, _fake_backward_input),
+def _with_value(function: Callable, **implied: object) -> Callable:
+    """``function`` as the dispatcher calls it: with keyword arguments, defaults left out, in place of their value."""
+    make = functools.partial(NeuronConstants.checked, **implied) if implied else NeuronConstants.checked
+
+    def call(*tensors, **keywords):
+        if "input_grad" in keywords:
+            own = {"input_grad": keywords.pop("input_grad")}
+            return function(*tensors, constants=make(**keywords), **own)
+        return function(*tensors, constants=make(**keywords))
+
+    return call
+
+
+for _name, _run, _fake, _implied in (
+    ("neuron", _neuron, _fake_neuron, {}),
+    ("neuron_backward", _neuron_backward, _fake_neuron_backward, {}),
+    ("statistics", _statistics, _fake_statistics, {"training": True}),
+    ("fire", _fire, _fake_fire, {}),
+    ("backward_reductions", _backward_reductions, _fake_backward_reductions, {"training": True}),
+    ("backward_input", _backward_input, _fake_backward_input, {"training": True}),
 ):
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfpsn::{_name}", _fake, lib=_lib)
+    _lib.impl(_name, _with_value(_run, **_implied), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfpsn::{_name}", _with_value(_fake, **_implied), lib=_lib)
 
 
-def unwatched(*tensors: Tensor) -> bool:
-    """Whether nobody would notice that the dispatcher is passed by: no mode, no subclass of Tensor, no profiler.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
-    Through it once more, with twenty arguments, takes a tenth of a training step's time in Python.
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Return True if no dispatch mode, tensor subclass or profiler is active, so that the dispatcher can be bypassed.
+
+    For neurons with a mask, and kernels without a layer (see eager.py): through it once more, forward and backward,
+    a training step takes 1.13 times as long on the least input, 1.02 times at T = 2 of ``benchmarks/neuron.py``, and at
+    T = 4 no longer.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.autograd._profiler_enabled()
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -580,13 +483,16 @@ class _Neuron(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, constants, x, weight, gamma, beta, running_mean, running_var, scale, shift, mask):
+    def forward(ctx, constants, *tensors):
+        x, weight, gamma, beta, running_mean, running_var, scale, shift, mask = tensors
         with torch._C._AutoDispatchBelowAutograd():
-            run = _neuron if unwatched(x, weight) else neuron
-            spikes, mean, var = run(x, weight, gamma, beta, running_mean, running_var, scale, shift, mask, **constants)
+            if unwatched(x, weight):
+                spikes, mean, var = _neuron(*tensors, constants=constants)
+            else:
+                spikes, mean, var = neuron(*tensors, **constants.arguments(ALL))
         ctx.constants = constants
         # in training the running statistics are not saved: the caller updates them in place afterwards
-        used = (mean, var) if constants.get("training", False) else (running_mean, running_var)
+        used = (mean, var) if constants.training else (running_mean, running_var)
         ctx.save_for_backward(x, weight, gamma, beta, *used, scale, shift, mask)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -596,33 +502,38 @@ class _Neuron(torch.autograd.Function):
     def backward(ctx, grad, _mean_grad, _var_grad):
         if grad is None:
             return (None,) * 10
+        constants = ctx.constants
         if torch.is_grad_enabled():  # create_graph=True: what would come of it is a gradient of zero, without a word
-            layer = _named(ctx.constants.get("layer", ""))
-            raise RuntimeError(f"{layer}a surrogate gradient has no derivative; take gradients without create_graph")
+            raise RuntimeError(
+                f"{_named(constants.layer)}a surrogate gradient has no derivative; take gradients without create_graph"
+            )
         _, *needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        run = _neuron_backward if unwatched(grad, *saved[:2]) else torch.ops.mfpsn.neuron_backward
-        dx, dweight, dgamma, dbeta, dscale, dshift = run(grad, *saved, input_grad=needs[0], **ctx.constants)
+        if unwatched(grad, *saved[:2]):
+            found = _neuron_backward(grad, *saved, constants=constants, input_grad=needs[0])
+        else:
+            found = torch.ops.mfpsn.neuron_backward(grad, *saved, **constants.arguments(ALL), input_grad=needs[0])
+        dx, dweight, dgamma, dbeta, dscale, dshift = found
         grads = (dx, dweight, dgamma, dbeta, None, None, dscale, dshift, None)
         return None, *(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
 
-def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **constants):
+def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **keywords):
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift, mask)
     # a dual tensor requires no grad: without this its tangent would be dropped, and zero stand for the derivative
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise RuntimeError(f"{_named(constants.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
+        raise RuntimeError(f"{_named(keywords.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch._C._functorch.peek_interpreter_stack() is not None:  # it would want the derivative's derivative, too
             raise RuntimeError(
-                f"{_named(constants.get('layer', ''))}a neuron cannot be differentiated by torch.func; "
+                f"{_named(keywords.get('layer', ''))}a neuron cannot be differentiated by torch.func; "
                 "call backward(), or torch.autograd.grad"
             )
-        return _Neuron.apply(constants, *tensors)
+        return _Neuron.apply(NeuronConstants.checked(**keywords), *tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return neuron(*tensors, **constants)
+        return neuron(*tensors, **keywords)
 
 
 _lib.impl("neuron", _differentiable, "Autograd")

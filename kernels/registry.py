@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from .constants import ALL, NeuronConstants
 from .layout import Layout
 
 __all__ = [
@@ -56,6 +57,27 @@ class Problem(NamedTuple):
     masked: bool = False
     affine: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        constants: NeuronConstants,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: str,
+        order: int,
+        masked: bool = False,
+        affine: bool = False,
+    ) -> Problem:
+        """Return what a call with these constants asks of its kernel."""
+        shared = {name: getattr(constants, name) for name in _SHARED}
+        shared |= {"layout": constants.place, "gradient": str(constants.gradient)}
+        return cls(shape=tuple(shape), dtype=dtype, device=device, order=order, masked=masked, affine=affine, **shared)
+
+    def constants(self, others: NeuronConstants | None = None) -> NeuronConstants:
+        """Return the constants of such a call; what a problem leaves open is as in ``others`` (default: the op's)."""
+        shared = {name: getattr(self, name) for name in _SHARED} | {"layout": str(self.layout)}
+        return dataclasses.replace(NeuronConstants() if others is None else others, **shared)
+
     @property
     def steps(self) -> int:
         return self.shape[self.layout.time_dim]
@@ -67,6 +89,9 @@ class Problem(NamedTuple):
     @property
     def channels(self) -> int:
         return self.shape[self.layout.channel_dim]
+
+
+_SHARED = tuple(name for name in Problem._fields if name in ALL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_arg
 
+from mfpsn_fx.kernels.constants import NeuronConstants, bind
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, shape_together
@@ -22,6 +25,7 @@ __all__ = [
 _OPS = (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default)
 # node.meta: for each converted neuron that the node calls, by name and in the order of execution, its NeuronInput
 OPERANDS = "neuron_inputs"
+_FORWARD = inspect.signature(MulFreePSN.forward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +51,8 @@ class Neuron:
     module: MulFreePSN | None
     order: int
     dilation: int
-    surrogate: str
-    gradient: str
-    alpha: float
     channels: int
+    constants: NeuronConstants
     layout: Layout
     kernel: str
     eval_kernel: str
@@ -64,7 +66,22 @@ class Neuron:
     @property
     def input(self) -> fx.Node | None:
         """The node that feeds it; None inside a leaf."""
-        return self.node.args[0] if self.node is not None else None
+        return self._arguments()["x"] if self.node is not None else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some of its steps are valid."""
+        return self.node is not None and self._arguments()["mask"] is not None
+
+    @property
+    def affine(self) -> bool:
+        """Whether its input is scaled and shifted on load."""
+        arguments = {} if self.node is None else self._arguments()
+        return any(arguments.get(name) is not None for name in ("scale", "shift"))
+
+    def _arguments(self) -> Mapping[str, object]:
+        """What its node hands over, by name, defaults included."""
+        raise NotImplementedError
 
     @property
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
@@ -99,19 +116,9 @@ class Neuron:
             return None
         shape, _, device = self.meta
         layout = self.layout if layout is None else layout
-        return Problem(
-            layout.shape_from(shape, self.layout),
-            layout,
-            self.dtype,
-            device.type,
-            self.order,
-            self.dilation,
-            self.surrogate,
-            self.gradient,
-            training,
-            self.masked,
-            self.affine,
-        )
+        constants = dataclasses.replace(self.constants, layout=str(layout), training=training)
+        shape = layout.shape_from(shape, self.layout)
+        return Problem.of(constants, shape, self.dtype, device.type, self.order, self.masked, self.affine)
 
 
 class _ModuleNeuron(Neuron):
@@ -121,9 +128,7 @@ class _ModuleNeuron(Neuron):
 
     order = property(lambda self: self.module.order)
     dilation = property(lambda self: self.module.dilation)
-    surrogate = property(lambda self: self.module.surrogate.name)
-    alpha = property(lambda self: self.module.surrogate.alpha)
-    gradient = property(lambda self: self.module.gradient)
+    constants = property(lambda self: self.module.constants(str(self.layout)))
     channels = property(lambda self: self.module.channels)
 
     @dilation.setter
@@ -143,14 +148,10 @@ class _ModuleNeuron(Neuron):
             return None
         return super().strides(layout)
 
-    @property
-    def masked(self) -> bool:
-        return self.node is not None and (len(self.node.args) > 1 or "mask" in self.node.kwargs)
-
-    @property
-    def affine(self) -> bool:
-        """Whether its input is scaled and shifted on load."""
-        return self.node is not None and ("scale" in self.node.kwargs or "shift" in self.node.kwargs)
+    def _arguments(self) -> Mapping[str, object]:
+        bound = _FORWARD.bind(self.module, *self.node.args, **self.node.kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
     @property
     def layout(self) -> Layout:
@@ -193,19 +194,19 @@ class _ModuleNeuron(Neuron):
 class _OpNeuron(Neuron):
     module = None
 
-    def _constant(self, name: str, default: object) -> object:
-        value = self.node.kwargs.get(name, default)
-        if isinstance(value, fx.Node):  # with dynamic=True Dynamo makes numbers of a module inputs of the graph
-            value = _hint(value.meta["example_value"])
-        return value
+    def _arguments(self) -> Mapping[str, object]:
+        return bind(self.node.target, self.node.args, self.node.kwargs)
 
-    order = property(lambda self: self._shape("weight", 1)[1])
-    channels = property(lambda self: self._shape("weight", 1)[0])
-    dilation = property(lambda self: self._constant("dilation", 1))
-    surrogate = property(lambda self: self._constant("surrogate", "atan"))
-    alpha = property(lambda self: self._constant("alpha", 2.0))
-    gradient = property(lambda self: self._constant("gradient", "straight-through"))
-    training = property(lambda self: self._constant("training", False))
+    @property
+    def constants(self) -> NeuronConstants:
+        # with dynamic=True Dynamo makes numbers of a module inputs of the graph
+        args, kwargs = map_arg((self.node.args, self.node.kwargs), lambda node: _hint(node.meta.get("example_value")))
+        return NeuronConstants.of_call(self.node.target, args, kwargs)
+
+    order = property(lambda self: self._shape("weight")[1])
+    channels = property(lambda self: self._shape("weight")[0])
+    dilation = property(lambda self: self.constants.dilation)
+    training = property(lambda self: self.constants.training)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -214,25 +215,15 @@ class _OpNeuron(Neuron):
             return None if meta is None else meta[1]
         return _autocast_at(self.node, meta[2].type) or meta[1]
 
-    @property
-    def masked(self) -> bool:
-        return len(self.node.args) > 8 and self.node.args[8] is not None
-
-    @property
-    def affine(self) -> bool:
-        """Whether its input is scaled and shifted on load."""
-        return any(argument is not None for argument in self.node.args[6:8])
-
-    def _shape(self, name: str, position: int) -> tuple[int, ...]:
-        argument = self.node.args[position] if len(self.node.args) > position else self.node.kwargs[name]
-        meta = input_meta(argument)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        meta = input_meta(self._arguments()[name])
         if meta is None:
             raise ValueError(f"{self.name}: the graph does not tell the shape of its {name}; propagate shapes first")
         return meta[0]
 
     @property
     def layout(self) -> Layout:
-        return Layout.parse(self._constant("layout", "time_first"))
+        return self.constants.place
 
     @layout.setter
     def layout(self, value: Layout | str) -> None:
@@ -240,7 +231,8 @@ class _OpNeuron(Neuron):
 
     @property
     def kernel(self) -> str:
-        return self._constant("method", "") if self.training else ""
+        constants = self.constants
+        return constants.method if constants.training else ""
 
     @kernel.setter
     def kernel(self, value: str) -> None:
@@ -249,7 +241,8 @@ class _OpNeuron(Neuron):
 
     @property
     def eval_kernel(self) -> str:
-        return "" if self.training else self._constant("method", "")
+        constants = self.constants
+        return "" if constants.training else constants.method
 
     @eval_kernel.setter
     def eval_kernel(self, value: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from ..constants import ALL, NeuronConstants
 from ..layout import Layout, to_layout
 from ..op import neuron
 from ..registry import Problem, get_kernel
@@ -25,7 +27,7 @@ def kernel_contest(
     pool: Pool,
     *,
     name: str,
-    alpha: float = 2.0,
+    constants: NeuronConstants | None = None,
     strides: Sequence[int] | None = None,
 ) -> Contest:
     """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
@@ -37,23 +39,18 @@ def kernel_contest(
         kernels: names of registered kernels that support it.
         pool: of the device on which they run.
         name: what messages call the contest.
-        alpha: of the surrogate.
+        constants: what ``problem`` leaves open, such as the surrogate's alpha; None for the op's defaults.
         strides: of the input as the network makes it; None: contiguous.
     """
     strides = tuple(torch.empty(problem.shape, device="meta").stride() if strides is None else strides)
     trainable = torch.Size(problem.shape).numel() > problem.channels
+    constants = dataclasses.replace(problem.constants(constants), training=trainable)
     facts = {
         "op": "mfpsn.neuron",
         "shape": list(problem.shape),
         "strides": list(strides),
         "dtype": _plain(problem.dtype),
-        "layout": str(problem.layout),
         "order": problem.order,
-        "dilation": problem.dilation,
-        "surrogate": problem.surrogate,
-        "alpha": alpha,
-        "gradient": problem.gradient,
-        "training": trainable,
         "masked": problem.masked,
         "affine": problem.affine,
     }
@@ -61,8 +58,9 @@ def kernel_contest(
     for name_of_kernel in kernels:
         kernel = get_kernel(name_of_kernel)
         source = source_of(kernel.parts)
-        prepare = functools.partial(_prepare, problem, kernel.name, alpha, strides, trainable, pool)
-        key = {**facts, "kernel": kernel.name, "source": source}
+        bound = dataclasses.replace(constants, method=kernel.name)
+        prepare = functools.partial(_prepare, problem, bound, strides, pool)
+        key = {**facts, **bound.key(), "source": source}
         entrants.append(Entrant(kernel.name, key, prepare, source is not None, kernel.rank))
     # All neurons are measured together: beside a busy process whole seconds may be disturbed, and with the samples of a
     # layer one after the other all of them
@@ -77,7 +75,7 @@ def _reserve(pool: Pool, shape: tuple[int, ...], strides: tuple[int, ...], dtype
 
 
 def _prepare(
-    problem: Problem, kernel: str, alpha: float, strides: tuple[int, ...], trainable: bool, pool: Pool
+    problem: Problem, constants: NeuronConstants, strides: tuple[int, ...], pool: Pool
 ) -> Mapping[str, Callable[[], object]]:
     device = pool.device
     kept = torch.float64 if problem.dtype is torch.float64 else torch.float32
@@ -91,28 +89,21 @@ def _prepare(
     mask = None
     if problem.masked:
         mask = torch.ones(problem.steps, problem.batch, dtype=torch.bool, device=device)
-    constants = {
-        "surrogate": problem.surrogate,
-        "alpha": alpha,
-        "gradient": problem.gradient,
-        "dilation": problem.dilation,
-        "layout": str(problem.layout),
-        "method": kernel,
-    }
+    keywords = {training: {**constants.arguments(ALL), "training": training} for training in (True, False)}
     affine = (ones, zeros) if problem.affine else (None, None)
 
     @torch.no_grad()
     def forward(training: bool):
-        return neuron(next(inputs), weight, ones, -ones, zeros, ones, *affine, mask, training=training, **constants)
+        return neuron(next(inputs), weight, ones, -ones, zeros, ones, *affine, mask, **keywords[training])
 
     parts = {"eval": lambda: forward(False)}
-    if trainable:
+    if constants.training:
         _, mean, var = forward(True)
 
         @torch.no_grad()
         def backward():
             return torch.ops.mfpsn.neuron_backward(
-                next(gradients), next(inputs), weight, ones, -ones, mean, var, *affine, mask, training=True, **constants
+                next(gradients), next(inputs), weight, ones, -ones, mean, var, *affine, mask, **keywords[True]
             )
 
         parts = {"forward": lambda: forward(True), "backward": backward, **parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import pathlib
@@ -17,7 +16,23 @@ from torch.utils import cpp_extension
 
 from .cache import BuildError, cached, run
 
-__all__ = ["VARIABLE", "BuildError", "Level", "level", "library", "march", "refusal", "register_bytes", "unavailable"]
+__all__ = [
+    "OPS",
+    "VARIABLE",
+    "BuildError",
+    "Level",
+    "level",
+    "library",
+    "march",
+    "refusal",
+    "register_bytes",
+    "unavailable",
+]
+
+# The schemas of the operators that the library implements. They are defined here, not there, so that they can be made
+# from what the Python side knows, and so that another library may be loaded in the same process.
+OPS = torch.library.Library("mfpsn_cpu", "DEF")
+OPS.define("level() -> (str, int)")
 
 VARIABLE = "MFPSN_FX_MARCH"
 _SOURCE = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "fused_cpu.cpp"
@@ -118,8 +133,8 @@ def _command(compiler: list[str], output: str) -> list[str]:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | BuildError:
-    """The library, or why there is none: both are found out once a process."""
+def _library() -> pathlib.Path | BuildError:
+    """The library, loaded, or why there is none: both are found out once a process."""
     try:
         compiler = _compiler()
         if (reason := refusal(march())) is not None:
@@ -131,13 +146,14 @@ def _library() -> ctypes.CDLL | BuildError:
         identity = [*sources, *flags, torch.__version__, run([*compiler, "--version"]), _processor()]
         note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about half a minute)"
         path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
-        return ctypes.CDLL(str(path))
+        torch.ops.load_library(path)
+        return path
     except (OSError, BuildError) as error:
         return error if isinstance(error, BuildError) else BuildError(f"{type(error).__name__}: {error}")
 
 
-def library() -> ctypes.CDLL:
-    """The compiled kernels; :class:`BuildError` if there are none."""
+def library() -> pathlib.Path:
+    """Load the compiled kernels and return where they are; :class:`BuildError` if there are none."""
     found = _library()
     if isinstance(found, BuildError):
         raise found
@@ -146,9 +162,8 @@ def library() -> ctypes.CDLL:
 
 def level() -> Level:
     """Return what the library says it was compiled for; :class:`BuildError` if there is none."""
-    built = library()
-    built.mfpsn_instructions.restype = ctypes.c_char_p
-    return Level(march(), built.mfpsn_instructions().decode(), built.mfpsn_register_bytes())
+    library()
+    return Level(march(), *torch.ops.mfpsn_cpu.level())
 
 
 def unavailable() -> str | None:

@@ -9,8 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..bn_fold import Folding
 from ..build import cuda as cuda_build
+from ..constants import NeuronConstants
 from ..kernel import Call, Parts
 from ..layout import Layout, uniform_stride
 from ..quantizer import Gradient
@@ -25,6 +25,8 @@ _STATISTICS, _FINISH_STATISTICS, _FOLD, _FIRE = 1, 2, 4, 8
 _REDUCTIONS, _FINISH_REDUCTIONS, _INPUT, _FINISH_INPUT = 16, 32, 64, 128
 
 
+# Unlike the C++ library this one is called through ctypes, not through torch's ops: its sources include no PyTorch
+# header, so that one build serves every release of PyTorch, also one that was made elsewhere (``build --arch``).
 class _View(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("time", "batch", "channel", "position")]
 
@@ -143,11 +145,11 @@ class _Run:
             self.alive.append(vector)
             setattr(self.arguments, name, vector.data_ptr())
 
-    def fold(self, folding: Folding, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    def fold(self, constants: NeuronConstants, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
         """Hand over what the fold takes."""
         a = self.arguments
-        a.eps, a.quantiser = folding.eps, _QUANTISERS[Gradient.parse(folding.gradient)]
-        a.min_exponent, a.max_exponent = folding.min_exponent, folding.max_exponent
+        a.eps, a.quantiser = constants.eps, _QUANTISERS[Gradient.parse(constants.gradient)]
+        a.min_exponent, a.max_exponent = constants.min_exponent, constants.max_exponent
         self.give(weight=weight, gamma=gamma, beta=beta)
         self.make("taps", self.order)
         self.make("bias")
@@ -215,10 +217,10 @@ class FusedCuda(Parts):
         run(_FIRE)
         return _narrow(run.given, given)
 
-    def forward(self, call, folding, x, weight, gamma, beta, mean, var):
+    def forward(self, call, x, weight, gamma, beta, mean, var):
         given, x = x, _wide(call, x)
         run = self._run(call, x, weight.shape[1], out=torch.empty_like(x))
-        run.fold(folding, weight, gamma, beta)
+        run.fold(call.constants, weight, gamma, beta)
         if mean is None:
             mean, var = run.make("mean"), run.make("var")
             run.partials(3)
@@ -252,11 +254,12 @@ class FusedCuda(Parts):
         run(_INPUT | _FINISH_INPUT)
         return _narrow(run.given, given) if input_grad else None, dweight, dscale, dshift
 
-    def backward(self, call, folding, grad, x, weight, gamma, beta, mean, var, training, input_grad):
+    def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
+        training = call.constants.training
         given, x = x, _wide(call, x)
         run = self._run(call, x, weight.shape[1], _wide(call, grad.to(given.dtype)),
                         torch.empty_like(x) if input_grad else None)  # fmt: skip
-        run.fold(folding, weight, gamma, beta)
+        run.fold(call.constants, weight, gamma, beta)
         run.give(mean=mean, var=var)
         run.arguments.chain, run.arguments.training, run.arguments.input_grad = True, training, input_grad
         dweight, dgamma, dbeta = run.make("dweight", run.order), run.make("dgamma"), run.make("dbeta")

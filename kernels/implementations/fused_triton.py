@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..constants import NeuronConstants
 from ..kernel import Call, Parts
 from ..layout import Layout, uniform_stride
 from ..quantizer import Gradient
@@ -202,12 +203,12 @@ def _order(weight: Tensor) -> dict[str, int]:
     return {"K": weight.shape[1], "KP": _power(weight.shape[1])}
 
 
-def _quantised(folding) -> dict[str, object]:
+def _quantised(constants: NeuronConstants) -> dict[str, object]:
     return {
-        "EPS": float(folding.eps),
-        "QUANTISED": str(folding.gradient) != Gradient.NONE,
-        "LEAST": folding.min_exponent,
-        "MOST": folding.max_exponent,
+        "EPS": float(constants.eps),
+        "QUANTISED": str(constants.gradient) != Gradient.NONE,
+        "LEAST": constants.min_exponent,
+        "MOST": constants.max_exponent,
     }
 
 
@@ -309,7 +310,7 @@ class FusedTriton(Parts):
         vectors = (None if v is None else v.contiguous() for v in (taps, bias, weight, offset, slope))
         return _input(call, grad, x, *vectors, None, input_grad)
 
-    def forward(self, call, folding, x, weight, gamma, beta, mean, var):
+    def forward(self, call, x, weight, gamma, beta, mean, var):
         weight, gamma, beta = weight.contiguous(), gamma.contiguous(), beta.contiguous()
         partials, columns, channels = None, 0, weight.shape[0]
         if mean is None:
@@ -320,12 +321,12 @@ class FusedTriton(Parts):
             mean, var = mean.contiguous(), var.contiguous()
         taps, bias = torch.empty_like(weight), torch.empty_like(gamma)
         _channels("fold_program", x, partials, mean, var, weight, gamma, beta, taps, bias, channels, columns,
-                  channels=channels, **_order(weight), **_quantised(folding))  # fmt: skip
+                  channels=channels, **_order(weight), **_quantised(call.constants))  # fmt: skip
         return self.fire(call, x, taps, bias), mean, var
 
-    def backward(self, call, folding, grad, x, weight, gamma, beta, mean, var, training, input_grad):
+    def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
         weight, gamma, beta, mean, var = (v.contiguous() for v in (weight, gamma, beta, mean, var))
-        channels, constants = weight.shape[0], {**_order(weight), **_quantised(folding)}
+        channels, constants = weight.shape[0], {**_order(weight), **_quantised(call.constants)}
         taps, bias = torch.empty_like(weight), torch.empty_like(gamma)
         _channels("fold_program", x, None, mean, var, weight, gamma, beta, taps, bias, channels, 0, channels=channels,
                   **constants)  # fmt: skip
@@ -333,13 +334,13 @@ class FusedTriton(Parts):
         dweight, dgamma, dbeta = torch.empty_like(weight), torch.empty_like(gamma), torch.empty_like(gamma)
         offset = slope = valid = None
         count = 0
-        if training:
+        if call.constants.training:
             offset, slope = torch.empty_like(gamma), torch.empty_like(gamma)
             found = self._count(call, x)
             valid, count = (found, 0) if isinstance(found, Tensor) else (None, found)
         _channels("chain_program", x, partials, weight, gamma, beta, mean, var, valid, dweight, dgamma, dbeta, offset,
                   slope, channels, g.columns, count, channels=channels,
-                  ROUND_ONLY=str(folding.gradient) == Gradient.ROUND_ONLY, **constants)  # fmt: skip
+                  ROUND_ONLY=str(call.constants.gradient) == Gradient.ROUND_ONLY, **constants)  # fmt: skip
         del partials
         dx, dweight, dscale, dshift = _input(call, grad, x, taps, bias, weight, offset, slope, dweight, input_grad)
         return dx, dweight, dgamma, dbeta, dscale, dshift

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
-from mfpsn_fx.kernels.bn_fold import Fold, Folding, fold
+from mfpsn_fx.kernels.bn_fold import Fold, fold
+from mfpsn_fx.kernels.constants import ALL, FOLDING, NeuronConstants
 from mfpsn_fx.kernels.eager import run_layer
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.op import neuron
@@ -152,31 +154,51 @@ class MulFreePSN(nn.Module):
         layout = self.layout if layout is None else layout
         shape = x.shape
         x = self.channels_together(x, layout)
-        place = {"dilation": self.dilation, "layout": layout, "method": chosen, "layer": self.path}
-        spikes = self._fired(x, scale, shift, mask, self.training and not again, place)
+        spikes = self._fired(x, scale, shift, mask, self.training and not again, self.constants(layout, chosen))
         if self.channel_dims != DEFAULT_DIMS:
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes
 
+    def constants(self, layout: str | None = None, kernel: str = "") -> NeuronConstants:
+        """Return what the op takes beside its tensors, under ``layout`` (default: the module's own) on ``kernel``."""
+        # Dynamo keeps no cache, and has symbolic numbers that cannot be checked; the op checks in any case
+        make = NeuronConstants if torch.compiler.is_compiling() else NeuronConstants.checked
+        return make(
+            eps=self.eps,
+            surrogate=self.surrogate.name,
+            alpha=self.surrogate.alpha,
+            gradient=self.gradient,
+            min_exponent=self.min_exponent,
+            max_exponent=self.max_exponent,
+            training=self.training,
+            dilation=self.dilation,
+            layout=self.layout if layout is None else layout,
+            method=kernel,
+            layer=self.path,
+        )
+
     def _fired(
-        self, x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, update: bool, place: dict
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        mask: Tensor | None,
+        update: bool,
+        constants: NeuronConstants,
     ) -> Tensor:
         """Spikes; ``update``: the running statistics take the batch's."""
-        constants = {"surrogate": self.surrogate.name, "alpha": self.surrogate.alpha, **place}
-        folding = Folding(self.eps, self.gradient, self.min_exponent, self.max_exponent)
         group = joined(self) if self.training else None
         if group is not None:
             spikes, mean, var, count = neuron_over_ranks(
-                group, x, self.weight, self.gamma, self.beta, scale, shift, mask, folding, **constants
+                group, x, self.weight, self.gamma, self.beta, scale, shift, mask, constants
             )
         else:
-            constants |= {"training": self.training, **folding._asdict()}
             tensors = (x, self.weight, self.gamma, self.beta, self.running_mean, self.running_var, scale, shift)
             if mask is None:
-                spikes = run_layer(*tensors, self.momentum, update, **constants)
+                spikes = run_layer(*tensors, self.momentum, update, constants)
                 if spikes is not None:
                     return spikes
-            spikes, mean, var = neuron(*tensors, mask, **constants)
+            spikes, mean, var = neuron(*tensors, mask, **constants.arguments(ALL))
             count = None
         if update:
             self._update_statistics(mean, var, self._count(x, mask) if count is None else count)
@@ -211,17 +233,8 @@ class MulFreePSN(nn.Module):
     def folded(self) -> Fold:
         """Taps W_q (C, k) and bias b_f (C,) that evaluation fires with (appendix C), and what they are made of."""
         with torch.no_grad():
-            return fold(
-                self.weight,
-                self.gamma,
-                self.beta,
-                self.running_mean,
-                self.running_var,
-                self.eps,
-                self.gradient,
-                self.min_exponent,
-                self.max_exponent,
-            )
+            tensors = (self.weight, self.gamma, self.beta, self.running_mean, self.running_var)
+            return fold(*tensors, **self.constants().arguments(FOLDING))
 
     def bind(self, *, layout: str | None = None, kernel: str | None = None, eval_kernel: str | None = None) -> None:
         """Set the defaults of this module; ``ValueError`` if a layout or kernel is unknown."""
@@ -237,12 +250,9 @@ class MulFreePSN(nn.Module):
 
         Nothing is compiled to find out: until the first call it is taken that what would be compiled can be.
         """
-        layout = Layout.parse(self.layout if layout is None else layout)
-        shape = layout.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)
-        problem = Problem(
-            shape, layout, self.weight.dtype, self.weight.device.type, self.order, self.dilation, self.surrogate.name,
-            self.gradient, training,
-        )  # fmt: skip
+        constants = dataclasses.replace(self.constants(layout), training=training)
+        shape = constants.place.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)
+        problem = Problem.of(constants, shape, self.weight.dtype, self.weight.device.type, self.order)
         return default_kernel(problem, build=False).name
 
     def _apply(self, fn, recurse=True):

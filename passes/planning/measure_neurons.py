@@ -169,7 +169,7 @@ def _enter(
                     able,
                     pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
                     name=f"{neuron.name}, {layout}",
-                    alpha=neuron.alpha,
+                    constants=neuron.constants,
                     strides=neuron.strides(layout),
                 )
             )

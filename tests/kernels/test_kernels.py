@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfpsn_fx.kernels import ATan, Layout, fire, kernels, neuron, power_of_two, reference
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.implementations import vmap as vmapping_module
 from mfpsn_fx.kernels.registry import FLOATS
 
@@ -233,7 +234,7 @@ def _calls(name, layout, monkeypatch):
         monkeypatch.setattr(module, "vmap", spy)
     parts = get_kernel(name).parts
     x = torch.randn(Layout.shape_from(layout, (6, 2, 3, 4), Layout.TIME_FIRST))
-    call, w = Call(layout, 2, torch.float32, ATan()), torch.randn(3, 2)
+    call, w = Call(NeuronConstants(dilation=2, layout=str(layout)), torch.float32), torch.randn(3, 2)
     with _Calls() as forward:
         parts.filter(call, x, w)
     with _Calls() as backward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -14,15 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import neuron, register_kernel, unregister_kernel
 from mfpsn_fx.kernels.build import cpu as cpu_build
+from mfpsn_fx.kernels.constants import ALL, NeuronConstants
 from mfpsn_fx.kernels.eager import run_layer
 from mfpsn_fx.kernels.implementations.fused_cpu import FusedCpu
 
 pytestmark = pytest.mark.skipif(cpu_build.unavailable() is not None, reason="no C++ compiler")
 
-CONSTANTS = {
-    "eps": 1e-5, "surrogate": "atan", "alpha": 2.0, "gradient": "straight-through", "min_exponent": -126,
-    "max_exponent": 127, "training": True, "dilation": 1, "layout": "time_first", "method": "fused-cpp", "layer": "lif",
-}  # fmt: skip
+CONSTANTS = NeuronConstants(training=True, method="fused-cpp", layer="lif")
 
 
 def leaf(*shape, dtype=torch.float32, seed=0):
@@ -42,7 +41,7 @@ def operands(channels=3, order=2, dtype=torch.float32, affine=False):
 
 def by_op(x, others, momentum, update, constants):
     """What MulFreePSN does with the op."""
-    spikes, mean, var = neuron(x, *others, None, **constants)
+    spikes, mean, var = neuron(x, *others, None, **constants.arguments(ALL))
     if update:
         count = x.numel() // others[1].numel()
         others[3].lerp_(mean, momentum)
@@ -65,7 +64,7 @@ def test_results_do_not_depend_on_where_memory_lies():
     stored = leaf(6, 6, 2, 10, 6, dtype=torch.float64)
     x = stored.permute(3, 0, 2, 4, 1)[::2, ::2, ::2, ::2, ::2]
     grad = leaf(*x.shape, dtype=torch.float64, seed=9)
-    constants = CONSTANTS | {"training": False, "dilation": 2}
+    constants = dataclasses.replace(CONSTANTS, training=False, dilation=2)
     kept, first = [], None
     for i in range(1000):
         kept = [*kept[-20:], torch.empty(i % 7 * 8 + 1)]
@@ -94,10 +93,10 @@ def test_layer_is_the_op_to_the_bit(
     x = stored.permute([order_in_memory.index(d) for d in range(5)])[tuple(slice(None, None, gap) for _ in sizes)]
     channels = x.shape[2 if layout == "time_first" else 1]
     grad = leaf(*x.shape, dtype=dtype, seed=9)
-    constants = CONSTANTS | {"training": training, "layout": layout, "dilation": dilation, "gradient": gradient}
+    constants = dataclasses.replace(CONSTANTS, training=training, layout=layout, dilation=dilation, gradient=gradient)
 
     def layer(x, others):
-        spikes = run_layer(x, *others, 0.1, training, **constants)
+        spikes = run_layer(x, *others, 0.1, training, constants)
         assert spikes is not None
         assert type(spikes.grad_fn).__name__ != "_NeuronBackward"
         return spikes
@@ -240,9 +239,9 @@ def test_a_neuron_that_is_not_bound_takes_the_short_way_too():
     """A module written by hand is as fast as a converted one: it runs the layer of the kernel of highest rank."""
     x, runs = torch.randn(6, 4, 3, 2), []
     for method in ("", "fused-cpp"):
-        constants = CONSTANTS | {"method": method}
+        constants = dataclasses.replace(CONSTANTS, method=method)
         others = [None if t is None else t.detach() for t in operands()]
-        runs.append((run_layer(x, *others, 0.1, True, **constants), *others))
+        runs.append((run_layer(x, *others, 0.1, True, constants), *others))
     assert runs[0][0] is not None
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True) if a is not None)
 
@@ -254,9 +253,9 @@ def test_a_kernel_of_ones_own_may_have_a_layer():
     class Counting(FusedCpu):
         """Counts."""
 
-        def layer(self, *args, **constants):
-            calls.append(constants["method"])
-            return super().layer(*args, **constants)
+        def layer(self, *args):
+            calls.append(args[-1].method)
+            return super().layer(*args)
 
     try:
         made = module()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mfpsn_fx.kernels.bn_fold import Folding, fold, fold_backward
-from mfpsn_fx.kernels.layout import Layout
+from mfpsn_fx.kernels.bn_fold import fold, fold_backward
+from mfpsn_fx.kernels.constants import FOLDING, PLACE, SURROGATE, NeuronConstants
 from mfpsn_fx.kernels.op import backward_input, backward_reductions, fire, statistics
 
 from .group import Group
@@ -24,14 +24,7 @@ def neuron_over_ranks(
     scale: Tensor | None,
     shift: Tensor | None,
     mask: Tensor | None,
-    folding: Folding,
-    *,
-    surrogate: str,
-    alpha: float,
-    dilation: int,
-    layout: str,
-    method: str,
-    layer: str,
+    constants: NeuronConstants,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(S, μ, σ², M) of ``mfpsn::neuron`` in training, with μ and σ² over the M values per channel of all ranks.
 
@@ -41,15 +34,13 @@ def neuron_over_ranks(
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))  # as the op itself does it
-    place = {"dilation": dilation, "layout": layout, "method": method, "layer": layer}
     with torch.no_grad():
-        mean, var = statistics(x.detach(), weight, scale, shift, mask, **place)
-        count = x.numel() // max(x.shape[Layout.parse(layout).channel_dim], 1)
+        mean, var = statistics(x.detach(), weight, scale, shift, mask, **constants.arguments(PLACE))
+        count = x.numel() // max(x.shape[constants.place.channel_dim], 1)
         if mask is not None:
             count = mask.sum() * (count // max(mask.numel(), 1))
         mean, var, count = group.moments(mean, var, count)
-    how = {"surrogate": surrogate, "alpha": alpha}
-    spikes = _OverRanks.apply(x, weight, gamma, beta, scale, shift, mask, mean, var, count, folding, place, how, group)
+    spikes = _OverRanks.apply(x, weight, gamma, beta, scale, shift, mask, mean, var, count, constants, group)
     return spikes, mean, var, count
 
 
@@ -61,27 +52,28 @@ class _OverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, gamma, beta, scale, shift, mask, mean, var, count, folding, place, surrogate, group):
+    def forward(ctx, x, weight, gamma, beta, scale, shift, mask, mean, var, count, constants, group):
         weight, gamma, beta = (p.to(mean.dtype) for p in (weight, gamma, beta))
-        folded = fold(weight, gamma, beta, mean, var, *folding)
-        spikes = fire(x, folded.taps, folded.bias, scale, shift, mask, **place)
+        folded = fold(weight, gamma, beta, mean, var, **constants.arguments(FOLDING))
+        spikes = fire(x, folded.taps, folded.bias, scale, shift, mask, **constants.arguments(PLACE))
         ctx.save_for_backward(x, weight, gamma, beta, scale, shift, mask, mean, var)
-        ctx.constants = count, folding, place, surrogate, group
+        ctx.constants = count, constants, group
         return spikes
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, gamma, beta, scale, shift, mask, mean, var = ctx.saved_tensors
-        count, folding, place, surrogate, group = ctx.constants
-        folded = fold(weight, gamma, beta, mean, var, *folding)
-        own = backward_reductions(grad, x, folded.taps, folded.bias, scale, shift, mask, **surrogate, **place)
-        mine = fold_backward(folded, *own, weight, gamma, mean, folding.gradient, None)
-        all_ranks = fold_backward(folded, *group.total(*own), weight, gamma, mean, folding.gradient, count)
+        count, constants, group = ctx.constants
+        keywords = constants.arguments(SURROGATE + PLACE)
+        folded = fold(weight, gamma, beta, mean, var, **constants.arguments(FOLDING))
+        own = backward_reductions(grad, x, folded.taps, folded.bias, scale, shift, mask, **keywords)
+        mine = fold_backward(folded, *own, weight, gamma, mean, constants.gradient, None)
+        all_ranks = fold_backward(folded, *group.total(*own), weight, gamma, mean, constants.gradient, count)
         needs = ctx.needs_input_grad
         dx, through, dscale, dshift = backward_input(
             grad, x, folded.taps, folded.bias, weight, all_ranks.offset, all_ranks.inner, scale, shift, mask,
-            input_grad=needs[0], **surrogate, **place,
+            input_grad=needs[0], **keywords,
         )  # fmt: skip
         grads = (dx, mine.weight + through, mine.gamma, mine.beta, dscale, dshift)
-        return *(g if wanted else None for g, wanted in zip(grads, needs, strict=False)), *[None] * 8
+        return *(g if wanted else None for g, wanted in zip(grads, needs, strict=False)), *[None] * 6

@@ -24,6 +24,7 @@ from mfpsn_fx.kernels.autotune import race as contests
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.cache import SelectionCache, cache_folder
 from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest, kernel_contest
+from mfpsn_fx.kernels.constants import ALL, NeuronConstants
 from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
 CPU = torch.device("cpu")
@@ -141,8 +142,11 @@ class TestKeys:
         problem = Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, "cpu", 2, 1)._replace(
             **{k: v for k, v in changes.items() if k in Problem._fields}
         )
-        rest = {k: v for k, v in changes.items() if k in ("alpha", "strides")}
-        contest = kernel_contest(problem, ["shifted-add"], Pool("cpu"), name="one", **rest)
+        constants = NeuronConstants(**{k: v for k, v in changes.items() if k in ALL})
+        strides = changes.get("strides")
+        contest = kernel_contest(
+            problem, ["shifted-add"], Pool("cpu"), name="one", constants=constants, strides=strides
+        )
         SelectionCache(folder).put(contest.key, CPU, {})
         return {path.name for path in SelectionCache(folder).files()}
 
@@ -151,7 +155,8 @@ class TestKeys:
         for changes in (
             {"shape": (4, 3, 3)}, {"strides": (3, 12, 1)}, {"dtype": torch.bfloat16}, {"layout": Layout.TIME_LAST},
             {"order": 3}, {"dilation": 2}, {"surrogate": "sigmoid"}, {"alpha": 3.0}, {"gradient": "none"},
-            {"masked": True}, {"affine": True}, {"shape": (1, 1, 3)},
+            {"masked": True}, {"affine": True}, {"shape": (1, 1, 3)}, {"eps": 1e-3}, {"min_exponent": -4},
+            {"max_exponent": 4},
         ):  # fmt: skip
             assert len(self.paths(tmp_path, **changes)) == count + 1, changes
             count += 1

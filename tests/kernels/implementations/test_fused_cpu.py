@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import logging
 import os
 import subprocess
 import sys
-import weakref
 
 import pytest
 import torch
 
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import ATan, Layout, fire, get_kernel, neuron, power_of_two, reference
-from mfpsn_fx.kernels.bn_fold import Folding
 from mfpsn_fx.kernels.build import cpu as cpu_build
-from mfpsn_fx.kernels.implementations import fused_cpu
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import Problem
 
@@ -171,7 +169,7 @@ class TestBuild:
             outside.delenv("TORCH_EXTENSIONS_DIR")
             if EXTENSIONS is not None:
                 outside.setenv("TORCH_EXTENSIONS_DIR", EXTENSIONS)
-            built, compiler = cpu_build.library()._name, cpu_build._compiler()
+            built, compiler = cpu_build.library(), cpu_build._compiler()
         cpu_build._library.cache_clear()
         script = tmp_path / "c++"
         script.write_text(
@@ -236,22 +234,23 @@ def test_whole_equals_its_parts_however_the_work_is_cut(shape, memory, gradient)
         x, layout = x.movedim(0, -1).contiguous(), "time_last"
     channels, kernel = shape[2], get_kernel("fused-cpp").parts
     weight, gamma, beta = torch.randn(channels, 9), torch.randn(channels), torch.randn(channels)
-    call = Call(Layout.parse(layout), 2, torch.float32, ATan(2.0))
-    folding = Folding(1e-5, gradient, -6, 3)
-    whole = kernel.forward(call, folding, x, weight, gamma, beta, None, None)
-    for ours, parts in zip(
-        whole, Parts.forward(kernel, call, folding, x, weight, gamma, beta, None, None), strict=True
-    ):
+    constants = NeuronConstants(
+        gradient=gradient, min_exponent=-6, max_exponent=3, training=True, dilation=2, layout=layout
+    )
+    call = Call(constants, torch.float32)
+    whole = kernel.forward(call, x, weight, gamma, beta, None, None)
+    for ours, parts in zip(whole, Parts.forward(kernel, call, x, weight, gamma, beta, None, None), strict=True):
         assert torch.equal(ours, parts)
     _, mean, var = whole
     exact = reference.forward(x, weight, gamma, beta, mean, var, dilation=2, layout=layout, training=True)
     torch.testing.assert_close(mean.double(), exact.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(var.double(), exact.var, rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(x)
-    arguments = (call, folding, grad, x, weight, gamma, beta, mean, var)
+    arguments = (grad, x, weight, gamma, beta, mean, var, True)
     for training in (True, False):
-        ours = kernel.backward(*arguments, training, True)
-        parts = Parts.backward(kernel, *arguments, training, True)
+        call = Call(dataclasses.replace(constants, training=training), torch.float32)
+        ours = kernel.backward(call, *arguments)
+        parts = Parts.backward(kernel, call, *arguments)
         for a, b in zip(ours[:4], parts[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
@@ -284,16 +283,6 @@ def test_rows_of_many_steps(steps, width):
     x, w, bias = torch.randn(steps, 2, 4, width), power_of_two(torch.randn(4, 3)), torch.randn(4)
     for memory in (x, torch.randn(x.numel() + 1)[1:].view(x.shape), x[..., 1:]):
         assert torch.equal(fire(memory, w, bias, method="fused-cpp"), fire(memory, w, bias))
-
-
-def test_what_a_call_reads_outlives_the_cache():
-    """Other threads may prepare any number of other shapes while a call runs."""
-    run = fused_cpu._Run(Call(Layout.TIME_FIRST, 1, torch.float32, ATan(2.0)), torch.randn(3, 2, 4, 5), 2)
-    shared = weakref.ref(next(kept for kept in run.alive if isinstance(kept, fused_cpu._Prepared)))
-    fused_cpu._prepared.cache_clear()
-    gc.collect()
-    assert shared() is not None
-    assert shared().address == run.problem
 
 
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 50.0])
@@ -335,26 +324,22 @@ def test_few_channels_last(channels, positions):
     torch.testing.assert_close(var.double(), found.var, rtol=1e-5, atol=1e-5)
 
 
-def test_out_of_memory_is_told(monkeypatch):
-    """The library reports it (simulated here); it is raised, not answered with a wrong result."""
-    monkeypatch.setattr(fused_cpu, "_function", lambda *key: lambda *arguments: 1)
-    with pytest.raises(MemoryError, match="fused-cpp: no memory for the scratch space of fire"):
-        fire(torch.randn(4, 2, 3), torch.ones(3, 2), torch.zeros(3), method="fused-cpp")
+def repeated(steps):
+    """So many steps that share their memory; weights for them."""
+    return torch.randn(1, 2, 3).expand(steps, 2, 3), torch.ones(3, 2)
 
 
-def test_other_errors_are_told_as_they_are(monkeypatch):
-    """The library is told of more channels than a vector can have entries: that is not std::bad_alloc."""
-    x, weight, one = torch.randn(4, 2, 3), torch.ones(3, 2), torch.ones(3)
-    prepared = fused_cpu._prepared
+def test_out_of_memory_is_told():
+    """Scratch space beyond the address space: it is raised, not answered with a wrong result."""
+    with pytest.raises(MemoryError, match="fused-cpp: no memory for the scratch space of statistics, order 2"):
+        OPS.statistics(*repeated(2**44), method="fused-cpp")
 
-    def of_many_channels(*key):
-        found = prepared.__wrapped__(*key)
-        found.problem.channels = 2**61
-        return found
 
-    monkeypatch.setattr(fused_cpu, "_prepared", of_many_channels)
-    with pytest.raises(RuntimeError, match=r"fused-cpp: backward of order 2 failed: \w"):
-        OPS.neuron_backward(x, x, weight, one, one, one, one, training=True, method="fused-cpp")
+def test_other_errors_are_told_as_they_are():
+    """Scratch space of more entries than a vector can have: that is not std::bad_alloc."""
+    values = cpu_build.level().register_bytes // 4
+    with pytest.raises(RuntimeError, match=r"fused-cpp: statistics of order 2 failed: \w"):
+        OPS.statistics(*repeated(2**60 // values), method="fused-cpp")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -34,9 +34,9 @@ from mfpsn_fx.kernels import (
     register_kernel,
     unregister_kernel,
 )
-from mfpsn_fx.kernels.bn_fold import Folding
 from mfpsn_fx.kernels.build import cuda as cuda_build
 from mfpsn_fx.kernels.build import cuda_usage
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
 from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import FLOATS, Problem
@@ -229,13 +229,16 @@ def test_training_and_gradients(place):
         weight, *_, scale, shift, mask = rest
         training = training and x.numel() > weight.shape[0]
         grad = torch.randn_like(x.double()).to(x.dtype)
-        folding = Folding(1e-2, gradient)
-        call = Call(layout, case["dilation"], kept, SURROGATES[surrogate](1.5), scale, shift, mask)
+        constants = NeuronConstants(
+            eps=1e-2, surrogate=surrogate, alpha=1.5, gradient=gradient, training=training, dilation=case["dilation"],
+            layout=str(layout),
+        )  # fmt: skip
+        call = Call(constants, kept, scale, shift, mask)
         parts = get_kernel(method).parts
         given = (None, None) if training else tuple(rest[3:5])
-        spikes, mean, var = parts.forward(call, folding, x, *rest[:3], *given)
-        found = parts.backward(call, folding, grad, x, *rest[:3], mean, var, training, True)
-        apart = Parts.forward(parts, call, folding, x, *rest[:3], *given)
+        spikes, mean, var = parts.forward(call, x, *rest[:3], *given)
+        found = parts.backward(call, grad, x, *rest[:3], mean, var, True)
+        apart = Parts.forward(parts, call, x, *rest[:3], *given)
         assert all(torch.equal(a, b) for a, b in zip((spikes, mean, var), apart, strict=True))
         options = {"eps": 1e-2, "gradient": gradient, "dilation": case["dilation"], "layout": layout,
                    "training": training}  # fmt: skip
@@ -252,7 +255,7 @@ def test_training_and_gradients(place):
         torch.testing.assert_close(mean.cpu().double(), expected.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(var.cpu().double(), expected.var, rtol=1e-4, atol=1e-5)
         whole = [v for v in found if v is not None]
-        pieces = [v for v in Parts.backward(parts, call, folding, grad, x, *rest[:3], mean, var, training, True)
+        pieces = [v for v in Parts.backward(parts, call, grad, x, *rest[:3], mean, var, True)
                   if v is not None]  # fmt: skip
         for value, piece, want in zip(whole, pieces, [w for w in wanted if w is not None], strict=True):
             channel = layout.channel_dim if value.ndim > 2 else 0
@@ -431,7 +434,7 @@ class TestPlan:
 class TestFaults:
     def test_an_error_from_a_launch(self, emulation):
         parts = fused_cuda.FusedCuda(emulation)
-        call = Call(Layout.TIME_FIRST, 1, torch.float32, ATan())
+        call = Call(NeuronConstants(), torch.float32)
         emulation._library.cuda_on_host_fail(9)
         with pytest.raises(RuntimeError, match=r"fused-cuda: .* on cpu failed with CUDA error 9 \(invalid conf"):
             parts.fire(call, torch.randn(4, 2, 3), torch.ones(3, 2), torch.zeros(3))
@@ -442,7 +445,7 @@ class TestFaults:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         parts = fused_cuda.FusedCuda(emulation)
-        call = Call(Layout.TIME_FIRST, 1, torch.float32, ATan())
+        call = Call(NeuronConstants(), torch.float32)
         x = torch.randn(4, 2, 3)
         monkeypatch.setattr(torch, "empty", refuse)
         with pytest.raises(torch.OutOfMemoryError):

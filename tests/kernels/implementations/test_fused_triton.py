@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfpsn_fx.kernels import ATan, Layout, Rational, Sigmoid, fire, get_kernel, neuron, power_of_two, reference
-from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.kernel import Call, Parts
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
@@ -149,18 +150,18 @@ def test_whole_equals_its_parts(layout):
     """The fold on the device is the fold in tensor operations: spikes equal to the bit."""
     x = torch.randn(layout.shape_from((7, 3, 20, 5), "time_first")).to(DEVICE)
     weight, gamma, beta = (torch.randn(*s).to(DEVICE) for s in ((20, 4), (20,), (20,)))
-    call, folding, kernel = (
-        Call(layout, 2, torch.float32, ATan(2.0)),
-        Folding(1e-5, "round-only", -5, 3),
-        get_kernel(NAME).parts,
+    constants = NeuronConstants(
+        gradient="round-only", min_exponent=-5, max_exponent=3, training=True, dilation=2, layout=str(layout)
     )
-    whole = kernel.forward(call, folding, x, weight, gamma, beta, None, None)
-    parts = Parts.forward(kernel, call, folding, x, weight, gamma, beta, None, None)
+    call, kernel = Call(constants, torch.float32), get_kernel(NAME).parts
+    whole = kernel.forward(call, x, weight, gamma, beta, None, None)
+    parts = Parts.forward(kernel, call, x, weight, gamma, beta, None, None)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    arguments = (call, folding, torch.randn_like(x), x, weight, gamma, beta, *whole[1:])
+    arguments = (torch.randn_like(x), x, weight, gamma, beta, *whole[1:], True)
     for training in (True, False):
-        ours = kernel.backward(*arguments, training, True)
-        theirs = Parts.backward(kernel, *arguments, training, True)
+        call = Call(dataclasses.replace(constants, training=training), torch.float32)
+        ours = kernel.backward(call, *arguments)
+        theirs = Parts.backward(kernel, call, *arguments)
         for a, b in zip(ours[:4], theirs[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 

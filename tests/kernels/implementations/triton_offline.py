@@ -25,8 +25,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
-from mfpsn_fx.kernels import ATan, Layout, get_kernel
-from mfpsn_fx.kernels.bn_fold import Folding
+from mfpsn_fx.kernels import Layout, get_kernel
+from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.kernel import Call
 
 TYPES = {
@@ -96,14 +96,14 @@ def call(catcher, layout, dtype, order, dilation, shape=(8, 4, 16, 64), extras=F
     kept = torch.float64 if dtype is torch.float64 else torch.float32
     one, weight = torch.ones(shape[2], dtype=kept), torch.ones(shape[2], order, dtype=kept)
     more = (one, one, torch.ones(shape[:2], dtype=torch.bool)) if extras else ()
-    constants, folding, kernel = (
-        Call(Layout.parse(layout), dilation, kept, ATan(2.0), *more),
-        Folding(gradient="round-only"),
-        get_kernel("fused-triton").parts,
+    kernel = get_kernel("fused-triton").parts
+    training, evaluation = (
+        Call(NeuronConstants(gradient="round-only", training=t, dilation=dilation, layout=layout), kept, *more)
+        for t in (True, False)
     )
-    kernel.forward(constants, folding, x, weight, one, one, None, None)
-    kernel.backward(constants, folding, x, x, weight, one, one, one, one, True, True)
-    kernel.backward(constants, folding, x, x, weight, one, one, one, one, False, False)
+    kernel.forward(training, x, weight, one, one, None, None)
+    kernel.backward(training, x, x, weight, one, one, one, one, True)
+    kernel.backward(evaluation, x, x, weight, one, one, one, one, False)
 
 
 def main(architecture: int, everything: bool) -> None:
