@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
@@ -17,10 +16,11 @@ from mfpsn_fx.model.time_last import has_hooks, run_time_last
 
 from .base import Pass, Result
 from .neurons import input_meta, neurons
+from .op_traits import aten_name, queries_shape
 
 __all__ = ["UNFOLDED", "FoldNorms", "UnfoldNorms", "folded_norms", "unfold_norms"]
 
-_VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as", torch.reshape, torch.unflatten}
+_VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as"}
 UNFOLDED = "mfpsn_unfolded"  # gm.meta: whether norms that were folded have been taken apart
 _DIRECT = "direct"  # a batch norm's form in time-last
 _ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
@@ -146,17 +146,13 @@ def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: La
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op in ("call_method", "call_function") and node.target in _VIEWS and bool(node.args)
+    return aten_name(node) in _VIEWS and bool(node.args)
 
 
 def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
     """Whether ``reader`` alone reads the values of ``node``; shapes do not count."""
     for user in node.users:
-        shape_only = (
-            (user.op == "call_function" and user.target is getattr and user.args[1] in ("shape", "ndim", "dtype"))
-            or (user.op == "call_method" and user.target in ("size", "dim"))
-            or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
-        )
+        shape_only = queries_shape(user) or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
         if user is not reader and not shape_only:
             return False
     return reader.args[0] is node
@@ -166,7 +162,7 @@ def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
     """Whether nothing runs between norm and neuron that could alter the norm's input, under whatever name."""
     node = norm.next
     while node is not sn:
-        known = node in chain or node.op == "get_attr" or node.target in (operator.getitem, getattr, "size", "dim")
+        known = node in chain or node.op == "get_attr" or node.target is operator.getitem or queries_shape(node)
         if not known:
             return False
         node = node.next
