@@ -162,8 +162,7 @@ class _Twins:
                 stand_in = made.setdefault(
                     id(module), SimulatedNeuron(module.source, module.layout, module.channel_dims)
                 )
-                parent, _, child = path.rpartition(".")
-                setattr(self.teacher.get_submodule(parent), child, stand_in)
+                self.teacher.set_submodule(path, stand_in)
 
     def each(self) -> Iterator[Batch]:
         found = False

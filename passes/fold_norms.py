@@ -23,7 +23,6 @@ __all__ = ["UNFOLDED", "FoldNorms", "UnfoldNorms", "folded_norms", "unfold_norms
 _VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as"}
 UNFOLDED = "mfpsn_unfolded"  # gm.meta: whether norms that were folded have been taken apart
 _DIRECT = "direct"  # a batch norm's form in time-last
-_ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
 
 
 class FoldNorms(Pass):
@@ -192,5 +191,5 @@ def _one_read(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str
     shape = Layout.TIME_FIRST.shape_from(shape, layout)
     shape = (1, *shape) if fused_time(gm.get_submodule(path)) else shape
     problem = Problem(tuple(shape), Layout.TIME_FIRST, dtype, device.type, 1, 1)
-    able = {kernel.name for kernel in kernels() if kernel.name in _ONE_READ and kernel.refusal(problem) is None}
-    return next((name for name in _ONE_READ if name in able), "")
+    able = [kernel for kernel in kernels() if kernel.one_read and kernel.refusal(problem) is None]
+    return max(able, key=lambda kernel: kernel.rank).name if able else ""

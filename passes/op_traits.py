@@ -236,6 +236,7 @@ def _call_traits(node: fx.Node) -> OpTraits | None:
     if not found:
         return None
     traits = [_overload_traits(name, op, bound, values, inputs) for op, bound in found]
+    over = {n for t in traits for n in t.pointwise} if all(t.pointwise for t in traits) else set()
     writes = {n for t in traits for n in t.writes}
     aliases = {n for t in traits for n in t.aliases}
     if values.get("inplace"):
@@ -244,7 +245,7 @@ def _call_traits(node: fx.Node) -> OpTraits | None:
         aliases.update(written)
     writes.update(*(_nodes(values[name]) for name in _RUNNING if name in values))
     return OpTraits(
-        pointwise=traits[0].pointwise if all(t.pointwise == traits[0].pointwise for t in traits) else (),
+        pointwise=tuple(n for n in inputs if n in over),
         random=any(t.random for t in traits),
         writes=tuple(n for n in inputs if n in writes),
         aliases=tuple(n for n in inputs if n in aliases),
@@ -291,7 +292,7 @@ def _overload_traits(
         fresh = name in _FRESH or not _may_alias(op, pointwise or reduction)
         aliases = [] if fresh else tensors
     return OpTraits(
-        pointwise=tuple(dict.fromkeys(tensors)) if pointwise else (),
+        pointwise=tuple(tensors) if pointwise else (),
         random=torch.Tag.nondeterministic_seeded in op.tags and _draws(values),
         writes=tuple(writes),
         aliases=tuple(aliases),

@@ -104,8 +104,7 @@ class ReplaceNeurons(Pass):
         for path, reason in failed.items():
             gm.get_submodule(path).mfpsn_unconverted = reason  # for the selection, through copies and pickles
         for path, new in swaps:
-            parent, _, child = path.rpartition(".")
-            setattr(gm.get_submodule(parent), child, new)
+            gm.set_submodule(path, new)
         return Result(gm, [f"{path}: {new.source.name} -> {new!r}" for path, new in swaps])
 
     def _make(self, gm: fx.GraphModule, path: str, old: nn.Module) -> MulFreePSN:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -254,9 +255,7 @@ def carries_gradient(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def _trained(gm: fx.GraphModule, path: str) -> bool:
-    value: object = gm
-    for part in path.split("."):
-        value = getattr(value, part)
+    value = attrgetter(path)(gm)
     if isinstance(value, nn.Module):
         return any(p.requires_grad for p in value.parameters())
     return isinstance(value, Tensor) and value.requires_grad

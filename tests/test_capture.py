@@ -110,9 +110,9 @@ def test_defaults_and_keywords_stay_arguments():
     converted = mfpsn_fx.convert(model, x, example_kwargs={"scale": 3.0}, repeats=1, progress=False)
     assert torch.equal(converted.eval()(x), converted(x, scale=2.0))
     assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["x", "scale"]
-    with pytest.raises(TypeError, match="lacks an argument for 'x'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
         mfpsn_fx.convert(model, example_kwargs={"scale": 3.0}, repeats=1, progress=False)
-    with pytest.raises(TypeError, match="does not take: nonsense"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
         mfpsn_fx.convert(model, x, example_kwargs={"nonsense": 3.0}, repeats=1, progress=False)
 
 

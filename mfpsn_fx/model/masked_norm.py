@@ -127,6 +127,5 @@ def mask_batch_norms(model: nn.Module) -> int:
         found.append((path, module))
     made = {id(module): MaskedBatchNorm(module) for _, module in found}
     for path, module in found:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        model.set_submodule(path, made[id(module)])
     return len(made)

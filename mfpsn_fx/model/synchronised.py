@@ -85,8 +85,7 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
         norms.append((path, module))
     made = {id(module): SynchronisedBatchNorm(module, process_group) for _, module in norms}
     for path, module in norms:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        model.set_submodule(path, made[id(module)])
     neurons = [module for module in model.modules() if isinstance(module, MulFreePSN)]
     for neuron in neurons:
         neuron.ranks = Group(process_group)
