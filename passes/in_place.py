@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mfpsn_fx.model.neuron import MulFreePSN
 
-from .op_traits import op_traits, queries_shape
+from .op_traits import op_traits, shape_arithmetic
 from .operator_layouts import is_spikes
 
 __all__ = ["bound_by_writes", "writes_in_place"]
@@ -56,13 +56,12 @@ def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
             node = root[node]
         return node
 
-    numbers = _numbers(gm)
-    writes: dict[fx.Node, set[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        if node.op == "output" or node in numbers:
-            continue
-        if targets := {target for target in writes_in_place(gm, node) if target not in numbers}:
-            writes[node] = targets
+    numbers = shape_arithmetic(gm.graph)
+    others = [node for node in gm.graph.nodes if node.op != "output" and node not in numbers]
+    writes = {node: targets for node in others if (targets := set(writes_in_place(gm, node)) - numbers)}
+    if not writes:
+        return set()
+    for node in others:
         for target in _may_share(gm, node):
             if target not in numbers:
                 root[find(target)] = find(node)
@@ -77,17 +76,6 @@ def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
         for member in timed.intersection(members):
             bound.update((member, *member.users))
     return bound
-
-
-def _numbers(gm: fx.GraphModule) -> set[fx.Node]:
-    """Shapes, sizes, and what is worked out from them: no memory that anybody could write into."""
-    found: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        computed = node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes)
-        plain = getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
-        if queries_shape(node) or (computed and plain):
-            found.add(node)
-    return found
 
 
 def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:

@@ -18,9 +18,11 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from mfpsn_fx.model.time_last import shape_time_first
+
 from .neurons import input_meta
 
-__all__ = ["OpTraits", "aten_name", "draws_random", "op_traits", "overloads_of", "queries_shape"]
+__all__ = ["OpTraits", "aten_name", "draws_random", "op_traits", "overloads_of", "queries_shape", "shape_arithmetic"]
 
 # Python's operators whose ATen operator has another name; in-place ones are named after these.
 _OPERATORS = {
@@ -110,9 +112,21 @@ def draws_random(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def queries_shape(node: fx.Node) -> bool:
     """Return True if ``node`` asks for a tensor's shape, dtype or device, and not for its values."""
-    return (node.op == "call_method" and node.target in _QUERIES) or (
-        node.op == "call_function" and node.target is getattr and node.args[1] in _QUERIES
-    )
+    if node.op == "call_method":
+        return node.target in _QUERIES
+    asks = node.target is getattr and node.args[1] in _QUERIES
+    return node.op == "call_function" and (asks or node.target is shape_time_first)
+
+
+def shape_arithmetic(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that make shapes, sizes and the like, and what is computed from these alone, but no tensors."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        plain = getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
+        computed = plain and node.all_input_nodes and found.issuperset(node.all_input_nodes)
+        if queries_shape(node) or computed:
+            found.add(node)
+    return found
 
 
 def overloads_of(node: fx.Node) -> list[tuple[OpOverload, inspect.BoundArguments]]:
@@ -135,7 +149,7 @@ def _function_name(target: object) -> str:
     if isinstance(target, OpOverload):
         target = target.overloadpacket
     if isinstance(target, OpOverloadPacket):
-        return target.__name__ if target._qualified_op_name.startswith("aten::") else ""
+        return target.__name__ if getattr(torch.ops.aten, target.__name__, None) is target else ""
     name, home = getattr(target, "__name__", ""), getattr(target, "__module__", None) or ""
     if home == "_operator":
         name = name.strip("_")
@@ -228,8 +242,7 @@ def _call_traits(node: fx.Node) -> OpTraits | None:
     if name in _PYTHON:
         return OpTraits(pointwise=inputs)
     if _is_python(node.target):
-        functional = [op for op in _overloads(node) if not op._schema.is_mutable]
-        found = [(op, None) for op in functional]
+        found = [(op, None) for op in _overloads(node) if not op._schema.is_mutable]
         values = _python_values(node)
     else:
         found, values = overloads_of(node), {}
@@ -289,8 +302,7 @@ def _overload_traits(
     reduction = torch.Tag.reduction in op.tags
     pointwise = _is_pointwise(name, op)
     if not any(result.alias_info for result in schema.returns):
-        fresh = name in _FRESH or not _may_alias(op, pointwise or reduction)
-        aliases = [] if fresh else tensors
+        aliases = tensors if name not in _FRESH and _may_alias(op, pointwise or reduction) else []
     return OpTraits(
         pointwise=tuple(tensors) if pointwise else (),
         random=torch.Tag.nondeterministic_seeded in op.tags and _draws(values),
@@ -306,8 +318,7 @@ def _is_pointwise(name: str, op: OpOverload) -> bool:
         return False  # torch.equal has the tag
     if torch.Tag.pointwise in op.tags:
         return True
-    packet = op.overloadpacket
-    if not packet._qualified_op_name.startswith("aten::"):
+    if op.namespace != "aten":
         return False
     base = name.removesuffix("_")  # the in-place form is as pointwise as the other
     if base in _POINTWISE:
@@ -361,7 +372,7 @@ def _argument_names(op: OpOverload) -> tuple[str, ...]:
 
 
 def _may_alias(op: OpOverload, computes: bool) -> bool:
-    """Return True if a result may be a view that the schema does not declare; ``computes``: not one of all values."""
+    """Return True if a result may be a view that the schema does not declare; ``computes``: its values are new ones."""
     if torch.Tag.maybe_aliasing_or_mutating in op.tags or op._schema.name == "aten::type_as":
         return True
     return not computes and _is_composite(op)
@@ -374,6 +385,8 @@ def _draws(values: Mapping[str, object]) -> bool:
 
 
 def _nodes(value: object) -> tuple[fx.Node, ...]:
+    if isinstance(value, fx.Node):  # as mostly
+        return (value,)
     return tuple(leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Node))
 
 
@@ -385,33 +398,46 @@ def _module_traits(module: nn.Module, node: fx.Node) -> OpTraits | None:
     """The traits of what the module's forward calls; only torch's own modules are sure to do nothing beside that."""
     if not type(module).__module__.startswith("torch.nn.modules.") or _has_parts(module):
         return None
+    settings = tuple((name, repr(value)) for name, value in vars(module).items() if not name.startswith("_"))
+    key = (type(module), settings)
+    if key not in _traced:
+        _traced[key] = _forward_traits(module)
+    if (traits := _traced[key]) is None:
+        return None
     try:
-        bound = inspect.signature(module.forward).bind(*node.args, **node.kwargs)
+        given = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
+    except TypeError:
+        return None
+    outer = {
+        name: tuple(dict.fromkeys(n for inner in getattr(traits, name) for n in _nodes(given.get(inner.target))))
+        for name in ("pointwise", "writes", "aliases")
+    }
+    return dataclasses.replace(traits, **outer)
+
+
+_traced: dict[tuple, OpTraits | None] = {}  # of modules by class and settings, in terms of the inputs of their forward
+
+
+def _forward_traits(module: nn.Module) -> OpTraits | None:
+    """The traits of the calls in ``module.forward`` together, in terms of the placeholders of its graph."""
+    try:
         graph = fx.Tracer().trace(module)
     except Exception:  # its forward branches on the values or the shape of its input
         return None
-    inner = fx.GraphModule(module, graph)
-    # the nodes of the outer graph whose memory, and of whose elements, a node of the inner one may be made
-    memory: dict[fx.Node, set[fx.Node]] = {}
-    pointwise, random, reduction, writes = True, False, False, set()
-    for one in graph.nodes:
-        if one.op == "placeholder":
-            memory[one] = set(_nodes(bound.arguments.get(one.target)))
-        elif one.op == "output":
-            aliases = set().union(*(memory[n] for n in one.all_input_nodes))
+    gm = fx.GraphModule(module, graph)
+    memory: dict[fx.Node, set[fx.Node]] = {}  # the placeholders whose memory a node's result may share
+    pointwise, random, reduction, writes, aliases = True, False, False, set(), set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            memory[node] = {node}
+        elif node.op == "output":
+            aliases.update(*(memory[n] for n in node.all_input_nodes))
+        elif (traits := op_traits(gm, node)) is None:
+            return None
         else:
-            traits = op_traits(inner, one)
-            if traits is None:
-                return None
-            memory[one] = set().union(*(memory[n] for n in traits.aliases))
+            memory[node] = set().union(*(memory[n] for n in traits.aliases))
             writes.update(*(memory[n] for n in traits.writes))
-            pointwise = pointwise and set(traits.pointwise) == set(one.all_input_nodes)
+            pointwise = pointwise and set(traits.pointwise) == set(node.all_input_nodes)
             random, reduction = random or traits.random, reduction or traits.reduction
-    inputs = tuple(node.all_input_nodes)
-    return OpTraits(
-        pointwise=inputs if pointwise else (),
-        random=random,
-        writes=tuple(n for n in inputs if n in writes),
-        aliases=tuple(n for n in inputs if n in aliases),
-        reduction=reduction,
-    )
+    inputs = tuple(node for node in memory if node.op == "placeholder")
+    return OpTraits(inputs if pointwise else (), random, tuple(writes), tuple(aliases), reduction)

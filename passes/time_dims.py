@@ -127,17 +127,11 @@ def _along(where: tuple[int, str], keep: tuple[int, str] | None, required: bool,
 
 def _reduction(node: fx.Node) -> DimsRule | None:
     """The rule of what torch declares a reduction with one result, its arguments where its schema has them."""
-    schemas = [op._schema for op, _ in overloads_of(node) if Tag.reduction in op.tags]
-    if len(schemas) != len(overloads_of(node)) or any(len(schema.returns) != 1 for schema in schemas):
+    overloads = [op for op, _ in overloads_of(node)]
+    if not overloads or any(Tag.reduction not in op.tags or len(op._schema.returns) != 1 for op in overloads):
         return None
-    places = {
-        argument.name: (position, argument.name)
-        for schema in schemas
-        for position, argument in enumerate(schema.arguments)
-    }
-    if not schemas:
-        return None
-    positions = places.get("dim", (1, "dim")), places.get("keepdim", (2, "keepdim"))
+    places = {a.name: (position, a.name) for op in overloads for position, a in enumerate(op._schema.arguments)}
+    positions = (places.get(name, (len(node.args), name)) for name in ("dim", "keepdim"))
     return _along(*positions, aten_name(node) in _ORDERED, *places)
 
 

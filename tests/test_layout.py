@@ -665,7 +665,7 @@ class TestOperators:
         [
             lambda x: x.std(0), lambda x: x.var(2, keepdim=True), lambda x: torch.prod(x, 0),
             lambda x: x.nansum((0, 3)), lambda x: torch.std(x, 3, True, True), lambda x: x.std(True),
-            lambda x: x.norm(), lambda x: x.argmax(0),
+            lambda x: x.norm(), lambda x: x.norm(2), lambda x: x.argmax(0),
             lambda x: torch.logsumexp(x, (1, -1)), lambda x: torch.linalg.vector_norm(x, 2, 0), lambda x: x.max(0)[0],
             lambda x: torch.count_nonzero(x, 0), lambda x: x.all(), lambda x: x.norm(dim=0), lambda x: x.amax((0, -1)),
         ],
