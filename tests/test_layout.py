@@ -309,7 +309,8 @@ LINES = (
     "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
     "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
     "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
-    "add(a, b)",
+    "add(a, b)", "torch.where(a > 0, a, b)", "torch.lerp(a, b, 0.3).abs()", "a.clamp(-1, 1) * torch.sigmoid(b)",
+    "b + a.std(0, keepdim=True)", "torch.mul(a, b, out=a)", "a.contiguous().masked_fill_(b > 0, 0.5)",
 )  # fmt: skip
 
 
