@@ -180,3 +180,18 @@ def test_writes_in_place_are_captured_as_such():
     gm = capture(model)[0]
     assert torch.equal(gm(x), model(x))
     assert torch.equal(pickle.loads(pickle.dumps(gm))(x), model(x))
+
+
+def test_shifts_in_place_are_captured_as_such():
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            view = y.transpose(0, 1)
+            y <<= 2
+            y >>= 1
+            return view
+
+    model, x = Writes(), torch.arange(12).reshape(3, 4)
+    gm = capture(model)[0]
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(gm(x), (2 * (x + 1)).T)
