@@ -354,7 +354,8 @@ def _parts(op: OpOverload) -> list[OpOverload]:
     if any(str(a.type) not in ("Tensor", "number") for a in wanted):
         return []
     try:
-        with _disable_current_modes(), _Recorder() as recorder:
+        # in inference mode a composite would show as one operator
+        with _disable_current_modes(), torch.inference_mode(False), _Recorder() as recorder:
             tensor = torch.empty(2, 2, device="meta")
             recorder.found.clear()
             op(**{a.name: tensor if str(a.type) == "Tensor" else 1.5 for a in wanted})

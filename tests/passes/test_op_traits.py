@@ -10,8 +10,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from mfpsn_fx.passes import op_traits as op_traits_module
 from mfpsn_fx.passes.op_traits import draws_random, op_traits, queries_shape
 
 X, Y, Z = object(), object(), object()  # stand for tensors in the calls below
@@ -288,6 +290,14 @@ def test_operators_of_torch_library():
         assert op_traits(gm, call).writes == (x,)
     finally:
         library._destroy()
+
+
+def test_composites_are_looked_into_in_any_mode():
+    for mode in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
+        op_traits_module._is_pointwise.cache_clear()
+        with mode:
+            assert op_traits(*traced(torch.multiply, (X, Y))[:2]).pointwise
+            assert not op_traits(*traced(torch.outer, (X, Y))[:2]).pointwise
 
 
 def test_questions_of_shape():
