@@ -102,6 +102,7 @@ class Kernel:
     ``backward``, which put them together (see :class:`mfpsn_fx.kernels.kernel.Parts`, which documents their shapes).
     ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
     kernel cannot run on this machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs.
+    ``one_read``: its ``statistics`` read the input once and write no tensor of its size.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Kernel:
     unavailable: Callable[[], str | None] | None = None
     summary: str = ""
     rank: int = 0
+    one_read: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot serve ``problem`` here, or None if it can."""
@@ -145,6 +147,7 @@ def register_kernel(
     supports: Callable[[Problem], str | None] | None = None,
     unavailable: Callable[[], str | None] | None = None,
     rank: int | None = None,
+    one_read: bool = False,
     replace: bool = False,
 ):
     """Class decorator: offer a kernel to the op and to autoselect.
@@ -161,6 +164,8 @@ def register_kernel(
             Ours have 50 (``fused-cuda``), 40 (``fused-triton``), 30 (``fused-cpp``), 10 (``shifted-add``, which always
             can) and less. None: 0, so that a new kernel runs only where it is measured or bound; or, with
             ``replace``, the rank of the kernel that it replaces. Of equal ranks the one registered first.
+        one_read: its ``statistics`` read the input once and write no tensor of its size, so that folded batch norms may
+            take their mean and variance from it.
         replace: take the place of a kernel of that name.
 
     Raises:
@@ -192,6 +197,7 @@ def register_kernel(
             unavailable,
             doc[0] if doc else "",
             rank if rank is not None else old.rank if old is not None else 0,
+            one_read,
         )
         _availability.pop(name, None)
         _changed()

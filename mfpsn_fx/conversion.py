@@ -297,9 +297,8 @@ def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
     for path, module in gm.named_modules(remove_duplicate=False):
         if not isinstance(module, MulFreePSN) or "@" in path:  # a further use: the source's own forward has but one
             continue
-        parent, _, child = path.rpartition(".")
         with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
-            setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(path, module)
 
 
 @contextlib.contextmanager

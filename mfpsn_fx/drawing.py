@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import operator
 import os
 import pathlib
 import shutil
@@ -16,10 +14,11 @@ from torch import fx, nn
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.model.results import record_of
-from mfpsn_fx.model.time_last import run_time_last, shape_time_first
+from mfpsn_fx.model.time_last import run_time_last
 from mfpsn_fx.passes import conversion_nodes, neurons
 from mfpsn_fx.passes.layout.regions import time_last_nodes
 from mfpsn_fx.passes.neurons import input_meta
+from mfpsn_fx.passes.op_traits import shape_arithmetic
 
 from .selection import Row, graph_of, selection
 
@@ -30,6 +29,7 @@ _CONVERSION = "#c0392b"
 _NEURON = 'shape=box, style="filled,bold"'
 _OTHER = 'shape=box, style="filled,rounded"'
 _TEXT = (".dot", ".gv")
+_TAKE_MODULES = (norm_affine, run_time_last)
 _RENDERED = (".svg", ".png", ".pdf")
 
 
@@ -119,25 +119,9 @@ def _rows(gm: fx.GraphModule) -> dict[fx.Node, list[Row]]:
 
 
 def _hidden(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that make no tensor that is passed on: shapes, and what is reckoned from them; modules handed to calls."""
-    hidden: set[fx.Node] = set()
-    arithmetic = {f for module in (operator, builtins) for f in vars(module).values() if callable(f)}
-    for node in gm.graph.nodes:
-        inputs = node.all_input_nodes
-        asks = (
-            (
-                node.op == "call_function"
-                and node.target is getattr
-                and node.args[1] in ("shape", "ndim", "dtype", "device")
-            )
-            or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
-            or node.target is shape_time_first
-            or (node.op == "get_attr" and all(user.target in (norm_affine, run_time_last) for user in node.users))
-        )
-        reckons = node.op == "call_function" and node.target in arithmetic
-        if asks or (reckons and inputs and all(one in hidden for one in inputs)):
-            hidden.add(node)
-    return hidden
+    """Nodes that make no tensor that is passed on: shapes, and what is computed from them; modules handed to calls."""
+    modules = {n for n in gm.graph.find_nodes(op="get_attr") if all(u.target in _TAKE_MODULES for u in n.users)}
+    return shape_arithmetic(gm.graph) | modules
 
 
 def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:

@@ -19,8 +19,9 @@ from mfpsn_fx.model.capturing.steps import NotSteppedError
 from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
+from mfpsn_fx.passes.op_traits import draws_random
 from mfpsn_fx.passes.roll_up import WITHOUT_RESET
-from mfpsn_fx.passes.time_slices import RollUpError, is_random
+from mfpsn_fx.passes.time_slices import RollUpError
 
 __all__ = ["check_rolled"]
 
@@ -44,7 +45,7 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
     Raises:
         RollUpError: they differ.
     """
-    if any(n.op != "call_module" and is_random(rolled, n) for n in rolled.graph.nodes):
+    if any(n.op != "call_module" and draws_random(rolled, n) for n in rolled.graph.nodes):
         return
     given = [n.target for n in rolled.graph.nodes if n.op == "placeholder"]
     name = type(model).__name__
@@ -269,18 +270,16 @@ def _leaves(
     The source's value is None where it is no tensor.
     """
     steps = theirs if one_step else [theirs]
-    if isinstance(ours, Tensor):
-        if isinstance(node, fx.Node):
-            alike = all(isinstance(step, Tensor) for step in steps)
-            yield path, node, ours, (torch.stack(steps) if one_step else theirs) if alike else None
-        return
-    keys = ours.keys() if isinstance(ours, dict) else range(len(ours)) if isinstance(ours, (tuple, list)) else ()
-    for key in keys:
+    for keys, value in pytree.tree_flatten_with_path(ours)[0]:
         try:
-            inner = [step[key] for step in theirs] if one_step else theirs[key]
-        except (LookupError, TypeError):  # a state of another kind
+            made = pytree.key_get(node, keys)
+            found = [pytree.key_get(step, keys) for step in steps]
+        except (LookupError, TypeError, AttributeError):  # a state of another kind
             continue
-        yield from _leaves(f"{path}[{key!r}]", node[key], ours[key], inner, one_step)
+        if isinstance(value, Tensor) and isinstance(made, fx.Node):
+            tensors = all(isinstance(step, Tensor) for step in found)
+            expected = torch.stack(found) if tensors and one_step else found[0]
+            yield path + pytree.keystr(keys), made, value, expected if tensors else None
 
 
 def _reads_without_reset(node: fx.Node, paths: tuple[str, ...]) -> bool:

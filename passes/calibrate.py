@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -167,8 +168,7 @@ class _Twins:
                 stand_in = made.setdefault(
                     id(module), SimulatedNeuron(module.source, module.layout, module.channel_dims)
                 )
-                parent, _, child = path.rpartition(".")
-                setattr(self.teacher.get_submodule(parent), child, stand_in)
+                self.teacher.set_submodule(path, stand_in)
 
     def each(self) -> Iterator[Batch]:
         found = False
@@ -186,11 +186,11 @@ class _Twins:
 
         def hook(path: str, module: nn.Module, args: tuple, kwargs: dict, spikes: Tensor) -> None:
             nonlocal left
-            layout = kwargs.get("layout") or module.layout
-            given = args[1] if len(args) > 1 else kwargs.get("mask")
-            mask = current_mask() if given is None else given
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            layout = given.get("layout") or module.layout
+            mask = current_mask() if given.get("mask") is None else given["mask"]
             x, spikes = (
-                to_layout(module.channels_together(t, layout), layout, Layout.TIME_FIRST) for t in (args[0], spikes)
+                to_layout(module.channels_together(t, layout), layout, Layout.TIME_FIRST) for t in (given["x"], spikes)
             )
             if mask is not None:
                 x = x.masked_fill(~mask.reshape(*mask.shape, *([1] * (x.ndim - 2))), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -128,22 +129,10 @@ def _autocast(x: torch.Tensor) -> torch.dtype:
 
 
 def bind_arguments(gm: fx.GraphModule, args: tuple, kwargs: dict) -> list:
-    """One value for each placeholder, defaults filled in; ``TypeError`` if they do not fit."""
-    values, left = [], dict(kwargs)
-    given = list(args)
-    for node in gm.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        name = str(node.target).lstrip("*")
-        if given:
-            values.append(given.pop(0))
-        elif name in left:
-            values.append(left.pop(name))
-        elif node.args:
-            values.append(node.args[0])
-        else:
-            raise TypeError(f"the example lacks an argument for {name!r}")
-    if given or left:
-        extra = [*(type(value).__name__ for value in given), *left]
-        raise TypeError(f"the example has arguments that the model does not take: {', '.join(extra)}")
-    return values
+    """Return one value for each placeholder, defaults filled in; ``TypeError`` if they do not fit."""
+    try:
+        bound = inspect.signature(gm.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"the example does not fit the network's arguments: {error}") from None
+    bound.apply_defaults()
+    return list(bound.args)

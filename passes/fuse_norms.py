@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import fx
 
 from mfpsn_fx.kernels.layout import Layout
@@ -18,12 +17,12 @@ from mfpsn_fx.model.time_last import has_hooks, run_time_last
 from .base import Pass, Result
 from .context import PassContext
 from .neurons import input_meta, known_value, neurons
+from .op_traits import aten_name, queries_shape
 
 __all__ = ["FoldNorms", "UnfoldNorms", "fold_norms", "folded_norms", "unfold_norms"]
 
-_VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as", torch.reshape, torch.unflatten}
+_VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as"}
 _DIRECT = "direct"  # a batch norm's form in time-last
-_ONE_READ = ("fused-cpp", "fused-cuda", "fused-triton")  # kernels whose statistics write no tensor
 
 
 class FoldNorms(Pass):
@@ -145,17 +144,13 @@ def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: La
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op in ("call_method", "call_function") and node.target in _VIEWS and bool(node.args)
+    return aten_name(node) in _VIEWS and bool(node.args)
 
 
 def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
     """Whether ``reader`` alone reads the values of ``node``; shapes do not count."""
     for user in node.users:
-        shape_only = (
-            (user.op == "call_function" and user.target is getattr and user.args[1] in ("shape", "ndim", "dtype"))
-            or (user.op == "call_method" and user.target in ("size", "dim"))
-            or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
-        )
+        shape_only = queries_shape(user) or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
         if user is not reader and not shape_only:
             return False
     return reader.args[0] is node
@@ -165,7 +160,7 @@ def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
     """Whether nothing runs between norm and neuron that could alter the norm's input, under whatever name."""
     node = norm.next
     while node is not sn:
-        known = node in chain or node.op == "get_attr" or node.target in (operator.getitem, getattr, "size", "dim")
+        known = node in chain or node.op == "get_attr" or node.target is operator.getitem or queries_shape(node)
         if not known:
             return False
         node = node.next
@@ -195,5 +190,5 @@ def _one_read(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str
     shape = Layout.TIME_FIRST.shape_from(shape, layout)
     shape = (1, *shape) if fused_time(gm.get_submodule(path)) else shape
     problem = Problem(tuple(shape), Layout.TIME_FIRST, dtype, device.type, 1, 1)
-    able = {kernel.name for kernel in kernels() if kernel.name in _ONE_READ and kernel.refusal(problem) is None}
-    return next((name for name in _ONE_READ if name in able), "")
+    able = [kernel for kernel in kernels() if kernel.one_read and kernel.refusal(problem) is None]
+    return max(able, key=lambda kernel: kernel.rank).name if able else ""

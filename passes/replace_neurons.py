@@ -96,8 +96,7 @@ class ReplaceNeurons(Pass):
         context.refusals |= failed
         keep_record(gm, dataclasses.replace(record_of(gm), unconverted=failed))
         for path, new in swaps:
-            parent, _, child = path.rpartition(".")
-            setattr(gm.get_submodule(parent), child, new)
+            gm.set_submodule(path, new)
         return Result(gm, [f"{path}: {new.source.name} -> {new!r}" for path, new in swaps])
 
 

@@ -72,7 +72,7 @@ def _supports(problem: Problem) -> str | None:
     return None
 
 
-@register_kernel("fused-cpp", devices=["cpu"], supports=_supports, unavailable=unavailable, rank=30)
+@register_kernel("fused-cpp", devices=["cpu"], supports=_supports, unavailable=unavailable, rank=30, one_read=True)
 class FusedCpu(Parts):
     """C++: tiles of T steps in cache, taps summed in order, H never written; any strides, both layouts."""
 

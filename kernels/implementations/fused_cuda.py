@@ -192,7 +192,14 @@ def _supports(problem: Problem) -> str | None:
     return None
 
 
-@register_kernel("fused-cuda", devices=["cuda"], supports=_supports, unavailable=cuda_build.unavailable, rank=50)
+@register_kernel(
+    "fused-cuda",
+    devices=["cuda"],
+    supports=_supports,
+    unavailable=cuda_build.unavailable,
+    rank=50,
+    one_read=True,
+)
 class FusedCuda(Parts):
     """CUDA C++: a window of X in registers, taps summed in order, H never written; any strides, both layouts."""
 

@@ -276,6 +276,7 @@ def _input(
     supports=_supports,
     unavailable=unavailable,
     rank=-1 if _interpreted() else 40,  # the interpreter is for tests
+    one_read=True,
 )
 class FusedTriton(Parts):
     """Triton, for GPUs: a tile of positions walks T, taps summed in order, H never written; any strides."""

@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tag, fx
 from torch.nn import functional as F
 
 from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.time_last import shape_time_first
 
 from ..neurons import input_meta
+from ..op_traits import aten_name, overloads_of
 
 __all__ = ["DimsRule", "dims_rule"]
 
@@ -40,9 +41,10 @@ class DimsRule:
 
 def dims_rule(node: fx.Node) -> DimsRule | None:
     """The rule of the function or method that ``node`` calls, or None if it names no dims or is not known."""
-    if node.op == "call_method":
-        return _METHODS.get(node.target)
-    return _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    rule = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
+    return rule or _reduction(node)
 
 
 def _last(dim: int, rank: int) -> int:
@@ -91,12 +93,14 @@ def _plain(node: fx.Node, *names: str) -> bool:
     return set(node.kwargs) <= {"input", *names} and "input" not in node.kwargs
 
 
-def _along(required: bool, keepdim: bool) -> DimsRule:
-    """``f(x, dim, …)``; with ``keepdim`` one that takes the dims out unless told to keep them."""
-    names = ("dim", "keepdim", "dtype") if keepdim else ("dim", "dtype", "_stacklevel")
+def _along(where: tuple[int, str], keep: tuple[int, str] | None, required: bool, *names: str) -> DimsRule:
+    """``f(x, dim, …)`` with the dims at ``where``; at ``keep``, if anywhere, whether those stay.
+
+    ``required``: it means something else, or nothing, over all dims at once.
+    """
 
     def change(node: fx.Node, to_last: bool) -> bool:
-        value, rank = _get(node, 1, "dim"), _rank(node)
+        value, rank = _get(node, *where), _rank(node)
         if not _plain(node, *names):
             return False
         if value is None:  # over all dims: the same in any order of them
@@ -105,13 +109,13 @@ def _along(required: bool, keepdim: bool) -> DimsRule:
         if dims is None or (to_last and (rank is None or not all(-rank <= d < rank for d in dims))):
             return False
         new = tuple(_last(d, rank) if to_last else _first(d, rank) for d in dims)
-        _set(node, 1, "dim", new[0] if _is_int(value) else new)
+        _set(node, *where, new[0] if _is_int(value) else new)
         return True
 
     def carries_time(node: fx.Node, late: bool) -> bool:
-        if not keepdim or _get(node, 2, "keepdim", False) is True:
+        if keep is None or _get(node, *keep, False) is True:
             return True
-        dims, rank = _dims(_get(node, 1, "dim")), _rank(node)
+        dims, rank = _dims(_get(node, *where)), _rank(node)
         if dims is None:
             return False
         if late:
@@ -119,6 +123,16 @@ def _along(required: bool, keepdim: bool) -> DimsRule:
         return rank is not None and all(d % rank for d in dims)
 
     return DimsRule(lambda n: change(n, True), lambda n: change(n, False), carries_time)
+
+
+def _reduction(node: fx.Node) -> DimsRule | None:
+    """The rule of what torch declares a reduction with one result, its arguments where its schema has them."""
+    overloads = [op for op, _ in overloads_of(node)]
+    if not overloads or any(Tag.reduction not in op.tags or len(op._schema.returns) != 1 for op in overloads):
+        return None
+    places = {a.name: (position, a.name) for op in overloads for position, a in enumerate(op._schema.arguments)}
+    positions = (places.get(name, (len(node.args), name)) for name in ("dim", "keepdim"))
+    return _along(*positions, aten_name(node) in _ORDERED, *places)
 
 
 def _cat(node: fx.Node, to_last: bool) -> bool:
@@ -208,9 +222,9 @@ def _size(node: fx.Node, to_last: bool) -> bool:
     return True
 
 
-_REDUCTION, _SAME_SHAPE = _along(False, True), _along(True, False)
+_ORDERED = {"argmax", "argmin"}  # over all dims they count places in the order of memory
+_SAME_SHAPE = _along((1, "dim"), None, True, "dim", "dtype", "_stacklevel")
 _RULES = {
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "logsumexp", "argmax", "argmin", "any", "all"), _REDUCTION),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod"), _SAME_SHAPE),
     "flatten": _rule(_flatten),
     "unsqueeze": _rule(_at_one(1, ((1, "dim"),))),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import is_source, qualified_name
@@ -16,6 +15,7 @@ from mfpsn_fx.model.time_axis import fold_time, repeat_in_time, unfold_time
 from mfpsn_fx.model.time_last import has_hooks, register_forms, time_last_methods, unregister_forms
 
 from ..neurons import input_meta
+from ..op_traits import op_traits
 from .dim_rules import DimsRule, dims_rule
 
 __all__ = [
@@ -27,29 +27,6 @@ __all__ = [
     "unregister_operator_layout",
 ]
 
-_NEUTRAL_MODULES = (
-    nn.ReLU, nn.Identity, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6,
-    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Mish, nn.LogSigmoid, nn.Threshold,
-    nn.Dropout, nn.AlphaDropout,
-)  # fmt: skip
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-_NAMES = (
-    "add", "sub", "mul", "div", "neg", "abs", "exp", "log", "sqrt", "rsqrt", "pow", "square", "sign", "relu", "sigmoid",
-    "tanh", "clamp", "where", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "detach", "clone", "zeros_like",
-    "ones_like", "logical_and", "logical_or", "logical_not", "round", "floor", "ceil", "reciprocal", "erf",
-)  # fmt: skip
-_NEUTRAL_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, operator.abs, operator.pos,
-    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
-    operator.invert, *_IN_PLACE,
-    *(getattr(torch, name) for name in _NAMES),
-    F.relu, F.gelu, F.silu, F.sigmoid, F.tanh, F.elu, F.selu, F.leaky_relu, F.relu6, F.hardtanh, F.hardswish,
-    F.hardsigmoid, F.softplus, F.softsign, F.mish, F.logsigmoid, F.dropout,
-}  # fmt: skip
-_NEUTRAL_METHODS = {
-    *_NAMES, "add_", "sub_", "mul_", "div_", "relu_", "clamp_", "neg_",
-    "float", "double", "half", "bfloat16", "bool", "int", "long", "to", "type_as", "contiguous",
-}  # fmt: skip
 _MOVES_MEMORY = {"memory_format", "out", "layout"}
 _OWN: dict[object, str] = {}  # of users: qualified class name, function, or (method,)
 
@@ -147,13 +124,13 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> Operator:
     if node.op in ("placeholder", "get_attr", "output"):
         return Operator("end", node.op)
     if node.op == "call_module":
-        return _module(gm.get_submodule(node.target), node)
+        return _module(gm, node)
     method = node.op == "call_method"
     name = f".{node.target}()" if method else getattr(node.target, "__name__", str(node.target))
     own = _OWN.get((node.target,) if method else node.target)
     if own == "pinned":
         return Operator("pinned", name, "registered as pinned")
-    if own == "neutral" or node.target in (_NEUTRAL_METHODS if method else _NEUTRAL_FUNCTIONS):
+    if own == "neutral" or _is_pointwise(gm, node):
         why = _not_elementwise(node)
         return Operator("neutral", name) if why is None else Operator("pinned", name, why)
     if is_spikes(node):  # of the bare op's three results, the one with a T axis
@@ -173,29 +150,29 @@ def known_time_last(gm: fx.GraphModule, node: fx.Node) -> bool:
 
     Asked of graphs whose shapes may be unknown.
     """
-    if node.op == "call_module":
-        module = gm.get_submodule(node.target)
-        return type(module) in _NEUTRAL_MODULES or _OWN.get(qualified_name(type(module))) == "neutral"
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("call_module", "call_function", "call_method"):
         return False
-    method = node.op == "call_method"
-    own = _OWN.get((node.target,) if method else node.target)
+    if node.op == "call_module":
+        own = _OWN.get(qualified_name(type(gm.get_submodule(node.target))))
+    else:
+        own = _OWN.get((node.target,) if node.op == "call_method" else node.target)
     if own is not None:
         return own == "neutral"
-    if node.target in (_NEUTRAL_METHODS if method else _NEUTRAL_FUNCTIONS):
+    if _is_pointwise(gm, node):
         return True
     rule = dims_rule(node)
     return rule is not None and _applies(node, rule.to_first)
 
 
-def _module(module: nn.Module, node: fx.Node) -> Operator:
+def _module(gm: fx.GraphModule, node: fx.Node) -> Operator:
+    module = gm.get_submodule(node.target)
     name = type(module).__name__
     own = _OWN.get(qualified_name(type(module)))
     if own == "pinned":
         return Operator("pinned", name, "registered as pinned")
     if has_hooks(module):
         return Operator("pinned", name, "has hooks or a forward of its own")
-    if own == "neutral" or type(module) in _NEUTRAL_MODULES:
+    if own == "neutral" or _is_pointwise(gm, node):
         why = _not_elementwise(node)
         return Operator("neutral", name) if why is None else Operator("pinned", name, why)
     methods = time_last_methods(module)
@@ -212,6 +189,11 @@ def _applies(node: fx.Node, change: Callable[[fx.Node], bool]) -> bool:
         return change(node)
     finally:
         node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _is_pointwise(gm: fx.GraphModule, node: fx.Node) -> bool:
+    traits = op_traits(gm, node)
+    return traits is not None and bool(traits.pointwise)
 
 
 def _not_elementwise(node: fx.Node) -> str | None:

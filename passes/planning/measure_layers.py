@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +24,7 @@ from mfpsn_fx.model.time_last import run_time_last
 
 from ..layout.graph import LayoutGraph
 from ..neurons import input_meta, input_strides
+from ..op_traits import aten_name
 
 __all__ = ["AS_IS", "Times", "Way", "carries_gradient", "stateless_times", "ways"]
 
@@ -247,15 +249,13 @@ def carries_gradient(gm: fx.GraphModule) -> set[fx.Node]:
             trained = any(a in found for a in node.all_input_nodes)
             if not trained and node.op == "call_module":
                 trained = any(p.requires_grad for p in gm.get_submodule(node.target).parameters())
-        if trained and not (node.op == "call_method" and node.target == "detach"):
+        if trained and aten_name(node) != "detach":
             found.add(node)
     return found
 
 
 def _trained(gm: fx.GraphModule, path: str) -> bool:
-    value: object = gm
-    for part in path.split("."):
-        value = getattr(value, part)
+    value = attrgetter(path)(gm)
     if isinstance(value, nn.Module):
         return any(p.requires_grad for p in value.parameters())
     return isinstance(value, Tensor) and value.requires_grad

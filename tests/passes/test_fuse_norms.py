@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mfpsn_fx
+from mfpsn_fx.kernels.registry import get_kernel, unregister_kernel
 from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.passes import (
     Example,
@@ -396,3 +397,24 @@ class TestAfterwards:
                 torch.testing.assert_close(value, twin.state_dict()[name])
             for one in pair:
                 mfpsn_fx.mask_batch_norms(one)
+
+
+def test_statistics_come_from_the_kernel_of_highest_rank_that_reads_once(x):
+    """Which kernels do is stated where they are registered."""
+    names = ["reads-once", "reads-once-in-double", "reads-twice"]
+    parts = get_kernel("shifted-add").parts
+    register = mfpsn_fx.register_kernel
+    register(names[0], rank=-5, one_read=True)(parts)
+    register(names[1], rank=70, one_read=True, dtypes=[torch.float64])(parts)
+    register(names[2], rank=80)(parts)
+    try:
+        model = converted(conv_net().double(), x)
+        kernels = [node.kwargs["kernel"] for node in folded_norms(folded(model, x))]
+        assert set(kernels) == {names[1]}
+        unregister_kernel(names.pop(1))
+        kernels = {node.kwargs["kernel"] for node in folded_norms(folded(model, x))}
+        assert kernels <= {"fused-cpp", "reads-once"}
+        torch.testing.assert_close(folded(model, x).train()(x), copy.deepcopy(model).train()(x))
+    finally:
+        for name in names:
+            unregister_kernel(name)

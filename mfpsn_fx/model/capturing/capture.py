@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import inplace_methods
 from torch.utils import _pytree as pytree
 
 from ..neuron import MulFreePSN
@@ -56,11 +57,9 @@ def _recording(function):
     return record
 
 
-for _function in (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor,
-):  # fmt: skip
-    setattr(_InPlaceProxy, f"__{_function.__name__}__", _recording(_function))
+for _name in inplace_methods:
+    if hasattr(torch.Tensor, f"__{_name}__") and _name != "setitem":
+        setattr(_InPlaceProxy, f"__{_name}__", _recording(getattr(operator, _name)))
 
 
 class _LeafTracer(fx.Tracer):

@@ -41,10 +41,8 @@ def split_fused_layers(model: nn.Module) -> None:
     """
     for path, module in list(model.named_modules()):
         split = _SPLIT.get(qualified_name(type(module)))
-        if split is None or not path:
-            continue
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, split(path, module))
+        if split is not None and path:
+            model.set_submodule(path, split(path, module))
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from ..sources.stepping import stepping_of
 from .steps import _traced, first_step
@@ -22,7 +23,7 @@ class StateArguments:
 
     Attributes:
         links: by argument, pairs of a place within it and the place of the output that the next step takes there;
-            places are tuples of keys, ``()`` the whole.
+            places are tuples of keys, ``()`` the whole, in the output those of ``torch.utils._pytree``.
         lost: by argument, the neuron whose state goes in there and does not come out.
     """
 
@@ -35,7 +36,9 @@ class StateArguments:
 
     def following(self, result: object) -> dict[str, object]:
         """The arguments of the next step, from what a step returned."""
-        return {name: self._built(pairs, lambda path: _at(result, path)) for name, pairs in self.links.items()}
+        return {
+            name: self._built(pairs, lambda path: pytree.key_get(result, path)) for name, pairs in self.links.items()
+        }
 
     @staticmethod
     def _built(pairs: tuple, value) -> object:
@@ -66,7 +69,7 @@ def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArg
     handed = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
     gm = _traced(model, given | handed)
     (output,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
-    returned = {leaf: path for path, leaf in _leaves((), output)}
+    returned = {leaf: path for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, fx.Node)}
     links: dict[str, list] = {}
     lost: dict[str, str] = {}
     for node in gm.graph.nodes:
@@ -81,7 +84,7 @@ def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArg
             outs = [u for u in node.users if u.target is operator.getitem and u.args[1] == position]
             places = [returned[out] for out in outs if out in returned]
             if not places and node in returned:
-                places = [(*returned[node], position)]
+                places = [(*returned[node], pytree.SequenceKey(position))]
             if places:
                 links.setdefault(name, []).append((inside, places[-1]))
             else:
@@ -98,20 +101,3 @@ def _within_argument(state: object) -> tuple[str | None, tuple]:
     if isinstance(state, fx.Node) and state.op == "placeholder":
         return state.target, tuple(inside)
     return None, ()
-
-
-def _leaves(path: tuple, structure: object) -> Iterator[tuple[tuple, fx.Node]]:
-    if isinstance(structure, fx.Node):
-        yield path, structure
-    elif isinstance(structure, dict):
-        for key, value in structure.items():
-            yield from _leaves((*path, key), value)
-    elif isinstance(structure, (tuple, list)):
-        for key, value in enumerate(structure):
-            yield from _leaves((*path, key), value)
-
-
-def _at(result: object, path: tuple) -> object:
-    for key in path:
-        result = result[key]
-    return result

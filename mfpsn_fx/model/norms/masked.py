@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from ..recompute import Reruns
 from ..sources.description import qualified_name
 from ..time_last import has_hooks
 
-__all__ = ["MaskedBatchNorm", "is_batch_norm", "mask_batch_norms"]
+__all__ = ["MaskedBatchNorm", "is_batch_norm", "mask_batch_norms", "replace_batch_norms"]
 
 _HOMES = ("torch.nn.modules.batchnorm.", "spikingjelly.activation_based.layer.")
 _NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
@@ -113,20 +115,42 @@ def mask_batch_norms(model: nn.Module) -> int:
             hooks; nothing is replaced then.
     """
     model = getattr(model, "_orig_mod", model)
+    return replace_batch_norms(model, MaskedBatchNorm, (MaskedBatchNorm,), is_batch_norm, "masked")
+
+
+def replace_batch_norms(
+    model: nn.Module,
+    replacement: Callable[[nn.Module], nn.Module],
+    done: tuple[type[nn.Module], ...],
+    known: Callable[[nn.Module], bool],
+    purpose: str,
+) -> int:
+    """Put ``replacement(norm)`` in the place of each batch norm of ``model``, in place; return how many there were.
+
+    Args:
+        replacement: makes one module of another, once for each.
+        done: classes that stay.
+        known: whether a batch norm can be replaced.
+        purpose: what it would be, for the message.
+
+    Raises:
+        TypeError: a batch norm is not known, or has hooks; nothing is replaced then.
+    """
     found: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, MaskedBatchNorm):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, done):
             continue
-        if not is_batch_norm(module) or not path:
+        if not known(module) or not path:
             name = qualified_name(type(module))
-            raise TypeError(f"{path or 'the model'}: {name} is no batch norm that could be masked; replace it yourself")
+            raise TypeError(
+                f"{path or 'the model'}: {name} is no batch norm that could be {purpose}; replace it yourself"
+            )
         if has_hooks(module):
             raise TypeError(
                 f"{path}: it has hooks or a forward of its own, which its replacement would not have; remove them first"
             )
         found.append((path, module))
-    made = {id(module): MaskedBatchNorm(module) for _, module in found}
+    made = {module: replacement(module) for _, module in found}
     for path, module in found:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        model.set_submodule(path, made[module])
     return len(made)

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from ..distributed.group import Group
 from ..neuron import MulFreePSN
-from ..sources.description import qualified_name
-from ..time_last import has_hooks
 from .affine import affine_of
-from .masked import MaskedBatchNorm, is_batch_norm
+from .masked import MaskedBatchNorm, is_batch_norm, replace_batch_norms
 
 __all__ = ["SynchronisedBatchNorm", "synchronise_statistics"]
 
@@ -69,25 +67,14 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
             changed then.
     """
     model = getattr(model, "_orig_mod", model)
-    norms: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, nn.SyncBatchNorm):
-            continue
-        if not (isinstance(module, MaskedBatchNorm) or is_batch_norm(module)) or not path:
-            name = qualified_name(type(module))
-            raise TypeError(
-                f"{path or 'the model'}: {name} is no batch norm that could be synchronised; replace it yourself"
-            )
-        if has_hooks(module):
-            raise TypeError(
-                f"{path}: it has hooks or a forward of its own, which its replacement would not have; remove them first"
-            )
-        norms.append((path, module))
-    made = {id(module): SynchronisedBatchNorm(module, process_group) for _, module in norms}
-    for path, module in norms:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+    count = replace_batch_norms(
+        model,
+        lambda norm: SynchronisedBatchNorm(norm, process_group),
+        (nn.SyncBatchNorm,),
+        lambda norm: isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm),
+        "synchronised",
+    )
     neurons = [module for module in model.modules() if isinstance(module, MulFreePSN)]
     for neuron in neurons:
         neuron.ranks = Group(process_group)
-    return len(made) + len(neurons)
+    return count + len(neurons)

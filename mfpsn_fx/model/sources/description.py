@@ -23,6 +23,7 @@ __all__ = [
     "is_source",
     "looks_like_a_neuron",
     "qualified_name",
+    "refuse_source",
     "register_source",
     "source_paths",
     "unregister_source",
@@ -183,6 +184,14 @@ def register_source(*classes: type | str):
         return adapter
 
     return decorate
+
+
+def refuse_source(reason: str, *classes: str) -> None:
+    """Have neurons of ``classes``, given by qualified names, refused with ``reason``."""
+
+    @register_source(*classes)
+    def adapter(m: nn.Module) -> SourceNeuron:
+        raise NotAFilterError(reason)
 
 
 def unregister_source(*classes: type | str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, refuse_source, register_source
 from .stepping import Stepping, register_stepping
 
 _MODULES = "norse.torch.module"
@@ -127,16 +127,9 @@ _REFUSED = {
 }
 
 
-def _refuse(reason: str):
-    def adapter(m: nn.Module) -> SourceNeuron:
-        raise NotAFilterError(reason)
-
-    return adapter
-
-
 for _path, _reason in _REFUSED.items():
-    register_source(f"{_MODULES}.{_path}")(_refuse(_reason))
-register_source(*_LI, *_LI_BOX)(_refuse("it puts out its membrane, not spikes"))
+    refuse_source(_reason, f"{_MODULES}.{_path}")
+refuse_source("it puts out its membrane, not spikes", *_LI, *_LI_BOX)
 
 
 def _integrator(m: nn.Module) -> LeakyIntegrator:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, register_source
+from .description import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, refuse_source, register_source
 from .stepping import Stepping, register_stepping, zeros
 
 _NEURONS = "snntorch._neurons"
@@ -134,15 +134,8 @@ _REFUSED = {
 }
 
 
-def _refuse(reason: str):
-    def adapter(m: nn.Module) -> SourceNeuron:
-        raise NotAFilterError(reason)
-
-    return adapter
-
-
 for _path, _reason in _REFUSED.items():
-    register_source(f"{_NEURONS}.{_path}")(_refuse(_reason))
+    refuse_source(_reason, f"{_NEURONS}.{_path}")
 
 
 def _forget(m: nn.Module) -> None:

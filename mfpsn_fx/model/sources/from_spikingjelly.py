@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .description import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, register_source
+from .description import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, refuse_source, register_source
 
 __all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
 
@@ -162,14 +162,7 @@ _REFUSED = {
 }  # fmt: skip
 
 
-def _refuse(reason: str):
-    def adapter(m: nn.Module) -> SourceNeuron:
-        raise NotAFilterError(reason)
-
-    return adapter
-
-
 for _reason, _paths in _REFUSED.items():
     for _path in _paths:
         _module, _, _cls = _path.rpartition(".")
-        register_source(*class_names(_cls, _module))(_refuse(_reason))
+        refuse_source(_reason, *class_names(_cls, _module))

@@ -18,6 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import mfpsn_fx
@@ -41,6 +42,7 @@ from mfpsn_fx.passes import (
 )
 from mfpsn_fx.passes.layout.graph import layout_graph
 from mfpsn_fx.passes.layout.min_cut import Costs, Tensor, best_labels, crossings, total_cost
+from mfpsn_fx.passes.layout.regions import remove_conversions
 from mfpsn_fx.passes.planning import verify_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -310,7 +312,8 @@ LINES = (
     "self.sn{i}(a)", "self.sn{i}(a)", "self.conv{i}(a)", "self.bn{i}(a)", "a + b", "torch.cat((a, b), 2)[:, :, :3]",
     "torch.cat((a, b), 2).mean(2, keepdim=True) * a", "a.flatten(3).view(a.shape)", "torch.relu(a) - b",
     "a.transpose(3, 4)", "a * a.mean(0, keepdim=True)", "self.relu(a.clone())", "a.clone().add_(b)", "a.add_(b * 0.5)",
-    "add(a, b)",
+    "add(a, b)", "torch.where(a > 0, a, b)", "torch.lerp(a, b, 0.3).abs()", "a.clamp(-1, 1) * torch.sigmoid(b)",
+    "b + a.std(0, keepdim=True)", "torch.mul(a, b, out=a)", "a.contiguous().masked_fill_(b > 0, 0.5)",
 )  # fmt: skip
 
 
@@ -600,19 +603,114 @@ class TestOperators:
             gm, x = capture(Net().eval())[0], torch.randn(4, 2, 3, 5)
             return len(conversion_nodes(passed(gm, x))) == 2
 
-        assert not known(torch.special.expit)
-        mfpsn_fx.register_operator_layout(torch.special.expit, "neutral")
-        mfpsn_fx.register_operator_layout(torch.Tensor.erfc, "neutral")
+        assert known(torch.special.expit)
+        assert known(lambda x: x.erfc())
+        quantize = torch.fake_quantize_per_tensor_affine
+        assert not known(lambda x: quantize(x, 0.1, 0, 0, 255))
+        mfpsn_fx.register_operator_layout(quantize, "neutral")
+        mfpsn_fx.register_operator_layout(torch.Tensor.type, "neutral")
         mfpsn_fx.register_operator_layout(torch.relu, "pinned")
         try:
-            assert known(torch.special.expit)
-            assert known(lambda x: x.erfc())
+            assert known(lambda x: quantize(x, 0.1, 0, 0, 255))
+            assert known(lambda x: x.type(torch.float32))
             assert not known(torch.relu)
         finally:
-            for one in (torch.special.expit, torch.Tensor.erfc, torch.relu):
+            for one in (quantize, torch.Tensor.type, torch.relu):
                 mfpsn_fx.unregister_operator_layout(one)
         assert known(torch.relu)
-        assert not known(lambda x: x.erfc())
+        assert not known(lambda x: x.type(torch.float32))
+
+    def test_pointwise_operators_that_nobody_listed(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.c = (mfpsn_fx.MulFreePSN(3) for _ in range(3))
+                self.act, self.shrink = nn.CELU(), nn.Tanhshrink()
+
+            def forward(self, x):
+                y = self.a(x)
+                y = torch.clamp(F.gelu(y) * torch.sigmoid(x), -2, 2) + torch.where(y > 0, x, 0.25).abs()
+                y = torch.maximum(F.hardtanh(y), torch.lerp(x, y, 0.5)).masked_fill(x > 1, 0.0)
+                y = torch.multiply(self.shrink(self.act(self.b(y))), 2.0) + F.softsign(x).square() // 0.5
+                return self.c(torch.addcmul(y, x.sinc(), F.threshold(x, 0.0, 0.5)))
+
+        gm, x = capture(Net().eval())[0], torch.randn(4, 2, 3, 5)
+        expected = gm(x)
+        passed(gm, x)
+        nodes = conversion_nodes(gm)
+        assert len(nodes) == 2
+        assert all(
+            "placeholder" in (n.args[0].op, *(r.op for r in n.users)) or "output" in {r.op for r in n.users}
+            for n in nodes
+        )
+        torch.testing.assert_close(gm(x), expected)
+
+    @pytest.mark.parametrize("function", [torch.argmax, torch.argmin, lambda x: x.argmax()])
+    def test_places_counted_over_all_dims(self, function):
+        """They count in the order of dims, which another layout changes."""
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = mfpsn_fx.MulFreePSN(3)
+
+            def forward(self, x):
+                return function(self.a(x) + x)
+
+        torch.manual_seed(0)
+        gm, x = capture(Net().eval())[0], torch.randn(4, 2, 3, 5)
+        expected = gm(x)
+        passed(gm, x)
+        assert [str(n.layout) for n in neurons(gm)] == ["time_last"]
+        assert torch.equal(gm(x), expected)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: x.std(0), lambda x: x.var(2, keepdim=True), lambda x: torch.prod(x, 0),
+            lambda x: x.nansum((0, 3)), lambda x: torch.std(x, 3, True, True), lambda x: x.std(True),
+            lambda x: x.norm(), lambda x: x.norm(2), lambda x: x.argmax(0),
+            lambda x: torch.logsumexp(x, (1, -1)), lambda x: torch.linalg.vector_norm(x, 2, 0), lambda x: x.max(0)[0],
+            lambda x: torch.count_nonzero(x, 0), lambda x: x.all(), lambda x: x.norm(dim=0), lambda x: x.amax((0, -1)),
+        ],
+    )  # fmt: skip
+    def test_reductions(self, function):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = mfpsn_fx.MulFreePSN(3)
+
+            def forward(self, x):
+                y = self.a(x) * x
+                return y, function(y)
+
+        gm, x = capture(Net().eval())[0], torch.randn(4, 2, 3, 5)
+        expected = gm(x)
+        passed(gm, x)
+        torch.testing.assert_close(gm(x), expected)
+        assert conversion_nodes(gm)
+        remove_conversions(gm)
+        gm.recompile()
+        torch.testing.assert_close(gm(x), expected)
+        assert {str(n.layout) for n in neurons(gm)} == {"time_first"}
+
+    @torch.no_grad()
+    def test_a_result_that_is_written_into_a_given_tensor(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = mfpsn_fx.MulFreePSN(3), mfpsn_fx.MulFreePSN(3)
+
+            def forward(self, x):
+                y = self.a(x) - 0.5
+                seen = y.transpose(3, 4)
+                torch.mul(y, x, out=y)
+                return self.b(seen)
+
+        gm, x = capture(Net().eval())[0], torch.randn(4, 2, 3, 5, 5)
+        expected = gm(x)
+        passed(gm, x)
+        assert torch.equal(gm(x), expected)
 
     def test_faults(self):
         register = mfpsn_fx.register_operator_layout
