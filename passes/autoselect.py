@@ -12,7 +12,7 @@ from torch import fx
 from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
-from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
+from mfpsn_fx.kernels.registry import get_kernel, kernels, rank_of
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.record import Candidate, Measured
@@ -23,7 +23,7 @@ from .layout_graph import layout_graph
 from .neurons import Neuron, neurons
 from .replay import Choice, replayed
 
-__all__ = ["Autoselect", "candidates_for", "forced_kernel"]
+__all__ = ["Autoselect", "forced_kernel"]
 
 MEASURED = "mfpsn_measured"  # gm.meta: neuron name -> Measured
 PLAN = "mfpsn_plan"  # gm.meta: Plan
@@ -76,12 +76,6 @@ def check_budget(budget_s: float) -> float:
     if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s >= 0:
         raise ValueError(f"budget_s must be a number of seconds, at least 0, found {budget_s!r}")
     return float(budget_s)
-
-
-def candidates_for(neuron: Neuron, layout: Layout, choice: str | dict[str, str] = "auto") -> list[Kernel]:
-    """The kernels to be measured for ``neuron`` under ``layout``: all registered ones, or the one forced."""
-    forced = forced_kernel(choice, neuron.name)
-    return list(kernels()) if forced is None else [get_kernel(forced)]
 
 
 class Autoselect(Pass):
@@ -202,7 +196,9 @@ class Autoselect(Pass):
 
     def _jobs(self, neuron: Neuron, layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
         """The kernels to be measured for ``neuron``, by layout."""
-        jobs = {layout: [kernel.name for kernel in candidates_for(neuron, layout, self.kernels)] for layout in layouts}
+        forced = forced_kernel(self.kernels, neuron.name)
+        names = [kernel.name for kernel in (kernels() if forced is None else [get_kernel(forced)])]
+        jobs = {layout: list(names) for layout in layouts}
         first = jobs.setdefault(Layout.TIME_FIRST, [])
         if VANILLA not in first:
             first.append(VANILLA)

@@ -132,7 +132,6 @@ class PlanLayout(Pass):
             tuple((name, (way.cost + times.fixed) / 1e6) for name, way in ways.items()),
             tuple((name, self._neurons_cost(times, way) / 1e6) for name, way in ways.items()),
             len(best.conversions),
-            best.conversion_cost / 1e6,
             conversion_totals=tuple((name, way.conversion_cost / 1e6) for name, way in ways.items()),
             conversion_bytes=sum(c.bytes for c in best.conversions),
             pinned=tuple((name, why, count) for (name, why), count in times.graph.pinned().items()),

@@ -24,7 +24,7 @@ from mfpsn_fx.model.time_last import run_time_last
 from .layout_graph import LayoutGraph
 from .neurons import input_meta, input_strides
 
-__all__ = ["AS_IS", "Times", "Way", "carries_gradient", "stateless_times", "ways"]
+__all__ = ["AS_IS", "Times", "stateless_times"]
 
 _log = logging.getLogger("mfpsn_fx")
 _NEVER = 1e6  # ms
@@ -33,14 +33,13 @@ AS_IS = ""  # the method of a node that is called as it was written
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to compute a node: in a layout, by a method, as callables on data of its own.
+    """One way to compute a node: in a layout, by a method, on data of its own.
 
     ``training`` runs forward and backward, with gradients for what needs them in the network.
     """
 
     layout: Layout
     method: str
-    forward: Callable[[], object]
     training: Callable[[], object]
 
 
@@ -176,7 +175,7 @@ def _way(layout: Layout, method: str, forward: Callable[[], object], inputs: lis
                 grad.append(torch.randn_like(y))
             return torch.autograd.grad(y, wanted, grad[0], allow_unused=True)
 
-    return Way(layout, method, forward, training)
+    return Way(layout, method, training)
 
 
 def _data(node: fx.Node, layout: Layout, needs_grad: bool) -> Tensor | None:

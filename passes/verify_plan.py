@@ -25,10 +25,9 @@ from .layout_labels import tensor_bytes
 from .plan_layout import ALTERNATIVES
 from .run_copy import bind_arguments
 
-__all__ = ["VERIFY", "VerifyPlan"]
+__all__ = ["VerifyPlan"]
 
 _MODES = {True: ("eager", "compiled"), "eager": ("eager",), "compiled": ("compiled",)}
-VERIFY = (False, *_MODES)
 _WARM_UP = 2
 
 
@@ -95,7 +94,6 @@ class VerifyPlan(Pass):
                 plan,
                 layout=best,
                 conversions=len(nodes),
-                conversion_ms=dict(plan.conversion_totals)[best],
                 conversion_bytes=sum(map(tensor_bytes, nodes)),
             )
         gm.meta[PLAN] = plan
