@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from .selection_cache import SelectionCache
 from .timing import ClockError, estimate, noise_of, sample, spread_of
-from .watchdog import Hung, Watchdog
 
 __all__ = ["NOT_REACHED", "Contest", "Entrant", "Outcome", "Results", "beats", "run_contests"]
 
@@ -158,7 +157,6 @@ def run_contests(
     repeats: int = 5,
     progress: bool | None = None,
     cache: SelectionCache | None = None,
-    hang_s: float = 120.0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Results:
     """Measure all contests, those that are alike once.
@@ -175,6 +173,8 @@ def run_contests(
     the budget (and a second) is its entrant's only one after the warm-up.
 
     Samples that are kept from an earlier run are used. If by these rules they are too few, more are added to them.
+    An entrant whose first run an earlier process began and did not end, since it hung or crashed and was killed, is not
+    run again: its error says so.
 
     In an initialised process group, rank 0 measures and all ranks take its results: every rank must call, with
     contests of the same names.
@@ -185,8 +185,6 @@ def run_contests(
         repeats: the fewest samples of an entrant that may win.
         progress: show a progress bar; None: if the terminal is one.
         cache: samples of earlier runs, where new ones are kept too; None: neither.
-        hang_s: a run longer than this is broken off, if it runs in Python, and recorded as hanging either way
-            (:class:`~.watchdog.Watchdog` says what can be broken off).
         clock: of nanoseconds, for devices without events.
 
     Raises:
@@ -197,7 +195,7 @@ def run_contests(
         return Results()
 
     def run() -> Results:
-        return _run(contests, budget_s, repeats, progress, cache, hang_s, clock)
+        return _run(contests, budget_s, repeats, progress, cache, clock)
 
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
@@ -205,7 +203,7 @@ def run_contests(
     return run()
 
 
-def _run(contests, budget_s, repeats, progress, cache, hang_s, clock) -> Results:
+def _run(contests, budget_s, repeats, progress, cache, clock) -> Results:
     texts = [json.dumps([contest.key, str(contest.device)], sort_keys=True) for contest in contests]
     heats: dict[Hashable, dict[str, Contest]] = {}
     runners: dict[str, list[_Runner]] = {}
@@ -226,15 +224,11 @@ def _run(contests, budget_s, repeats, progress, cache, hang_s, clock) -> Results
         ends = time.monotonic() + budget_s
         silent = None if progress is None else not progress
         count = sum(len(runners[text]) for heat in heats.values() for text in heat)
-        dog = Watchdog(hang_s)
-        try:
-            with tqdm(total=count, desc="autoselect", unit="way", disable=silent) as bar:
-                for index, heat in enumerate(heats.values()):
-                    share = max(0.0, ends - time.monotonic()) / (len(heats) - index)
-                    mine = {text: runners[text] for text in heat}
-                    _Heat(heat, mine, share, budget_s, repeats, dog, cache, clock, bar).run()
-        finally:
-            dog.close()
+        with tqdm(total=count, desc="autoselect", unit="way", disable=silent) as bar:
+            for index, heat in enumerate(heats.values()):
+                share = max(0.0, ends - time.monotonic()) / (len(heats) - index)
+                mine = {text: runners[text] for text in heat}
+                _Heat(heat, mine, share, budget_s, repeats, cache, clock, bar).run()
     found = {
         text: _outcomes_of(contest, runners[text], budget_s, repeats)
         for text, contest in zip(texts, contests, strict=True)
@@ -352,12 +346,12 @@ def _undecided(able: Sequence[_Runner], objective: tuple[str, ...], repeats: int
 class _Heat:
     """Contests measured together."""
 
-    def __init__(self, contests, runners, share_s, budget_s, repeats, dog, cache, clock, bar) -> None:
+    def __init__(self, contests, runners, share_s, budget_s, repeats, cache, clock, bar) -> None:
         self.contests: dict[str, Contest] = contests
         self.runners: dict[str, list[_Runner]] = runners
         self.device = next(iter(contests.values())).device
         self.budget_s, self.repeats = budget_s, repeats
-        self.dog, self.cache, self.clock, self.bar = dog, cache, clock, bar
+        self.cache, self.clock, self.bar = cache, clock, bar
         self.ends = time.monotonic() + share_s
         self.limit_ms = max(1.0, budget_s / 10) * 1e3
 
@@ -407,8 +401,10 @@ class _Heat:
     def _start(self, runner: _Runner) -> None:
         """Warm up, and take a first sample of each part."""
         entrant = runner.entrant
-        if self.cache is not None and entrant.kept and (reason := self.cache.hung(entrant.key, self.device)):
+        marked = self.cache is not None and entrant.kept and not runner.known
+        if marked and (reason := self.cache.unfinished(entrant.key, self.device)):
             runner.error = reason
+            _log.warning("%s: %s is not measured: %s", self.contests[runner.contest].name, entrant.name, reason)
             return
         runner.started = True
 
@@ -430,7 +426,8 @@ class _Heat:
                 if all(other in taken for objective in self._with(runner, part) for other in objective):
                     runner.samples.setdefault(part, []).append(ms)
 
-        self._guarded(runner, start)
+        with self.cache.first_run(entrant.key, self.device) if marked else contextlib.nullcontext():
+            self._guarded(runner, start)
 
     def _with(self, runner: _Runner, part: str) -> list[list[str]]:
         """The objectives that need ``part``, each as the parts of them that ``runner`` has."""
@@ -459,12 +456,9 @@ class _Heat:
     def _guarded(self, runner: _Runner, run: Callable[[], None]) -> None:
         """Run on behalf of ``runner``; whatever goes wrong is its own fault and nobody else's."""
         try:
-            with self.dog.watching(lambda: self._hangs(runner)):
-                run()
+            run()
         except ClockError:
             raise
-        except Hung:
-            runner.error = f"hangs: it did not return within {self.dog.limit_s:g} s"
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             runner.error = f"{type(error).__name__}: {first}"
@@ -472,13 +466,6 @@ class _Heat:
             runner.passing = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in first
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _hangs(self, runner: _Runner) -> None:
-        """From the watchdog's thread: leave a trace, since the process may have to be killed."""
-        name = f"{self.contests[runner.contest].name}: {runner.entrant.name}"
-        _log.warning("%s did not return within %g s while being measured", name, self.dog.limit_s)
-        if self.cache is not None and runner.entrant.kept:
-            self.cache.mark_hung(runner.entrant.key, self.device, self.dog.limit_s)
 
     def _sample_in_turn(self) -> None:
         draw = random.Random(0)

@@ -71,9 +71,9 @@ def cache(clear: bool) -> int:
             return 1
         return 0
     files = kept.files()
-    hung = sum(path.name.startswith("hung-") for path in files)
+    marks = sum(path.name.startswith("started-") for path in files)
     size = sum(path.stat().st_size for path in files) / 1024
-    print(f"{kept.folder}: {len(files) - hung} contests, {hung} kernels that did not return, {size:.0f} KiB")
+    print(f"{kept.folder}: {len(files) - marks} contests, {marks} kernels that did not return, {size:.0f} KiB")
     return 0
 
 

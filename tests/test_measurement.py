@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -512,32 +512,33 @@ class TestFaults:
         found = run_contests([Contest("it", (Entrant("a", 1, lambda: {"run": run}),))], progress=False).outcomes[0]
         assert found["a"].error == "ValueError: no more"
 
-    def test_a_loop_in_python_is_broken_off_and_not_tried_again(self, tmp_path, caplog):
-        clock, started = Clock(), []
+    def test_one_during_whose_first_run_the_process_was_killed_is_named_and_not_run_again(self, tmp_path, caplog):
+        """Two minutes pass by the date of the mark that the killed process left."""
+        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+        assert done.returncode == -signal.SIGKILL
+        (mark,) = tmp_path.glob("started-*")
+        data = json.loads(mark.read_text())
+        assert data["key"]["what"] == "hangs"  # the one before it returned, and the one after it was not begun
+        mark.write_text(json.dumps({**data, "started": data["started"] - 300}))
+        clock = Clock()
+        entrants = clock.entrant("first", rank=2, run=1.0), clock.entrant("hangs", rank=1, run=1.0)
+        for others in ((), (clock.entrant("last", run=1.0),)):  # in other company, too
+            contest = Contest("layer", (*entrants, *others))
+            found = run_contests([contest], clock=clock, cache=SelectionCache(tmp_path), progress=False).outcomes[0]
+            assert found["hangs"].error.startswith("its first run, on 20")
+            assert found["first"].ms("run") == pytest.approx(1.0, rel=1e-2)
+        assert "hangs.run" not in clock.log
+        assert "layer: hangs is not measured: its first run, on 20" in caplog.text
 
-        def hang():
-            started.append(1)
-            while True:
-                with contextlib.suppress(Exception):  # a kernel that swallows errors
-                    sum(range(100))
+    def test_only_first_runs_are_marked(self, tmp_path):
+        cache, clock, marks = SelectionCache(tmp_path), Clock(), []
 
-        contest = Contest("layer", (Entrant("hangs", "h", lambda: {"run": hang}), clock.entrant("a", run=1.0)))
-        for reason in ("hangs: it did not return within 0.5 s", "within 0.5 s in an earlier run"):
-            # kept with another entrant, too
-            results = run_contests([contest], clock=clock, cache=SelectionCache(tmp_path), progress=False, hang_s=0.5)
-            assert reason in results.outcomes[0]["hangs"].error
-            assert results.outcomes[0]["a"].ms("run") == pytest.approx(1.0, rel=1e-2)
-            contest = Contest("layer", (*contest.entrants, clock.entrant("b", run=1.0)))
-        assert started == [1]
-        assert "layer: hangs did not return within 0.5 s" in caplog.text
+        def prepare():
+            return {"run": lambda: (clock.work("a", 1.0)(), marks.append(len(list(tmp_path.glob("started-*")))))}
 
-    def test_native_code_cannot_be_broken_off_but_is_recorded_while_it_runs(self, tmp_path):
-        cache, seen = SelectionCache(tmp_path), []
-        entrant = Entrant("native", "n", lambda: {"run": lambda: (time.sleep(1.0), seen.append(cache.hung("n", CPU)))})
-        contest = Contest("layer", (entrant,))
-        found = run_contests([contest], cache=cache, progress=False, hang_s=0.5).outcomes[0]
-        assert found["native"].error == "hangs: it did not return within 0.5 s"
-        assert cache.hung("n", CPU).startswith("hangs: it did not return within 0.5 s in an earlier run")
+        for repeats in (3, 5):  # the second time with what is known from the first
+            run_contests([Contest("it", (Entrant("a", "a", prepare),))], clock=clock, cache=cache, repeats=repeats)
+        assert marks == [1, 1, 0, 0, 0, 0, 0]
 
     def test_interrupts_pass(self):
         def prepare():
@@ -685,6 +686,17 @@ class TestWhatIsMeasured:
         for budget in (-1, "3", True, float("nan")):
             with pytest.raises(ValueError, match="budget_s must be a number of seconds"):
                 mfpsn_fx.convert(net, example, budget_s=budget)
+
+
+KILLED = """
+import os, signal, sys, torch
+from mfpsn_fx.kernels.contests import Contest, Entrant, run_contests
+from mfpsn_fx.kernels.selection_cache import SelectionCache
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+runs = {"first": lambda: torch.ones(99).sum(), "hangs": kill, "last": kill}
+entrants = tuple(Entrant(name, name, lambda run=run: {"run": run}) for name, run in runs.items())
+run_contests([Contest("layer", entrants)], cache=SelectionCache(sys.argv[1]), progress=False)
+"""
 
 
 RANKS = """

@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import pathlib
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.__main__ import main
-from mfpsn_fx.kernels import Layout, Problem, contests, machine, unregister_kernel
+from mfpsn_fx.kernels import Layout, Problem, contests, machine, selection_cache, unregister_kernel
 from mfpsn_fx.kernels.neuron_contests import conversion_contest, kernel_contest
 from mfpsn_fx.kernels.selection_cache import SelectionCache, cache_folder
 from mfpsn_fx.kernels.shifted_add import ShiftedAdd
@@ -40,6 +42,14 @@ def convert(model=None, example=x, **options):
 def folder(monkeypatch, tmp_path) -> pathlib.Path:
     monkeypatch.setenv("MFPSN_FX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def left_over(cache: SelectionCache, key: object, age_s: float) -> None:
+    """The mark of a process that was killed ``age_s`` ago, while ``key`` was run for the first time."""
+    with cache.first_run(key, CPU):
+        (path,) = (path for path in cache.files() if path.name.startswith("started-"))
+        data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "started": data["started"] - age_s}))
 
 
 @pytest.fixture
@@ -324,13 +334,41 @@ class TestFaults:
         assert len(list(tmp_path.iterdir())) == 1
         assert cache.get("key", CPU)["index"] == 149
 
+    def test_a_first_run_is_marked_while_it_runs(self, tmp_path):
+        cache = SelectionCache(tmp_path)
+
+        def interrupted():
+            with cache.first_run("key", CPU):
+                assert len(cache.files()) == 1
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert cache.files() == []
+
+    def test_a_mark_of_two_minutes_is_that_of_a_process_that_was_killed(self, tmp_path, monkeypatch):
+        now = [1e9]
+        monkeypatch.setattr(
+            selection_cache,
+            "time",
+            types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime, localtime=time.localtime),
+        )
+        cache = SelectionCache(tmp_path)
+        left_over(cache, "key", 100)
+        assert cache.unfinished("key", CPU) is None  # another process may be running it
+        with cache.first_run("key", CPU):  # the mark keeps its age
+            now[0] += 30
+            assert "did not return: it hangs, or ends its process" in cache.unfinished("key", CPU)
+            assert cache.unfinished("other", CPU) is None
+        assert cache.unfinished("key", CPU) is None
+        assert cache.files() == []
+
     def test_unreadable_marks_are_no_marks(self, tmp_path):
         cache = SelectionCache(tmp_path)
-        cache.mark_hung("key", CPU, 3.0)
-        assert "within 3 s" in cache.hung("key", CPU)
+        left_over(cache, "key", 300)
         (path,) = cache.files()
         path.write_text("{")
-        assert cache.hung("key", CPU) is None
+        assert cache.unfinished("key", CPU) is None
 
 
 class TestFolder:
@@ -357,7 +395,7 @@ class TestFolder:
         assert main(["cache"]) == 0
         assert f"{folder}: 0 contests" in capsys.readouterr().out
         convert(kernels="shifted-add", layout="time_first")
-        SelectionCache(folder).mark_hung("key", CPU, 3.0)
+        left_over(SelectionCache(folder), "key", 300)
         (folder / "mine.txt").write_text("not ours")
         assert main(["cache"]) == 0
         assert "2 contests, 1 kernels that did not return" in capsys.readouterr().out
