@@ -50,7 +50,7 @@ class Entrant:
             error of this entrant only.
         kept: whether ``key`` says enough for times to be kept for other processes.
         rank: in doubt the highest wins, and it is measured first. Those below 0 are baselines: they are measured when
-            the others are decided and time is left.
+            the others are decided, while less than half of the time is used.
     """
 
     name: str
@@ -166,7 +166,7 @@ def run_contests(
     samples, except those of lower rank than the fastest that are far behind, which leave after two or three. One of
     higher rank that seems slower has twice as many, and is slower by more than its spread
     (:func:`~.timing.spread_of`). What is open after six times ``repeats`` stays so. Baselines, of ranks below 0, come
-    when the others are decided.
+    when the others are decided, and are measured while less than half of the heat's share of the budget is used.
 
     A heat also ends when its share of the budget is spent; what it leaves over goes to those after it. An entrant not
     reached by then has an error that says so, but one of each contest is always measured. A run longer than a tenth of
@@ -353,6 +353,7 @@ class _Heat:
         self.budget_s, self.repeats = budget_s, repeats
         self.cache, self.clock, self.bar = cache, clock, bar
         self.ends = time.monotonic() + share_s
+        self.half_time = self.ends - share_s / 2
         self.limit_ms = max(1.0, budget_s / 10) * 1e3
 
     def run(self) -> None:
@@ -367,6 +368,8 @@ class _Heat:
             # half of what is left at the most, so that those which were started can be sampled, too
             until = time.monotonic() + (self.ends - time.monotonic()) / 2
             baselines = pending[0][0]
+            if baselines:
+                self.ends = min(self.ends, self.half_time)
             while pending and pending[0][0] is baselines:
                 self._start_if_needed(pending.pop(0)[1])
                 self.bar.update()

@@ -86,7 +86,7 @@ class Autoselect(Pass):
     input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
     measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
-    measured for comparison, last, if there is time.
+    measured for comparison, last, while less than half of the budget is used.
 
     Args:
         layout: ``"auto"`` or ``"uniform"``: both; the one to which the choice is restricted; or ``"keep"``: each

@@ -341,12 +341,26 @@ class TestBudget:
             assert found[f"{name} high"].ms("run") == pytest.approx(20, rel=1e-2)
         assert results.outcomes[1]["last low"].error.startswith("not measured")
 
-    def test_a_baseline_is_left_out_where_no_time_is_left(self, clock):
+    def test_a_baseline_takes_no_more_than_half_of_the_budget(self, clock):
+        """The others take 120 ms: half of 0.2 s leaves nothing, half of 0.4 s a little, half of 2 s enough."""
+        for budget_s, samples, seconds in ((0.2, 0, 0.12), (0.4, 2, 0.21), (2.0, 5, 0.3)):
+            clock.log.clear()
+            started = clock.seconds()
+            a, base = clock.entrant("a", rank=1, run=20.0), clock.entrant("base", rank=-1, run=30.0)
+            found = compete(clock, a, base, budget_s=budget_s)
+            assert counts({"a": found["a"]}) == {"a": 5}
+            assert clock.seconds() - started == pytest.approx(seconds, abs=0.001)
+            if samples:
+                assert counts(found)["base"] == samples
+            else:
+                assert "base.run" not in clock.log
+                assert found["base"].error.startswith("not measured")
+
+    def test_a_baseline_too_slow_for_what_is_left_is_not_run_whole(self, clock):
         entrants = clock.entrant("a", rank=1, run=20.0), clock.entrant("base", rank=-1, forward=300.0, backward=300.0)
-        found = compete(clock, *entrants, budget_s=0.2)
-        assert counts({"a": found["a"]}) == {"a": 5}
+        found = compete(clock, *entrants, budget_s=0.4)
         assert found["base"].error.startswith("not measured")
-        assert clock.log.count("base.forward") == 2  # too slow for what was left
+        assert clock.log.count("base.forward") == 2
         assert "base.backward" not in clock.log
 
 
@@ -418,7 +432,7 @@ class TestKeptSamples:
         assert clock.log.count("high.run") == 1 + 2  # a warm-up, and what was missing of five
         clock.log.clear()
         entrants = *entrants, clock.entrant("other", run=3.0)
-        self.run(clock, tmp_path / "other", *entrants, budget_s=0.03)
+        self.run(clock, tmp_path / "other", *entrants, budget_s=0.05)
         assert set(clock.log) == {"high.run", "other.run", "base.run"}
 
     def test_more_repeats_add_to_what_is_there(self, clock, tmp_path):
