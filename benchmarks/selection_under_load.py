@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, Problem, get_kernel, kernels
-from mfpsn_fx.kernels.neuron_contests import kernel_contest
+from mfpsn_fx.kernels.neuron_contests import kernel_race
 from mfpsn_fx.kernels.timing import sample
 from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.passes import neurons
@@ -133,8 +133,8 @@ def quiet_times(settings: Settings, problems: list[tuple[Problem, float]]) -> li
     pool, runs = Pool(settings.device), {}
     for index, (problem, alpha) in enumerate(problems):
         able = [kernel.name for kernel in kernels() if kernel.refusal(problem) is None]
-        for entrant in kernel_contest(problem, able, pool, name="quiet", alpha=alpha).entrants:
-            runs |= {(index, part, entrant.name): run for part, run in entrant.prepare().items()}
+        for variant in kernel_race(problem, able, pool, name="quiet", alpha=alpha).variants:
+            runs |= {(index, part, variant.name): run for part, run in variant.prepare().items()}
     for run in runs.values():
         run()
     lowest = dict.fromkeys(runs, math.inf)

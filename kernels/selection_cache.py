@@ -1,4 +1,4 @@
-"""What was measured, kept for later: one small JSON file for each contest, in a folder of the user's."""
+"""What was measured, kept for later: one small JSON file for each race, in a folder of the user's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class SelectionCache:
         ``read`` may raise KeyError, TypeError, ValueError, AttributeError for data that it does not understand.
         """
         whole = _whole(key, device)
-        path = self._path("contest", whole)
+        path = self._path("times", whole)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -97,7 +97,7 @@ class SelectionCache:
     def put(self, key: object, device: torch.device, record: Mapping) -> None:
         """Keep ``record``, JSON-able data, for ``key`` on ``device``."""
         whole = _whole(key, device)
-        self._write(self._path("contest", whole), {"format": FORMAT, "key": whole, "record": record})
+        self._write(self._path("times", whole), {"format": FORMAT, "key": whole, "record": record})
 
     @contextlib.contextmanager
     def first_run(self, key: object, device: torch.device) -> Iterator[None]:
@@ -132,7 +132,7 @@ class SelectionCache:
 
     def files(self) -> list[pathlib.Path]:
         """All files of ours, whatever version wrote them."""
-        return sorted(path for kind in ("contest", "started") for path in self.folder.glob(f"{kind}-*.json*"))
+        return sorted(path for kind in ("times", "started") for path in self.folder.glob(f"{kind}-*.json*"))
 
     def clear(self) -> int:
         """Remove all files of ours; how many there were. ``OSError`` if one cannot be removed."""

@@ -73,7 +73,7 @@ def cache(clear: bool) -> int:
     files = kept.files()
     marks = sum(path.name.startswith("started-") for path in files)
     size = sum(path.stat().st_size for path in files) / 1024
-    print(f"{kept.folder}: {len(files) - marks} contests, {marks} kernels that did not return, {size:.0f} KiB")
+    print(f"{kept.folder}: {len(files) - marks} records of times, {marks} kernels that did not return, {size:.0f} KiB")
     return 0
 
 

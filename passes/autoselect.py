@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from mfpsn_fx.kernels.contests import Contest, Outcome, Results, beats, run_contests
+from mfpsn_fx.kernels.contests import Outcome, Race, Results, beats, run_races
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_contest
+from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_race
 from mfpsn_fx.kernels.registry import get_kernel, kernels, rank_of
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
@@ -83,7 +83,7 @@ class Autoselect(Pass):
 
     The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
     ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
-    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_contests`;
+    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.contests.run_races`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
     measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
     measured for comparison, last, while less than half of the budget is used.
@@ -135,13 +135,13 @@ class Autoselect(Pass):
         pinned = {} if self.keep else _pinned(gm)
         layouts = {neuron.name: self._layouts_of(neuron, pinned) for neuron in found}
         pools: dict[torch.device, Pool] = {}
-        contests: list[Contest] = []
+        races: list[Race] = []
         measured = {}
         if self.choices is not None:
             measured |= replayed(found, self.choices, layouts)
-        entered = {n.name: self._enter(n, layouts[n.name], pools, contests) for n in found if n.name not in measured}
-        results = run_contests(
-            contests, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
+        entered = {n.name: self._enter(n, layouts[n.name], pools, races) for n in found if n.name not in measured}
+        results = run_races(
+            races, budget_s=self.budget_s, repeats=self.repeats, progress=self.progress,
             cache=gm.meta[CACHE],
         )  # fmt: skip
         for neuron in found:
@@ -167,9 +167,9 @@ class Autoselect(Pass):
         return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
 
     def _enter(
-        self, neuron: Neuron, layouts: tuple[Layout, ...], pools: dict[torch.device, Pool], contests: list[Contest]
+        self, neuron: Neuron, layouts: tuple[Layout, ...], pools: dict[torch.device, Pool], races: list[Race]
     ) -> tuple[dict[Layout, int], list[Candidate]]:
-        """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
+        """Add the races of ``neuron`` to ``races``; returns where, and the kernels that cannot take part."""
         places, refused = {}, []
         for layout, names in self._jobs(neuron, layouts).items():
             problem, able = neuron.problem(layout), []
@@ -181,9 +181,9 @@ class Autoselect(Pass):
                 else:
                     refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
             if able:
-                places[layout] = len(contests)
-                contests.append(
-                    kernel_contest(
+                places[layout] = len(races)
+                races.append(
+                    kernel_race(
                         problem,
                         able,
                         pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from mfpsn_fx.kernels.contests import Contest, Entrant, Results, run_contests
+from mfpsn_fx.kernels.contests import Race, Results, Variant, run_races
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.machine import source_of
-from mfpsn_fx.kernels.neuron_contests import conversion_contest
+from mfpsn_fx.kernels.neuron_contests import conversion_race
 from mfpsn_fx.kernels.selection_cache import SelectionCache
 from mfpsn_fx.kernels.working_set import Pool
 from mfpsn_fx.model.capture import preserved_rng
@@ -69,21 +69,21 @@ def stateless_times(
     Identical ones are measured once. The network's modules and the random generators are left as they are.
     """
     grads = carries_gradient(gm)
-    contests: list[Contest] = []
+    races: list[Race] = []
     layers: dict[fx.Node, int] = {}
     for node, operator in graph.operators.items():
         if operator.kind == "layer" or (operator.kind == "dims" and not operator.rule.free):
-            layers[node] = len(contests)
-            contests.append(_layer_contest(gm, graph, node, grads))
+            layers[node] = len(races)
+            races.append(_layer_race(gm, graph, node, grads))
     pools: dict[torch.device, Pool] = {}
     tensors: dict[fx.Node, int] = {}
     for producer in graph.tensors:
         shape, dtype, device = input_meta(producer)
-        tensors[producer] = len(contests)
+        tensors[producer] = len(races)
         pool, name = pools.setdefault(device, Pool(device)), f"conversion behind {producer.name}"
-        contests.append(conversion_contest(shape, dtype, pool, name=name, strides=input_strides(producer)))
+        races.append(conversion_race(shape, dtype, pool, name=name, strides=input_strides(producer)))
     with preserved_rng():
-        results = run_contests(contests, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
+        results = run_races(races, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
     found: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]] = {}
     for node, index in layers.items():
         found[node] = {}
@@ -116,9 +116,9 @@ def _names(operator) -> list[tuple[Layout, str]]:
     return [(layout, AS_IS) for layout in Layout]
 
 
-def _layer_contest(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Contest:
+def _layer_race(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Race:
     key, kept = _key(gm, node, grads)
-    entrants = []
+    variants = []
     for layout, method in _names(graph.operators[node]):
 
         def prepare(layout=layout, method=method):
@@ -126,9 +126,9 @@ def _layer_contest(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads:
             return {"training": way.training}
 
         facts = {"op": "layer", **key, "layout": str(layout), "method": method}
-        entrants.append(Entrant(_name(layout, method), facts, prepare, kept))
+        variants.append(Variant(_name(layout, method), facts, prepare, kept))
     device = input_meta(_first_input(node))[2]
-    return Contest(node.name, tuple(entrants), _name(Layout.TIME_FIRST, AS_IS), device=device)
+    return Race(node.name, tuple(variants), _name(Layout.TIME_FIRST, AS_IS), device=device)
 
 
 def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Iterator[Way]:

@@ -166,8 +166,8 @@ def engine_time(monkeypatch):
     def use(cheap, conversion, noise=0.0):
         now = [0.0]
 
-        def slowed(entrant):
-            facts = types.SimpleNamespace(**entrant.key)
+        def slowed(variant):
+            facts = types.SimpleNamespace(**variant.key)
 
             def times():
                 if facts.op in ("layer", "to_layout"):
@@ -179,22 +179,22 @@ def engine_time(monkeypatch):
             def prepare():
                 return {
                     part: functools.partial(run_for, run, itertools.cycle(times()[part]))
-                    for part, run in entrant.prepare().items()
+                    for part, run in variant.prepare().items()
                 }
 
-            return dataclasses.replace(entrant, prepare=prepare)
+            return dataclasses.replace(variant, prepare=prepare)
 
         def run_for(run, times):
             run()
             now[0] += next(times) * 1e6
 
-        def run_contests(contests, **options):
-            slow = [dataclasses.replace(c, entrants=tuple(map(slowed, c.entrants))) for c in contests]
-            return engine.run_contests(slow, **{**options, "cache": None}, clock=lambda: now[0])
+        def run_races(races, **options):
+            slow = [dataclasses.replace(c, variants=tuple(map(slowed, c.variants))) for c in races]
+            return engine.run_races(slow, **{**options, "cache": None}, clock=lambda: now[0])
 
         monkeypatch.setattr(engine, "time", types.SimpleNamespace(monotonic=lambda: now[0] / 1e9))
         for module in (autoselect, stateless_times):
-            monkeypatch.setattr(module, "run_contests", run_contests)
+            monkeypatch.setattr(module, "run_races", run_races)
 
     return use
 

@@ -21,7 +21,7 @@ import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.__main__ import main
 from mfpsn_fx.kernels import Layout, Problem, contests, machine, selection_cache, unregister_kernel
-from mfpsn_fx.kernels.neuron_contests import conversion_contest, kernel_contest
+from mfpsn_fx.kernels.neuron_contests import conversion_race, kernel_race
 from mfpsn_fx.kernels.selection_cache import SelectionCache, cache_folder
 from mfpsn_fx.kernels.shifted_add import ShiftedAdd
 from mfpsn_fx.kernels.working_set import Pool
@@ -150,8 +150,8 @@ class TestKeys:
             **{k: v for k, v in changes.items() if k in Problem._fields}
         )
         rest = {k: v for k, v in changes.items() if k in ("alpha", "strides")}
-        contest = kernel_contest(problem, ["shifted-add"], Pool("cpu"), name="one", **rest)
-        SelectionCache(folder).put(contest.key, CPU, {})
+        race = kernel_race(problem, ["shifted-add"], Pool("cpu"), name="one", **rest)
+        SelectionCache(folder).put(race.key, CPU, {})
         return {path.name for path in SelectionCache(folder).files()}
 
     def test_every_attribute_counts(self, tmp_path):
@@ -163,8 +163,8 @@ class TestKeys:
         ):  # fmt: skip
             assert len(self.paths(tmp_path, **changes)) == count + 1, changes
             count += 1
-        contest = conversion_contest((4, 2, 3), torch.float32, Pool("cpu"), name="one")
-        SelectionCache(tmp_path).put(contest.key, CPU, {})
+        race = conversion_race((4, 2, 3), torch.float32, Pool("cpu"), name="one")
+        SelectionCache(tmp_path).put(race.key, CPU, {})
         assert len(SelectionCache(tmp_path).files()) == count + 1
 
     def test_the_machine_counts(self, tmp_path, monkeypatch):
@@ -267,14 +267,14 @@ class TestFaults:
                 del outcome["thin"]
             elif how == "words":
                 outcome["samples"] = {part: ["fast"] for part in outcome["samples"]}
-            elif how == "no entrants":
+            elif how == "no variants":
                 data["record"]["outcomes"] = {}
             path.write_text(json.dumps(data))
 
     @pytest.mark.parametrize(
         "how",
         ["truncated", "empty", "binary", "a list", "another version", "another key", "nested", "no samples", "infinite",
-         "words", "no entrants", "not counted"],
+         "words", "no variants", "not counted"],
     )  # fmt: skip
     def test_damaged_files_are_written_anew_with_one_warning(self, how, folder, caplog, samples):
         options = {"layout": "time_first", "kernels": "shifted-add"}
@@ -393,12 +393,12 @@ class TestFolder:
 
     def test_command_line(self, folder, capsys, monkeypatch):
         assert main(["cache"]) == 0
-        assert f"{folder}: 0 contests" in capsys.readouterr().out
+        assert f"{folder}: 0 records of times" in capsys.readouterr().out
         convert(kernels="shifted-add", layout="time_first")
         left_over(SelectionCache(folder), "key", 300)
         (folder / "mine.txt").write_text("not ours")
         assert main(["cache"]) == 0
-        assert "2 contests, 1 kernels that did not return" in capsys.readouterr().out
+        assert "2 records of times, 1 kernels that did not return" in capsys.readouterr().out
         assert main(["cache", "--clear"]) == 0
         assert "removed 3 files" in capsys.readouterr().out
         assert [path.name for path in folder.iterdir()] == ["mine.txt"]
