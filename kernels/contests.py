@@ -1,6 +1,6 @@
-"""Races: ways to compute one thing, measured side by side until it is clear which is the fastest.
+"""Races: variants of one computation, measured side by side until it is clear which is the fastest.
 
-Nothing here knows of neurons: kernels, layouts, conversions and whole networks are compared alike.
+Nothing here knows of neurons: kernels, layouts and conversions are compared in the same way.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import json
 import logging
 import math
 import random
-import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
+from .autotune.statistics import Summary, estimate, far_behind, relative_noise, spread_of, summarize, undecided
 from .selection_cache import SelectionCache
-from .timing import ClockError, estimate, noise_of, sample, spread_of
+from .timing import ClockError, sample
 
-__all__ = ["NOT_REACHED", "Outcome", "Race", "Results", "Variant", "beats", "run_races"]
+__all__ = ["NOT_REACHED", "Outcome", "Race", "Results", "Variant", "run_races"]
 
 _log = logging.getLogger("mfpsn_fx")
 
@@ -31,23 +31,18 @@ NOT_REACHED = "not measured"  # how the error of a variant begins that the budge
 
 _SHORTEST = 0.2  # ms that a sample should last, so that the clock's own grain does not show
 _MOST_CALLS = 50
-# One of lower rank leaves after three samples if it is slower than twice the best, and after two if by more than other
-# processes explain: on two cores beside two busy ones, short calls took 4 to 120 ms longer, sample after sample
-_WIDE, _FAR, _STALL = 2.0, 4.0, 20.0
-_TIE = 0.02  # relative: what differs by less is not worth a sample
-_MOST = 6  # times the fewest samples: what is open by then stays so
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to compute something.
+    """One of several computations with the same result.
 
     Attributes:
         name: what results and messages call it, unique in its race.
         key: what its times depend on beside the machine, as JSON-able data.
         prepare: makes the inputs and returns each part, such as ``"forward"``, as a callable without arguments. What
-            is compiled at the first call should have run once when it returns. Whatever it or a part raises is an
-            error of this variant only.
+            is compiled at the first call should have run once when it returns. An exception of its own, or of a part,
+            is an error of this variant only.
         kept: whether ``key`` says enough for times to be kept for other processes.
         rank: in doubt the highest wins, and it is measured first. Those below 0 are baselines: they are measured when
             the others are decided, while less than half of the time is used.
@@ -113,8 +108,8 @@ class Outcome:
     def spread_ms(self, *parts: str) -> float | None:
         """How far below :meth:`ms` the true time may lie; None if a part is missing.
 
-        That is the sum of :func:`~.timing.spread_of`; of too few samples as much as the time itself: in doubt the
-        higher rank wins, and of one that was hardly measured nothing is certain.
+        That is the sum of :func:`~.autotune.statistics.spread_of`; of too few samples as much as the time itself: in
+        doubt the higher rank wins, and of one that was hardly measured nothing is certain.
         """
         return self._sum(estimate if self.thin else spread_of, parts)
 
@@ -141,15 +136,6 @@ class Results:
     noise: float | None = None
 
 
-def beats(new_ms: float, new_spread: float | None, old_ms: float, old_spread: float | None) -> bool:
-    """Whether ``new`` is faster than ``old``, which is of higher rank, by more than the spread.
-
-    That is the spread of ``old``: time is only ever added, so ``new`` takes ``new_ms`` at the most, however much its
-    samples vary, while ``old`` may take ``old_spread`` less than was seen.
-    """
-    return old_ms - new_ms > (old_spread or 0.0)
-
-
 def run_races(
     races: Sequence[Race],
     *,
@@ -159,16 +145,17 @@ def run_races(
     cache: SelectionCache | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Results:
-    """Measure all races, those that are alike once.
+    """Measure all races, equal ones once.
 
-    Variants are warmed up and sampled once, those of the highest rank first. Then all are sampled in turn, in an order
-    drawn anew for each round, until no doubt is left that more samples could take away. Each has at least ``repeats``
-    samples, except those of lower rank than the fastest that are far behind, which leave after two or three. One of
-    higher rank that seems slower has twice as many, and is slower by more than its spread
-    (:func:`~.timing.spread_of`). What is open after six times ``repeats`` stays so. Baselines, of ranks below 0, come
-    when the others are decided, and are measured while less than half of the group's share of the budget is used.
+    Variants are warmed up and sampled once, those of the highest rank first. Then all are sampled in rounds, each in a
+    new random order, until no doubt is left that more samples could take away, as
+    :func:`~.autotune.statistics.undecided` says. Each has at least ``repeats`` samples, except those of lower rank than
+    the fastest that are far behind, which leave after two or three. One of higher rank that seems slower has twice as
+    many, and is slower by more than its spread. What is open after six times ``repeats`` stays so. Baselines, of ranks
+    below 0, come when the others are decided, and are measured while less than half of the group's share of the budget
+    is used.
 
-    A group also ends when its share of the budget is spent; what it leaves over goes to those after it. A variant not
+    A group also ends when its share of the budget is used up; what it leaves over goes to those after it. A variant not
     reached by then has an error that says so, but one of each race is always measured. A run longer than a tenth of
     the budget (and a second) is its variant's only one after the warm-up.
 
@@ -235,13 +222,10 @@ def _run(races, budget_s, repeats, progress, cache, clock) -> Results:
         tuple(found[text] for text in texts),
         sum(trial.started for trial in everyone),
         sum(not trial.started and trial.known for trial in everyone),
-        _noise(outcome for outcomes in found.values() for outcome in outcomes.values()),
+        relative_noise(
+            samples for outcomes in found.values() for one in outcomes.values() for samples in one.samples.values()
+        ),
     )
-
-
-def _noise(outcomes: Iterable[Outcome]) -> float | None:
-    several = [values for outcome in outcomes for values in outcome.samples.values() if len(values) > 1]
-    return statistics.median(noise_of(values) / estimate(values) for values in several) if several else None
 
 
 class _Trial:
@@ -269,16 +253,9 @@ class _Trial:
         """The parts of ``objective`` that it has."""
         return [part for part in objective if part in self.samples]
 
-    def cost(self, objective: tuple[str, ...]) -> float:
-        """Milliseconds, as far as they are known."""
-        return sum(estimate(self.samples[part]) for part in self.parts(objective))
-
-    def spread(self, objective: tuple[str, ...]) -> float:
-        return sum(spread_of(self.samples[part]) for part in self.parts(objective))
-
-    def count(self, objective: tuple[str, ...]) -> int:
-        """Samples of the part that has the fewest."""
-        return min(len(self.samples[part]) for part in self.parts(objective))
+    def summary(self, objective: tuple[str, ...]) -> Summary:
+        """The sum of its parts of ``objective``, of which it has some."""
+        return summarize([self.samples[part] for part in self.parts(objective)])
 
     def outcome(self, budget_s: float, thin: bool) -> Outcome:
         if self.error is not None:
@@ -309,35 +286,10 @@ def _wanted(race: Race, trials: Sequence[_Trial], repeats: int) -> list[tuple[_T
     wanted: dict[tuple[int, str], tuple[_Trial, str]] = {}
     for objective in race.objectives or (every,):
         able = [trial for trial in trials if trial.error is None and trial.parts(objective)]
-        for trial in _undecided(able, objective, repeats):
-            if not trial.stopped:
+        for index in undecided([trial.summary(objective) for trial in able], repeats):
+            if not (trial := able[index]).stopped:
                 wanted |= {(id(trial), part): (trial, part) for part in trial.parts(objective)}
     return list(wanted.values())
-
-
-def _undecided(able: Sequence[_Trial], objective: tuple[str, ...], repeats: int) -> list[_Trial]:
-    """Those of ``able``, which are in order of precedence, that need more samples for the objective to be decided."""
-    if not able:
-        return []
-    costs = {trial: trial.cost(objective) for trial in able}
-    best = min(costs, key=costs.get)
-    few, rivals = [], []
-    outranks = True
-    for trial, cost in costs.items():
-        outranks = outranks and trial is not best
-        count = trial.count(objective)
-        far = cost > _FAR * costs[best] + _STALL
-        if not outranks and count >= min(2 if far else 3, repeats) and cost > _WIDE * costs[best]:
-            continue
-        if count < repeats:
-            few.append(trial)
-        elif outranks and cost - costs[best] > _TIE * cost:
-            # in doubt it wins: so let there be none, and let none lose by what disturbed it for a while
-            doubtful = cost - trial.spread(objective) <= costs[best]
-            if doubtful or count < 2 * repeats:
-                rivals.append(trial)
-    wanted = dict.fromkeys([*few, *rivals, *([best] if rivals else [])])
-    return [trial for trial in wanted if trial.count(objective) < max(_MOST * repeats, 3)]
 
 
 class _Group:
@@ -370,29 +322,28 @@ class _Group:
             while pending and pending[0][0] is baselines:
                 self._start_if_needed(pending.pop(0)[1])
                 self.bar.update()
-                if time.monotonic() >= until and not self._late:
+                if time.monotonic() >= until and not self._over:
                     break
             self._sample_in_turn()
         for text, race in self.races.items():
             trials = self.trials[text]
-            usable = not any(r.passing for r in trials) and all(e.kept for e in race.variants)
-            if self.cache is not None and usable and any(r.started for r in trials):
-                spent = _needs(race, trials, self.repeats)
+            usable = not any(trial.passing for trial in trials) and all(variant.kept for variant in race.variants)
+            if self.cache is not None and usable and any(trial.started for trial in trials):
                 outcomes = _outcomes_of(race, trials, self.budget_s, self.repeats)
-                self.cache.put(race.key, self.device, _record(outcomes, self.repeats, self.budget_s, spent))
+                self.cache.put(race.key, self.device, _record(outcomes))
 
     @property
-    def _late(self) -> bool:
+    def _over(self) -> bool:
         return time.monotonic() >= self.ends
 
     def _may_start(self, trial: _Trial) -> bool:
         """Whether there is time; there always is for one of each race."""
-        return not self._late or not any(r.samples for r in self.trials[trial.race] if r is not trial)
+        return not self._over or not any(one.samples for one in self.trials[trial.race] if one is not trial)
 
     def _start_if_needed(self, trial: _Trial) -> None:
         race = self.races[trial.race]
         wanted = not trial.known or any(one is trial for one, _ in _wanted(race, self.trials[trial.race], self.repeats))
-        if wanted and (self._may_start(trial) if not trial.known else not self._late):
+        if wanted and (self._may_start(trial) if not trial.known else not self._over):
             self.bar.set_postfix_str(f"{race.name}: {trial.variant.name}", refresh=False)
             self._start(trial)
 
@@ -446,13 +397,13 @@ class _Group:
         if trial.variant.rank < 0 or trial.samples or not objectives:
             return False
         for objective in objectives:
-            costs = [other.cost(objective) for other in higher if len(other.parts(objective)) == len(objective)]
-            if not costs or sum(lowest.get(one, 0.0) for one in objective) <= _FAR * min(costs) + _STALL:
+            costs = [other.summary(objective).ms for other in higher if len(other.parts(objective)) == len(objective)]
+            if not costs or not far_behind(sum(lowest.get(one, 0.0) for one in objective), min(costs)):
                 return False
         return True
 
     def _guarded(self, trial: _Trial, run: Callable[[], None]) -> None:
-        """Run on behalf of ``trial``; whatever goes wrong is its own fault and nobody else's."""
+        """Run on behalf of ``trial``; an exception disqualifies it, and no other."""
         try:
             run()
         except ClockError:
@@ -467,7 +418,7 @@ class _Group:
 
     def _sample_in_turn(self) -> None:
         draw = random.Random(0)
-        while not self._late:
+        while not self._over:
             turns = [
                 turn for text, race in self.races.items() for turn in _wanted(race, self.trials[text], self.repeats)
             ]
@@ -475,7 +426,7 @@ class _Group:
                 return
             draw.shuffle(turns)
             for trial, part in turns:
-                if self._late:
+                if self._over:
                     return
                 if trial.error is not None:
                     continue
@@ -497,25 +448,16 @@ class _Group:
         return ms
 
 
-def _record(outcomes: Mapping[str, Outcome], repeats: int, budget_s: float, spent: bool) -> dict:
-    """What is kept of a race: all samples, what was asked for, and whether it ended before enough was known."""
+def _record(outcomes: Mapping[str, Outcome]) -> dict[str, dict]:
+    """Outcomes with all their samples, as JSON-able data."""
     return {
-        "repeats": repeats,
-        "budget_s": budget_s,
-        "spent": spent,
-        "outcomes": {
-            name: {
-                "samples": {part: list(ms) for part, ms in one.samples.items()},
-                "error": one.error,
-                "thin": one.thin,
-            }
-            for name, one in outcomes.items()
-        },
+        name: {"samples": {part: list(ms) for part, ms in one.samples.items()}, "error": one.error, "thin": one.thin}
+        for name, one in outcomes.items()
     }
 
 
 def _outcomes(data: Mapping) -> dict[str, Outcome]:
-    """What :func:`_record` wrote, looked at closely: it may come from anywhere."""
+    """Check and read what :func:`_record` wrote: it may come from anywhere."""
     found = {}
     for name, one in data.items():
         samples = {str(part): tuple(float(ms) for ms in values) for part, values in one["samples"].items()}
@@ -534,7 +476,7 @@ def _recorded(cache: SelectionCache | None, race: Race) -> dict[str, Outcome]:
         return {}
 
     def read(data: Mapping) -> dict[str, Outcome]:
-        found = _outcomes(data["outcomes"])
+        found = _outcomes(data)
         if set(found) != {variant.name for variant in race.variants}:
             raise ValueError("other variants than the key says")
         return found
@@ -543,12 +485,12 @@ def _recorded(cache: SelectionCache | None, race: Race) -> dict[str, Outcome]:
 
 
 def _from_rank_0(run: Callable[[], Results], races: Sequence[Race]) -> Results:
-    """Rank 0's results on every rank: all choose alike, and no rank's measuring disturbs another's."""
+    """Rank 0's results on every rank: all choose the same, and no rank's measuring disturbs another's."""
     names = [f"{race.name} ({', '.join(variant.name for variant in race.variants)})" for race in races]
-    told: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, json.dumps(names))
-    for rank, text in enumerate(told):  # looked at on every rank: none may wait for one that has raised
-        if (theirs := json.loads(text)) != (first := json.loads(told[0])):
+    gathered: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, json.dumps(names))
+    for rank, text in enumerate(gathered):  # looked at on every rank: none may wait for one that has raised
+        if (theirs := json.loads(text)) != (first := json.loads(gathered[0])):
             raise RuntimeError(
                 f"rank 0 measures for all ranks, but rank {rank} has other layers or kernels: "
                 f"{'; '.join(sorted(set(first) ^ set(theirs))[:3]) or 'in another order'}. Convert the same network, "
@@ -559,7 +501,7 @@ def _from_rank_0(run: Callable[[], Results], races: Sequence[Race]) -> Results:
     if torch.distributed.get_rank() == 0:
         try:
             results = run()
-            records = [_record(outcomes, 0, 0.0, False)["outcomes"] for outcomes in results.outcomes]
+            records = [_record(outcomes) for outcomes in results.outcomes]
             counts = [results.measured, results.kept, results.noise]
             box = [json.dumps({"records": records, "counts": counts})]
         except Exception as error:  # the others wait: they must hear of it

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from mfpsn_fx.kernels.contests import Outcome, Race, Results, beats, run_races
+from mfpsn_fx.kernels.autotune.statistics import choose
+from mfpsn_fx.kernels.contests import Outcome, Race, Results, run_races
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.neuron_contests import EVALUATION, TRAINING, kernel_race
 from mfpsn_fx.kernels.registry import get_kernel, kernels, rank_of
@@ -274,8 +275,5 @@ def fastest(
     ]
     if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
         working = [c for c in working if c.training_ms is not None] or working
-    best = min(working, key=cost, default=None)
-    for one in sorted(working, key=lambda c: -rank_of(c.kernel)):
-        if not beats(cost(best), spread(best), cost(one), spread(one)):
-            return one
-    return best
+    working.sort(key=lambda c: -rank_of(c.kernel))
+    return working[choose([(cost(c), spread(c)) for c in working])] if working else None

@@ -1,0 +1,1 @@
+"""How the times of kernels are measured, and what is chosen by them."""
