@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -76,6 +78,26 @@ def _seeded():
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test meets what a user, or another test, has measured."""
     monkeypatch.setenv("MFPSN_FX_CACHE", str(tmp_path_factory.mktemp("selections")))
+
+
+@pytest.fixture
+def script(monkeypatch) -> Iterator[Callable[[str], types.ModuleType]]:
+    """``script(path)``: a file of the repository that is in no package, as a module; it may import its neighbours."""
+    root, before = pathlib.Path(__file__).resolve().parent.parent, set(sys.modules)
+
+    def load(path):
+        monkeypatch.syspath_prepend(str((root / path).parent))
+        name = "mfpsn_script_" + path.removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, root / path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in set(sys.modules) - before:
+        if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent == root / "benchmarks":
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -24,20 +24,9 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch):
-    """A script of the folder as a module; scripts import their neighbours by plain names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def by_path(name):
-        spec = importlib.util.spec_from_file_location(f"mfpsn_benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-
-    yield by_path
-    for name in ("checkout", "common", "rivals", "vanilla"):
-        sys.modules.pop(name, None)
+def load(script):
+    """A benchmark by its name."""
+    return lambda name: script(f"benchmarks/{name}.py")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
