@@ -7,14 +7,12 @@ labels) with both drives, and trained for one more epoch. Accuracies are of the 
 
 from __future__ import annotations
 
-import argparse
-import pathlib
+import dataclasses
 import statistics
-import sys
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import environment, load_example, markdown_table, preamble, write
+from runner import Benchmark, load_example, markdown_table
 from spikingjelly.activation_based import neuron, surrogate
 from tqdm import tqdm
 
@@ -33,6 +31,17 @@ SOURCES = {
 STARTS = ("not calibrated", "own", "source", "source, 1.25")
 
 
+@dataclasses.dataclass
+class Settings:
+    """What is trained: ``epochs`` of the source, from each of ``seeds``; ``samples`` of the digits, None for all."""
+
+    epochs: int = 8
+    seeds: int = 3
+    orders: tuple[int, ...] = (2, 4)
+    names: tuple[str, ...] = tuple(SOURCES)
+    samples: int | None = None
+
+
 def convert(source: torch.nn.Module, data, order: int, start: str, batches: list) -> torch.nn.Module:
     """Converted on one batch; calibrated unless ``start`` says otherwise."""
     model = mfpsn_fx.convert(source, data.train_x[:, :128], order=order, kernels="shifted-add", layout="time_first",
@@ -43,32 +52,33 @@ def convert(source: torch.nn.Module, data, order: int, start: str, batches: list
     return model
 
 
-def measure(epochs: int, seeds: int, orders: tuple[int, ...], names: list[str], samples: int | None) -> list[dict]:
+def measure(settings: Settings, keep=None) -> dict[str, object]:
+    """Every network from every seed; what ``--json`` writes."""
     data = digits.load()
-    data.train_x, data.train_y = data.train_x[:, :samples], data.train_y[:samples]
+    data.train_x, data.train_y = data.train_x[:, : settings.samples], data.train_y[: settings.samples]
     batches = [x.contiguous() for x in data.train_x.split(256, 1)]
     results = []
-    for name, seed in tqdm([(name, seed) for name in names for seed in range(seeds)], unit="network"):
+    for name, seed in tqdm([(n, seed) for n in settings.names for seed in range(settings.seeds)], unit="network"):
         torch.manual_seed(seed)
         source = digits.DigitNet(SOURCES[name])
-        trained = digits.train(source, data, epochs, seed, 64, 4e-3, compiled=False)
-        for order in orders:
+        trained = digits.train(source, data, settings.epochs, seed, 64, 4e-3, compiled=False)
+        for order in settings.orders:
             for start in STARTS:
                 model = convert(source, data, order, start, batches)
                 row = {"source": name, "seed": seed, "order": order, "start": start, "trained": trained.accuracy}
                 row["at once"] = digits.accuracy(model, data)
                 later = digits.train(model, data, 1, seed + 100, 64, 1e-3, compiled=False)
                 results.append({**row, "after an epoch": later.accuracy})
-    return results
+    return {"results": results}
 
 
-def tables(results: list[dict]) -> str:
-    """Per cent, one row for each source neuron and order."""
+def tables(found: dict) -> str:
+    """Per cent, one row for each source neuron and order, in Markdown."""
 
     def mean(rows: list[dict], key: str) -> str:
         return f"{100 * statistics.mean(row[key] for row in rows):.1f}"
 
-    body = []
+    body, results = [], found["results"]
     for name, order in dict.fromkeys((row["source"], row["order"]) for row in results):
         rows = [row for row in results if (row["source"], row["order"]) == (name, order)]
         by_start = [[row for row in rows if row["start"] == start] for start in STARTS]
@@ -78,33 +88,24 @@ def tables(results: list[dict]) -> str:
         )
     headers = ["source neuron", "k", "source", "converted", "own drive", "source drive", "at 1.25 of its rate"]
     headers += ["an epoch later: converted", "own drive", "source drive", "at 1.25 of its rate"]
-    return markdown_table(headers, body)
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8, help="that the source is trained for")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one neuron, one seed, one epoch, 128 digits")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="write the table")
-    options = parser.parse_args(argv)
-    if options.quick:
-        results = measure(1, 1, (2,), ["IF, lowered by the threshold"], 128)
-    else:
-        results = measure(options.epochs, options.seeds, (2, 4), list(SOURCES), None)
-    made_by = preamble("calibration.py", argv, environment(torch.device("cpu")))
     legend = (
         "Test accuracy in per cent, mean over seeds: of the source; right after conversion without calibration, with "
         "own drive, with source drive, and with source drive at 1.25 of the source's rates; and of each an epoch later."
     )
-    text = f"{made_by}\n\n{legend}\n\n{tables(results)}"
-    print(text)
-    write(options.json, results)
-    write(options.markdown, "# Accuracy right after conversion\n\n" + text)
-    return results
+    return f"{legend}\n\n{markdown_table(headers, body)}"
 
+
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "Accuracy right after conversion",
+    Settings,
+    measure,
+    tables,
+    options={"epochs": "that the source is trained for", "seeds": ""},
+    quick={"epochs": 1, "seeds": 1, "orders": (2,), "names": ("IF, lowered by the threshold",), "samples": 128},
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

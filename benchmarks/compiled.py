@@ -9,29 +9,14 @@ ours: under Inductor with the one setting that the backend changes). All are int
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import sys
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import (
-    Compiler,
-    checked_device,
-    environment,
-    first_line,
-    interleave,
-    load_example,
-    markdown_table,
-    output_options,
-    preamble,
-    ratio,
-    write,
-)
 from layout import training_step
+from runner import Benchmark, Compiler, each, environment, interleave, load_example, markdown_table, ratio
 from torch import nn
-from tqdm import tqdm
 
 import mfpsn_fx
 from mfpsn_fx.passes import neurons
@@ -90,14 +75,12 @@ def measure_batch(settings: Settings, compiler: Compiler, batch: int) -> dict[st
         net = net.to(settings.device).train()
         runs[name, EAGER] = _step(net, net, x, y)
         for way, options in WAYS[name].items():
-            if (reason := compiler.refusal()) is None:
+
+            def make(net=net, options=options):
                 twin = copy.deepcopy(net)
-                step = _step(twin, compiler.compile(twin, **options), x, y)
-                reason = compiler.warm(step)
-            if reason is None:
-                runs[name, way] = step
-            else:
-                errors[f"{name}, {way}"] = reason
+                return _step(twin, compiler.compile(twin, **options), x, y)
+
+            compiler.add((name, way), make, runs, errors)
     found = interleave(runs, settings.device, settings.seconds, settings.rounds)
     return {
         "input": list(x.shape),
@@ -105,7 +88,7 @@ def measure_batch(settings: Settings, compiler: Compiler, batch: int) -> dict[st
         "spread": found.spread,
         "ms": {name: {way: found.ms[n, way] for n, way in found.ms if n == name} for name in nets},
         "kernels": sorted({neuron.kernel for neuron in neurons(ours)}),
-        "errors": errors | {", ".join(key): reason for key, reason in found.errors.items()},
+        "errors": {", ".join(key): reason for key, reason in (errors | found.errors).items()},
     }
 
 
@@ -119,14 +102,12 @@ def _step(net: nn.Module, run, x: torch.Tensor, y: torch.Tensor):
     return with_reset
 
 
-def measure(settings: Settings, progress: bool | None = None) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=None) -> dict[str, object]:
     """Every batch size; what ``--json`` writes."""
-    compiler, results = Compiler(settings.compile_seconds), []
-    for batch in tqdm(settings.batches, desc="N", disable=None if progress is None else not progress):
-        try:
-            results.append(measure_batch(settings, compiler, batch))
-        except (RuntimeError, MemoryError) as error:  # such as out of memory: the others still count
-            print(f"N = {batch}: {first_line(error)}")
+    compiler = Compiler(settings.compile_seconds)
+    results = each(
+        settings.batches, lambda batch: measure_batch(settings, compiler, batch), lambda batch: f"N = {batch}", progress
+    )
     return {"environment": environment(settings.device), "compile_seconds": compiler.spent, "results": results}
 
 
@@ -153,37 +134,24 @@ def table(found: dict) -> str:
     )
 
 
-def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser, png=False)
-    parser.add_argument("--batches", type=int, nargs="+", help="N")
-    for name in ("steps", "size", "rounds"):
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
-    options = parser.parse_args(argv)
-    settings = Settings(checked_device(options.device))
-    if options.quick:
-        settings.batches, settings.rounds, settings.seconds, settings.compile_seconds = (2,), 3, 2.0, 0.0
-    for name in ("steps", "size", "rounds", "seconds", "compile_seconds"):
-        if getattr(options, name) is not None:
-            setattr(settings, name, getattr(options, name))
-    settings.batches = tuple(options.batches or settings.batches)
-    return options, settings
-
-
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    options, settings = parsed(argv)
-    found = measure(settings)
-    found["made_by"] = preamble("compiled.py", argv, found["environment"])
-    text = f"{found['made_by']}\n\n{table(found)}"
-    print(text)
+def failures(found: dict):
     for result in found["results"]:
         for name, reason in result["errors"].items():
-            print(f"not measured ({reason}): N = {result['input'][1]}, {name}")
-    write(options.json, found)
-    write(options.markdown, "# SEW-ResNet-18, eager and compiled\n\n" + text)
-    return found
+            yield f"N = {result['input'][1]}, {name}", reason
 
+
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "SEW-ResNet-18, eager and compiled",
+    Settings,
+    measure,
+    table,
+    options={"batches": "N", "steps": "", "size": "", "rounds": ""},
+    quick={"batches": (2,), "rounds": 3, "seconds": 2.0, "compile_seconds": 0.0},
+    failures=failures,
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

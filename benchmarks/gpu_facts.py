@@ -15,7 +15,7 @@ import time
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import checked_device, environment
+from runner import checked_device, device_sample, environment
 
 from mfpsn_fx.kernels import kernels
 
@@ -26,19 +26,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy on the device that no cache holds: the median of 20."""
     x = torch.randn(_COPIED[device.type] // 4, device=device)
     y = torch.empty_like(x)
-    times = []
-    for _ in range(22):
-        if device.type == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            y.copy_(x)
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after) / 1e3)
-        else:
-            started = time.perf_counter()
-            y.copy_(x)
-            times.append(time.perf_counter() - started)
+    times = [device_sample(lambda: y.copy_(x), 1, device) for _ in range(22)]
     return 2 * x.numel() * 4 / statistics.median(times[2:])
 
 

@@ -28,7 +28,7 @@ import zlib
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import checked_device, environment, first_line, write
+from runner import check_kernels, checked_device, environment, first_line, write
 
 from mfpsn_fx.kernels import ATan, Kernel, Layout, Problem, fire, kernels, neuron, power_of_two, reference
 from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
@@ -362,9 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the counts, after each case")
     options = parser.parse_args(argv)
     device = checked_device(options.device)
-    known = {kernel.name for kernel in kernels()}
-    if unknown := sorted(set(options.kernels) - known):
-        parser.error(f"unknown kernels {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    check_kernels(parser, options.kernels)
     # TF32 is a choice of PyTorch's for convolutions and products, not an error of the kernels that call them
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     print(environment(device)["text"])

@@ -11,14 +11,10 @@ The yardstick is ``clone``, two passes over the tensor: passes = time / (clone /
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
 import pathlib
-import random
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,18 +22,22 @@ from collections.abc import Callable
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import rivals
 import torch
-from common import (
-    checked_device,
+from runner import (
+    Benchmark,
+    check_kernels,
+    device_sample,
+    each,
     environment,
     first_line,
     geometric_mean,
+    interleave,
     markdown_table,
-    output_options,
-    preamble,
+    plain_ticks,
     pyplot,
     ratio,
+    save,
+    synchronize,
     three,
-    write,
 )
 from torch import nn
 
@@ -47,8 +47,7 @@ from mfpsn_fx.kernels import Layout, Problem, kernels
 STEP, FORWARD, EVAL = "forward+backward", "training forward", "eval forward"
 BUDGET = {STEP: 8, FORWARD: 3, EVAL: 2}  # passes over a tensor the size of X
 NORM = "norm + "
-_LEAST_ROUNDS, _MOST_ROUNDS = 5, 40
-_SHORTEST_MS = 1.0  # of a sample: many replays of a short graph, so that an event's own grain does not show
+_ROUNDS = {"least": 5, "most": 40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +89,17 @@ CELLS = (
 QUICK = (Cell((4, 2, 8, 4, 4)), Cell((4, 2, 8, 3), order=4, dtype=torch.bfloat16), Cell((4, 2, 8, 4), masked=True))
 
 Run = Callable[[], object]
+
+
+@dataclasses.dataclass
+class Settings:
+    """What is measured, and how long: ``seconds`` a cell for each way to measure it."""
+
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cuda"))
+    kernels: tuple[str, ...] = ("fused-cuda", "fused-triton")
+    seconds: float = 0.4
+    limit: float | None = None  # seconds after which no cell is begun
+    cut: bool = False  # to a few small cells
 
 
 class NormThen(nn.Module):
@@ -192,46 +202,14 @@ def captured(run: Run, device: torch.device, pool: object) -> Run:
     return graph.replay
 
 
-def device_ms(run: Run, calls: int, device: torch.device) -> float:
-    """Milliseconds of one of ``calls`` calls on the device, by events; by a clock on a CPU."""
-    if device.type == "cpu":
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - started) * 1e3 / calls
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    for _ in range(calls):
-        run()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / calls
-
-
-def interleaved(variants: dict, device: torch.device, seconds: float) -> dict:
-    """Median milliseconds of each variant: rounds in an order drawn anew (seeded), until ``seconds`` are over."""
-    calls = {
-        name: max(1, math.ceil(_SHORTEST_MS / max(device_ms(run, 1, device), 1e-4))) for name, run in variants.items()
-    }
-    calls = {name: min(count, 50) for name, count in calls.items()}
-    samples: dict = {name: [] for name in variants}
-    order, draw, started, rounds = list(variants), random.Random(0), time.perf_counter(), 0
-    while rounds < _MOST_ROUNDS and (rounds < _LEAST_ROUNDS or time.perf_counter() - started < seconds):
-        draw.shuffle(order)
-        for name in order:
-            samples[name].append(device_ms(variants[name], calls[name], device))
-        rounds += 1
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def host_ms(run: Run, device: torch.device, calls: int = 20) -> float:
     """Milliseconds until an eager call returns: Python and launches, whatever the device still has to do."""
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
     taken = (time.perf_counter() - started) * 1e3 / calls
-    _synchronize(device)
+    synchronize(device)
     return taken
 
 
@@ -241,14 +219,9 @@ def launches(run: Run, device: torch.device) -> list[tuple[str, float]]:
         return []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-        _synchronize(device)
+        synchronize(device)
     found = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return [(_short(e.name), e.time_range.elapsed_us()) for e in sorted(found, key=lambda e: e.time_range.start)]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def measure_cell(cell: Cell, device: torch.device, names: tuple[str, ...], seconds: float) -> dict[str, object]:
@@ -268,36 +241,48 @@ def measure_cell(cell: Cell, device: torch.device, names: tuple[str, ...], secon
             eager[name] = runs[STEP]
         except Exception as error:  # whatever a variant raises is a finding about that variant
             errors[name] = first_line(error)
-    by_graph = {measure: interleaved(variants, device, seconds) for measure, variants in replays.items()}
-    by_call = interleaved(eager, device, seconds)
+    timed = {key: interleave(v, device, seconds, **_ROUNDS, sample=device_sample) for key, v in replays.items()}
+    called = interleave(eager, device, seconds, **_ROUNDS, sample=device_sample)
+    for one in (*timed.values(), called):
+        errors |= one.errors
+    eager = {name: run for name, run in eager.items() if name in called.ms}
     traced = {name: launches(run, device) for name, run in eager.items()}
     return {
-        "cell": cell.name, "shape": list(cell.shape), "order": cell.order, "dtype": str(cell.dtype),
-        "masked": cell.masked, "layout": str(cell.layout), "bytes": cell.bytes, "graph_ms": by_graph,
-        "eager_ms": by_call, "host_ms": {name: host_ms(run, device) for name, run in eager.items()},
-        "launches": traced, "errors": errors,
-    }  # fmt: skip
+        "cell": cell.name,
+        "shape": list(cell.shape),
+        "order": cell.order,
+        "dtype": str(cell.dtype),
+        "masked": cell.masked,
+        "layout": str(cell.layout),
+        "bytes": cell.bytes,
+        "graph_ms": {key: one.ms for key, one in timed.items()},
+        "eager_ms": called.ms,
+        "host_ms": {name: host_ms(run, device) for name, run in eager.items()},
+        "launches": traced,
+        "errors": errors,
+    }
 
 
-def measure(settings: argparse.Namespace, device: torch.device, argv: list[str]) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=lambda found: None) -> dict[str, object]:
     """All cells, or as many as ``--limit`` seconds allow; what ``--json`` writes after each."""
     torch.manual_seed(0)
+    device, started = settings.device, time.perf_counter()
     found: dict[str, object] = {"environment": environment(device), "missing": rivals.MISSING, "cells": []}
-    found["made_by"] = preamble("gpu_times.py", argv, found["environment"])
     if device.type == "cuda":
         found["l2_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
-    started = time.perf_counter()
-    for cell in QUICK if settings.quick else CELLS:
+
+    def one(cell: Cell) -> dict[str, object]:
         if settings.limit is not None and time.perf_counter() - started > settings.limit:
-            print(f"{cell.name}, k = {cell.order}: not measured: the {settings.limit:g} s were spent")
-            continue
-        try:
-            found["cells"].append(measure_cell(cell, device, tuple(settings.kernels), settings.seconds))
-        except (RuntimeError, MemoryError) as error:  # such as out of memory: the other cells still count
-            print(f"{cell.name}: {first_line(error)}", flush=True)
-        write(settings.json, found)
+            raise RuntimeError(f"not measured: the {settings.limit:g} s were used up")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        return measure_cell(cell, device, settings.kernels, settings.seconds)
+
+    def after(cells: list[dict]) -> None:
+        found["cells"] = cells
+        keep(found)
+
+    each(QUICK if settings.cut else CELLS, one, lambda cell: f"{cell.name}, k = {cell.order}", progress, after)
     return found
 
 
@@ -384,43 +369,10 @@ def _short(name: str) -> str:
     return re.sub(r"^void ", "", name).split("<")[0].split("(")[0].split("::")[-1]
 
 
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser)
-    parser.add_argument("--render", type=pathlib.Path, metavar="JSON", help="measure nothing: show what this run found")
-    parser.set_defaults(device="cuda", seconds=0.4)
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no cell after so many")
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", default=["fused-cuda", "fused-triton"])
-    settings = parser.parse_args(argv)
-    if settings.png is not None:
-        pyplot()  # that it is missing is to be known before, not after, the measuring
-    if settings.render is not None:
-        found = json.loads(settings.render.read_text(encoding="utf-8"))
-    else:
-        found = run(settings, argv, parser)
-    text = f"{found['made_by']}\n\n{tables(found)}"
-    print(text)
+def failures(found: dict):
     for cell in found["cells"]:
         for name, reason in cell["errors"].items():
-            print(f"{cell['cell']}, k = {cell['order']}: {name} was not measured: {reason}")
-    write(settings.markdown, "# One neuron layer on a GPU\n\n" + text)
-    if settings.png is not None:
-        draw(found, settings.png)
-    return found
-
-
-def run(settings: argparse.Namespace, argv: list[str], parser: argparse.ArgumentParser) -> dict[str, object]:
-    """Check the options and measure."""
-    device = checked_device(settings.device)
-    known = {kernel.name for kernel in kernels()}
-    if unknown := sorted(set(settings.kernels) - known):
-        parser.error(f"unknown kernels {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    if rivals.MISSING:
-        print(rivals.MISSING)
-    found = measure(settings, device, argv)
-    write(settings.json, found)
-    return found
+            yield f"{cell['cell']}, k = {cell['order']}: {name}", reason
 
 
 def draw(found: dict, path: pathlib.Path) -> None:
@@ -444,18 +396,33 @@ def draw(found: dict, path: pathlib.Path) -> None:
                 axes.plot(*zip(*points, strict=True), marker, color=color, label=name, ms=5)
         axes.axhline(1, color="black", lw=1)
         axes.set(yscale="log", ylabel="time / PSN's (lower is faster)", title=f"forward and backward, {title}")
-        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(
-            plt.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}".strip("0.") in "235" else "")
-        )
+        plain_ticks(axes.yaxis, "235")
         axes.grid(axis="y", color="0.9", which="both")
         axes.set_axisbelow(True)
     panels[1].set_xticks(range(len(cells)), [f"{c['cell']}, k={c['order']}" for c in cells], rotation=60, ha="right")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
+
+def check(parser, options, settings: Settings) -> None:
+    check_kernels(parser, settings.kernels)
+
+
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "One neuron layer on a GPU",
+    Settings,
+    measure,
+    tables,
+    options={"limit": "begin no cell after so many seconds", "kernels": ""},
+    quick={"cut": True},
+    failures=failures,
+    draw=draw,
+    missing=lambda: rivals.MISSING,
+    check=check,
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     sys.exit(not main()["cells"])  # nothing measured is a failure

@@ -8,34 +8,30 @@ interleaved in one run, and medians are reported.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import (
+from runner import (
+    Benchmark,
     Compiler,
-    checked_device,
+    each,
     environment,
     first_line,
     geometric_mean,
     interleave,
     load_example,
     markdown_table,
-    output_options,
-    preamble,
     pyplot,
     ratio,
+    save,
     three,
-    write,
 )
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import mfpsn_fx
 from mfpsn_fx.passes import conversion_nodes, neurons
@@ -57,7 +53,7 @@ class Settings:
     """What is trained, and how long to measure: ``seconds`` a network beyond ``rounds`` rounds."""
 
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    networks: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()  # () for all
     rules: tuple[str, ...] = tuple(RULES)
     steps: int = 4
     batch: int = 8
@@ -140,15 +136,12 @@ def measure_network(settings: Settings, compiler: Compiler, name: str) -> dict[s
             errors[rule] = first_line(error)
             continue
         runs[rule] = training_step(models[rule], models[rule], x, y)
-        if (reason := compiler.refusal()) is None:
-            # a copy: compiling shares no gradients with the eager variant
-            twin = copy.deepcopy(models[rule])
-            step = training_step(twin, compiler.compile(twin, backend="mfpsn_fx"), x, y)
-            reason = compiler.warm(step)
-        if reason is None:
-            runs[rule + COMPILED] = step
-        else:
-            errors[rule + COMPILED] = reason
+
+        def make(model=models[rule]) -> Callable[[], None]:
+            twin = copy.deepcopy(model)  # compiling shares no gradients with the eager variant
+            return training_step(twin, compiler.compile(twin, backend="mfpsn_fx"), x, y)
+
+        compiler.add(rule + COMPILED, make, runs, errors)
     found = interleave(runs, settings.device, settings.seconds, settings.rounds)
     return {
         "network": name,
@@ -178,14 +171,10 @@ def _described(model: nn.Module) -> dict[str, object]:
     }
 
 
-def measure(settings: Settings, progress: bool | None = None) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=None) -> dict[str, object]:
     """Every network; what ``--json`` writes."""
-    compiler, results = Compiler(settings.compile_seconds), []
-    for name in tqdm(settings.networks or tuple(NETWORKS), disable=None if progress is None else not progress):
-        try:
-            results.append(measure_network(settings, compiler, name))
-        except (RuntimeError, MemoryError) as error:  # such as out of memory: the others still count
-            print(f"{name}: {first_line(error)}")
+    compiler, names = Compiler(settings.compile_seconds), settings.networks or tuple(NETWORKS)
+    results = each(names, lambda name: measure_network(settings, compiler, name), str, progress)
     names = dict.fromkeys(variant for result in results for variant in result["ratio"])
     means = {
         variant: geometric_mean(r["ratio"][variant] for r in results if variant in r["ratio"]) for variant in names
@@ -247,7 +236,7 @@ def tables(found: dict) -> str:
     return "\n\n".join(parts)
 
 
-def draw(found: dict, path, title: str) -> None:
+def draw(found: dict, path) -> None:
     """Ratios to all time-first, a bar a rule, eager and compiled side by side."""
     plt = pyplot()
     results = found["results"]
@@ -264,56 +253,41 @@ def draw(found: dict, path, title: str) -> None:
         axes.set_title("compiled" if suffix else "eager", fontsize=9)
     panels[0].set_ylabel("time of a step / all time-first (lower is faster)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    figure.suptitle("Layout rules, one training step")
+    save(figure, path)
 
 
-def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser)
-    parser.add_argument("--networks", nargs="+", metavar="NAME", help=f"of {', '.join(NETWORKS)}")
-    parser.add_argument("--rules", nargs="+", choices=tuple(RULES), help="default: all")
-    for name in ("steps", "batch", "size", "channels", "repeats", "rounds"):
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
-    options = parser.parse_args(argv)
-    settings = Settings(checked_device(options.device))
-    if options.quick:
-        settings.batch, settings.channels, settings.repeats, settings.rounds = 2, 16, 1, 3
-        settings.seconds, settings.compile_seconds = 2.0, 0.0
-    for name in ("steps", "batch", "size", "channels", "repeats", "rounds", "seconds", "compile_seconds"):
-        if getattr(options, name) is not None:
-            setattr(settings, name, getattr(options, name))
-    settings.networks, settings.rules = tuple(options.networks or NETWORKS), tuple(options.rules or RULES)
-    if unknown := [name for name in settings.networks if name not in NETWORKS]:
-        parser.error(f"unknown networks {unknown}; there are {', '.join(map(repr, NETWORKS))}")
-    return options, settings
-
-
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    options, settings = parsed(argv)
-    if options.png is not None:
-        pyplot()  # that it is missing is to be known before, not after, the measuring
-    if MISSING:
-        print(MISSING)
-    found = measure(settings)
-    found["made_by"] = preamble("layout.py", argv, found["environment"])
-    text = f"{found['made_by']}\n\n{tables(found)}"
-    print(text)
-    missed: dict[str, list[str]] = {}
+def failures(found: dict):
     for result in found["results"]:
         for name, reason in result["errors"].items():
-            missed.setdefault(reason, []).append(f"{result['network']} {name}")
-    for reason, names in missed.items():
-        print(f"not measured ({reason}): {', '.join(names)}")
-    write(options.json, found)
-    write(options.markdown, "# A training step of whole networks under each layout rule\n\n" + text)
-    if options.png is not None:
-        draw(found, options.png, "Layout rules, one training step")
-    return found
+            yield f"{result['network']} {name}", reason
 
+
+def check(parser, options, settings: Settings) -> None:
+    if unknown := [name for name in settings.networks if name not in NETWORKS]:
+        parser.error(f"unknown networks {unknown}; there are {', '.join(map(repr, NETWORKS))}")
+    if unknown := [rule for rule in settings.rules if rule not in RULES]:
+        parser.error(f"unknown rules {unknown}; there are {', '.join(RULES)}")
+
+
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "A training step of whole networks under each layout rule",
+    Settings,
+    measure,
+    tables,
+    options={
+        "networks": f"of {', '.join(NETWORKS)}", "rules": "", "steps": "", "batch": "", "size": "", "channels": "",
+        "repeats": "", "rounds": "",
+    },
+    quick={"batch": 2, "channels": 16, "repeats": 1, "rounds": 3, "seconds": 2.0, "compile_seconds": 0.0},
+    failures=failures,
+    draw=draw,
+    missing=lambda: MISSING,
+    check=check,
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

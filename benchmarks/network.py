@@ -8,37 +8,33 @@ is the neurons' share.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import itertools
-import pathlib
 import sys
 from collections.abc import Callable
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import rivals
 import torch
-from common import (
+from runner import (
+    Benchmark,
     Compiler,
     Timing,
-    checked_device,
+    each,
     environment,
-    first_line,
     geometric_mean,
     interleave,
     load_example,
     markdown_table,
-    output_options,
-    preamble,
+    plain_ticks,
     pyplot,
     ratio,
+    save,
     three,
-    write,
 )
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from vanilla import VanillaMulFreePSN
 
 import mfpsn_fx
@@ -139,14 +135,12 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
     for name in (OURS, FOLDED, "PSN"):
         if name not in models:
             continue
-        if (reason := compiler.refusal()) is None:
-            backend = "inductor" if name == "PSN" else mfpsn_fx.Backend()  # each at its best
-            run = training_step(compiler.compile(models[name], backend=backend), x, y, reset=False)
-            reason = compiler.warm(run)
-        if reason is None:
-            runs[name + COMPILED] = run
-        else:
-            errors[name + COMPILED] = reason
+        backend = "inductor" if name == "PSN" else mfpsn_fx.Backend()  # each at its best
+
+        def make(model=models[name], backend=backend) -> Callable[[], None]:
+            return training_step(compiler.compile(model, backend=backend), x, y, reset=False)
+
+        compiler.add(name + COMPILED, make, runs, errors)
     found: Timing = interleave(runs, device, settings.seconds, settings.rounds)
     bare = found.ms.get(BARE)
     return {
@@ -163,13 +157,11 @@ def measure_steps(settings: Settings, compiler: Compiler, steps: int) -> dict[st
     }
 
 
-def measure(
-    settings: Settings, progress: bool | None = None, json_file: pathlib.Path | None = None
-) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=lambda found: None) -> dict[str, object]:
     """Every T; ``--json`` is written after each. The longest come first: compiling is wanted there most."""
-    compiler, results = Compiler(settings.compile_seconds), []
+    compiler = Compiler(settings.compile_seconds)
 
-    def found() -> dict[str, object]:
+    def found(results: list[dict]) -> dict[str, object]:
         ordered = sorted(results, key=lambda result: result["T"])
         means = {}
         for name in dict.fromkeys(name for result in ordered for name in result["ratio_to_psn"]):
@@ -185,16 +177,12 @@ def measure(
             "geometric_mean_to_psn": means,
         }  # fmt: skip
 
-    for steps in tqdm(
-        sorted(settings.steps, reverse=True), desc="T", disable=None if progress is None else not progress
-    ):
+    def one(steps: int) -> dict[str, object]:
         torch._dynamo.reset()
-        try:
-            results.append(measure_steps(settings, compiler, steps))
-            write(json_file, found())
-        except (RuntimeError, MemoryError) as error:  # such as out of memory: the other T still count
-            print(f"T = {steps}: {first_line(error)}")
-    return found()
+        return measure_steps(settings, compiler, steps)
+
+    longest_first = sorted(settings.steps, reverse=True)
+    return found(each(longest_first, one, lambda steps: f"T = {steps}", progress, lambda some: keep(found(some))))
 
 
 def tables(found: dict) -> str:
@@ -230,7 +218,7 @@ def tables(found: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def draw(found: dict, path, title: str) -> None:
+def draw(found: dict, path) -> None:
     """Time as a ratio to PSN by T, and the neurons' share of the step."""
     plt = pyplot()
     results = [result for result in found["results"] if result["ratio_to_psn"]]
@@ -256,61 +244,45 @@ def draw(found: dict, path, title: str) -> None:
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
     left.set(yscale="log", ylabel="time of a step / PSN's (lower is faster)")
-    left.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-    left.yaxis.set_minor_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}" if value in (0.5, 2, 3, 5) else ""))
+    plain_ticks(left.yaxis, "235")
     right.set(ylabel="neurons' share of the step", ylim=(0, 1))
     right.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:.0%}"))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    figure.suptitle("Sequential-CIFAR network, one training step")
+    save(figure, path)
 
 
-def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser)
-    parser.add_argument("--kernel", default="auto", help="of ours, for all layers; default: chosen by autoselect")
-    parser.add_argument("--steps", type=int, nargs="+", help="T, restricted to these")
-    for name in ("batch", "channels"):
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
-    options = parser.parse_args(argv)
-    settings = Settings(checked_device(options.device), kernel=options.kernel)
-    if settings.device.type != "cpu":
-        settings.rounds, settings.seconds = 7, 2.0
-    if options.quick:
-        settings.steps, settings.batch, settings.seconds, settings.compile_seconds = (4,), 16, 2.0, 0.0
-    if options.steps:
-        settings.steps = tuple(options.steps)
-    for name in ("batch", "channels", "seconds", "compile_seconds"):
-        if getattr(options, name) is not None:
-            setattr(settings, name, getattr(options, name))
+def failures(found: dict):
+    for result in found["results"]:
+        for name, reason in result["errors"].items():
+            yield f"T = {result['T']}, {name}", reason
+
+
+def check(parser, options, settings: Settings) -> None:
     known = [kernel.name for kernel in kernels("time_first")]
     if settings.kernel != "auto" and settings.kernel not in known:
         parser.error(f"unknown time-first kernel {settings.kernel}; there are {', '.join(known)}")
-    return options, settings
 
 
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    options, settings = parsed(argv)
-    if options.png is not None:
-        pyplot()  # that it is missing is to be known before, not after, the measuring
-    if rivals.MISSING:
-        print(rivals.MISSING)
-    found = measure(settings, json_file=options.json)
-    found["made_by"] = preamble("network.py", argv, found["environment"])
-    text = f"{found['made_by']}\n\n{tables(found)}"
-    print(text)
-    for result in found["results"]:
-        for name, reason in result["errors"].items():
-            print(f"T = {result['T']}: {name} was not measured: {reason}")
-    write(options.json, found)
-    write(options.markdown, "# A training step of the sequential-CIFAR network\n\n" + text)
-    if options.png is not None:
-        draw(found, options.png, "Sequential-CIFAR network, one training step")
-    return found
-
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "A training step of the sequential-CIFAR network",
+    Settings,
+    measure,
+    tables,
+    options={
+        "kernel": "of ours, for all layers; default: chosen by autoselect", "steps": "T, restricted to these",
+        "batch": "", "channels": "",
+    },
+    quick={"steps": (4,), "batch": 16, "seconds": 2.0, "compile_seconds": 0.0},
+    accelerator={"rounds": 7, "seconds": 2.0},
+    failures=failures,
+    draw=draw,
+    missing=lambda: rivals.MISSING,
+    check=check,
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     sys.exit(not main()["results"])  # nothing measured is a failure

@@ -12,9 +12,7 @@ The yardstick is ``clone``, two passes over the tensor: passes = time / (clone /
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,24 +20,23 @@ from collections.abc import Callable
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import rivals
 import torch
-from common import (
+from runner import (
+    Benchmark,
     Compiler,
     Timing,
-    checked_device,
+    check_kernels,
+    each,
     environment,
-    first_line,
     geometric_mean,
     interleave,
     markdown_table,
-    output_options,
-    preamble,
+    plain_ticks,
     pyplot,
     ratio,
     restart_for,
+    save,
     three,
-    write,
 )
-from tqdm import tqdm
 from vanilla import VanillaMulFreePSN
 
 import mfpsn_fx
@@ -139,14 +136,8 @@ class Cell:
             self._add_compiled(STEP, name, module, lambda m: step(m, self.x, self.grad, forget))
 
     def _add_compiled(self, measure: str, name: str, module: torch.nn.Module, make: Callable) -> None:
-        key = (measure, name + COMPILED)
-        if (reason := self.compiler.refusal()) is None:
-            run = make(self.compiler.compile(module))
-            reason = self.compiler.warm(run)
-        if reason is None:
-            self.variants[key] = run
-        else:
-            self.errors[key] = reason
+        made = lambda: make(self.compiler.compile(module))  # noqa: E731
+        self.compiler.add((measure, name + COMPILED), made, self.variants, self.errors)
 
     def fill(self) -> None:
         """All variants, the ones that are wanted most compiled first."""
@@ -248,16 +239,14 @@ def summary(cells: list[dict]) -> dict[str, object]:
     }
 
 
-def measure(
-    settings: Settings, progress: bool | None = None, json_file: pathlib.Path | None = None
-) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=lambda found: None) -> dict[str, object]:
     """Run the whole grid; what ``--json`` writes, after each cell: a run that is cut short keeps what it measured."""
     compiler = Compiler(settings.compile_seconds)
     torch.manual_seed(0)
-    cells, previous = [], None
+    previous = None
 
-    def found() -> dict[str, object]:
-        cells.sort(key=lambda c: (c["past_cache"], c["T"], c["k"], c["d"]))
+    def found(cells: list[dict]) -> dict[str, object]:
+        cells = sorted(cells, key=lambda c: (c["past_cache"], c["T"], c["k"], c["d"]))
         return {
             "environment": environment(settings.device),
             "measures": BUDGET,
@@ -267,22 +256,19 @@ def measure(
             "summary": summary(cells),
         }
 
+    def one(shape: tuple[int, int, int, int]) -> dict:
+        nonlocal previous
+        if previous != (shape[0], shape[3]):
+            torch._dynamo.reset()
+            previous = (shape[0], shape[3])
+        cell = Cell(settings, compiler, shape)
+        cell.fill()
+        return derived(cell.measured())
+
     # 64: one module is compiled at up to 6 pairs of order and dilation, in training and in evaluation
     with torch._dynamo.config.patch(recompile_limit=64):
-        for shape in tqdm(settings.cells(), desc="cells", disable=None if progress is None else not progress):
-            if previous != (shape[0], shape[3]):
-                torch._dynamo.reset()
-                previous = (shape[0], shape[3])
-            cell = None
-            try:
-                cell = Cell(settings, compiler, shape)
-                cell.fill()
-                cells.append(derived(cell.measured()))
-                write(json_file, found())
-            except (RuntimeError, MemoryError) as error:  # such as out of memory: the other cells still count
-                print(f"T = {shape[0]}, k = {shape[1]}, d = {shape[2]}, N = {shape[3]}: {first_line(error)}")
-            del cell
-    return found()
+        label = lambda shape: "T = {}, k = {}, d = {}, N = {}".format(*shape)  # noqa: E731
+        return found(each(settings.cells(), one, label, progress, lambda some: keep(found(some))))
 
 
 def _compiled_of_ours(times: dict[str, float], ours: list[str]) -> float | None:
@@ -375,16 +361,12 @@ def conclusions(found: dict) -> list[str]:
     return lines
 
 
-def failures(found: dict) -> list[str]:
-    """Each reason why something has no time, and what it met."""
-    met: dict[str, dict[str, None]] = {}
+def failures(found: dict):
     for cell in found["cells"]:
-        for name, reason in cell["errors"].items():
-            met.setdefault(reason, {})[name] = None
-    return [f"not measured, in some cells or all: {'; '.join(names)}: {reason}" for reason, names in met.items()]
+        yield from cell["errors"].items()
 
 
-def draw(found: dict, path, title: str) -> None:
+def draw(found: dict, path) -> None:
     """Time as a ratio to PSN by cell, on a logarithmic axis."""
     plt = pyplot()
     cells = [cell for cell in found["cells"] if cell["ratio_to_psn"]]
@@ -414,70 +396,50 @@ def draw(found: dict, path, title: str) -> None:
         where = (sum(places) / len(places), -0.215)
         axes.annotate(label, where, xycoords=("data", "axes fraction"), ha="center", va="top")
     axes.set_xticks(range(len(cells)), [f"k={cell['k']} d={cell['d']}" for cell in cells], rotation=90, fontsize=7)
-    axes.set(yscale="log", xlim=(-0.8, len(cells) - 0.2), ylabel="time / PSN's time (lower is faster)", title=title)
-    axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set(yscale="log", xlim=(-0.8, len(cells) - 0.2), ylabel="time / PSN's time (lower is faster)",
+             title="One neuron layer, forward and backward in training")  # fmt: skip
+    plain_ticks(axes.yaxis)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.legend(ncols=len(names + ours), loc="upper center", bbox_to_anchor=(0.5, -0.31), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
-def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser)
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="of ours, only these", default=())
-    for name in ("steps", "orders", "dilations"):
-        parser.add_argument(f"--{name}", type=int, nargs="+", help="restrict the grid to these")
-    for name in ("batch", "channels", "length"):
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
+def extend(parser) -> None:
     parser.add_argument("--no-past-cache", action="store_true", help="leave out the tensors past the last-level cache")
     parser.add_argument("--march", metavar="LEVEL", help="as on a processor of this level, such as x86-64-v3")
-    options = parser.parse_args(argv)
+
+
+def check(parser, options, settings: Settings) -> None:
     if options.march:
-        restart_for(options.march, __file__, argv)
-    device = checked_device(options.device)
-    settings = Settings(device, kernels=tuple(options.kernels))
-    if device.type != "cpu":
-        settings.seconds = 1.0
-    if options.quick:
-        settings.orders, settings.dilations, settings.past_cache = (2,), (1,), False
-        settings.seconds, settings.compile_seconds = 1.0, 0.0
+        restart_for(options.march, __file__, options.argv)
     if options.no_past_cache:
         settings.past_cache = False
-    for name in ("steps", "orders", "dilations"):
-        if getattr(options, name) is not None:
-            setattr(settings, name, tuple(getattr(options, name)))
-    for name in ("batch", "channels", "length", "seconds", "compile_seconds"):
-        if getattr(options, name) is not None:
-            setattr(settings, name, getattr(options, name))
-    known = {kernel.name for kernel in kernels()}
-    if unknown := sorted(set(settings.kernels) - known):
-        parser.error(f"unknown kernels {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    check_kernels(parser, settings.kernels)
     if not settings.cells():
         parser.error("the grid is empty: orders above T are left out")
-    return options, settings
 
 
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    options, settings = parsed(argv)
-    if options.png is not None:
-        pyplot()  # that it is missing is to be known before, not after, the measuring
-    if rivals.MISSING:
-        print(rivals.MISSING)
-    found = measure(settings, json_file=options.json)
-    found["made_by"] = preamble("neuron.py", argv, found["environment"])
-    text = f"{found['made_by']}\n\n{tables(found)}"
-    print(text)
-    print("\n".join(failures(found)))
-    write(options.json, found)
-    write(options.markdown, "# One neuron layer\n\n" + text)
-    if options.png is not None:
-        draw(found, options.png, "One neuron layer, forward and backward in training")
-    return found
-
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "One neuron layer",
+    Settings,
+    measure,
+    tables,
+    options={
+        "kernels": "of ours, only these", "steps": "restrict the grid to these", "orders": "restrict the grid to these",
+        "dilations": "restrict the grid to these", "batch": "", "channels": "", "length": "",
+    },
+    quick={"orders": (2,), "dilations": (1,), "past_cache": False, "seconds": 1.0, "compile_seconds": 0.0},
+    accelerator={"seconds": 1.0},
+    failures=failures,
+    draw=draw,
+    missing=lambda: rivals.MISSING,
+    extend=extend,
+    check=check,
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     sys.exit(not main()["cells"])  # nothing measured is a failure

@@ -5,10 +5,11 @@ Run with ``python benchmarks/op_overhead.py``. Variants are interleaved; medians
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
 
+import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
+from runner import interleave
 from tabulate import tabulate
 from torch import Tensor
 
@@ -56,16 +57,16 @@ def main(rounds: int = 60, calls: int = 50) -> None:
     x = torch.zeros(0, 1, 2)  # nothing to compute: what remains is the way to the kernel
     one = torch.ones(2)
     arguments = (x, torch.ones(2, 2), one, -one, 0 * one, one)
-    variants = {"plain Python call": plain, "define/impl (ours)": neuron, "torch.library.custom_op": convenient}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    functions = {"plain Python call": plain, "define/impl (ours)": neuron, "torch.library.custom_op": convenient}
+
+    def several(function) -> None:
+        for _ in range(calls):
+            function(*arguments, dilation=1, layer="lif")
+
+    variants = {name: functools.partial(several, function) for name, function in functions.items()}
     with torch.no_grad():
-        for _ in range(rounds):
-            for name, function in variants.items():
-                started = time.perf_counter()
-                for _ in range(calls):
-                    function(*arguments, dilation=1, layer="lif")
-                samples[name].append((time.perf_counter() - started) / calls * 1e6)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
+        found = interleave(variants, torch.device("cpu"), 0.0, least=rounds, most=rounds)
+    medians = {name: ms / calls * 1e3 for name, ms in found.ms.items()}
     base = medians["plain Python call"]
     print(f"torch {torch.__version__}, CPU with {torch.get_num_threads()} threads")
     print(tabulate([[n, f"{m:.1f}", f"{m / base:.2f}"] for n, m in medians.items()],

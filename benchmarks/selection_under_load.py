@@ -9,7 +9,6 @@ best in the same layout.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 
 import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 import torch
-from common import checked_device, environment, load_example, markdown_table, output_options, preamble, three, write
+from runner import Benchmark, environment, load_example, markdown_table, three
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ import mfpsn_fx
 from mfpsn_fx.kernels import Layout, Problem, get_kernel, kernels
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.clock import sample
-from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
+from mfpsn_fx.kernels.autotune.neuron_race import kernel_race
 from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.model.results import record_of
 from mfpsn_fx.passes import neurons
@@ -66,7 +65,7 @@ class Settings:
     budget_s: float | None = None  # convert's own
     load_seconds: float = 600.0  # after which a busy process ends, whatever happens to this one
     samples: int = 60  # of each part of each kernel in the quiet measurement, three calls in a row each
-    quiet_seconds: float = 120.0  # after which a quarter of them is enough
+    seconds: float = 120.0  # of the quiet measurement, after which a quarter of them is enough
 
 
 @contextlib.contextmanager
@@ -137,14 +136,14 @@ def quiet_times(
     pool, runs = Pool(settings.device), {}
     for index, (problem, constants) in enumerate(problems):
         able = [kernel.name for kernel in kernels() if kernel.refusal(problem) is None]
-        for entrant in kernel_contest(problem, able, pool, name="quiet", constants=constants).entrants:
-            runs |= {(index, part, entrant.name): run for part, run in entrant.prepare().items()}
+        for variant in kernel_race(problem, able, pool, name="quiet", constants=constants).variants:
+            runs |= {(index, part, variant.name): run for part, run in variant.prepare().items()}
     for run in runs.values():
         run()
     lowest = dict.fromkeys(runs, math.inf)
     draw, started = random.Random(0), time.perf_counter()
     for count in range(settings.samples):
-        if count > settings.samples // 4 and time.perf_counter() - started > settings.quiet_seconds:
+        if count > settings.samples // 4 and time.perf_counter() - started > settings.seconds:
             break
         best = {}
         for (index, part, _), ms in lowest.items():
@@ -169,7 +168,7 @@ def quiet_times(
     return found
 
 
-def measure(settings: Settings, progress: bool | None = None) -> dict[str, object]:
+def measure(settings: Settings, progress: bool | None = None, keep=None) -> dict[str, object]:
     """All conversions, then what their decisions cost; what ``--json`` writes."""
     silent = None if progress is None else not progress
     found = [chosen(settings) for _ in tqdm(range(settings.conversions), desc="convert", disable=silent)]
@@ -219,39 +218,22 @@ def table(found: dict) -> str:
     return text
 
 
-def parsed(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    output_options(parser, png=False)
-    for name in ("load", "conversions", "steps", "batch", "size", "samples"):
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
-    for name in ("budget_s", "load_seconds"):
-        default = getattr(Settings, name)
-        text = "default: convert's own" if default is None else f"default {default:g}"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
-    parser.add_argument("--layout", help=f"as convert takes it (default: {Settings.layout})")
-    options = parser.parse_args(argv)
-    settings = Settings(checked_device(options.device))
-    if options.quick:
-        settings.load, settings.conversions, settings.steps, settings.batch, settings.size = 1, 1, 2, 2, 8
-        settings.budget_s, settings.samples, settings.load_seconds = 2.0, 3, 60.0
-    options.quiet_seconds = options.seconds
-    for field in dataclasses.fields(Settings):
-        if field.name != "device" and getattr(options, field.name) is not None:
-            setattr(settings, field.name, getattr(options, field.name))
-    return options, settings
-
-
-def main(argv: list[str] | None = None) -> dict[str, object]:
-    argv = sys.argv[1:] if argv is None else argv
-    options, settings = parsed(argv)
-    found = measure(settings)
-    found["made_by"] = preamble("selection_under_load.py", argv, found["environment"])
-    text = f"{found['made_by']}\n\n{table(found)}"
-    print(text)
-    write(options.json, found)
-    write(options.markdown, "# Kernels chosen on a busy machine\n\n" + text)
-    return found
-
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    "Kernels chosen on a busy machine",
+    Settings,
+    measure,
+    table,
+    options={
+        "load": "", "conversions": "", "steps": "", "batch": "", "size": "", "samples": "",
+        "budget_s": "default: convert's own", "load_seconds": "",
+        "layout": f"as convert takes it (default: {Settings.layout})",
+    },
+    quick={"load": 1, "conversions": 1, "steps": 2, "batch": 2, "size": 8, "budget_s": 2.0, "samples": 3,
+           "load_seconds": 60.0},
+)  # fmt: skip
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

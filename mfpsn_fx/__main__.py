@@ -21,6 +21,7 @@ __all__ = ["main"]
 
 # Examples are part of the repository, not of the package.
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+_SCRIPTS = {"demo": "digits.py", "compatibility": "compatibility/report.py"}
 
 
 def kernel_rows() -> list[list[str]]:
@@ -73,18 +74,18 @@ def cache(clear: bool) -> int:
             return 1
         return 0
     files = kept.files()
-    hung = sum(path.name.startswith("hung-") for path in files)
+    marks = sum(path.name.startswith("started-") for path in files)
     size = sum(path.stat().st_size for path in files) / 1024
-    print(f"{kept.folder}: {len(files) - hung} contests, {hung} kernels that did not return, {size:.0f} KiB")
+    print(f"{kept.folder}: {len(files) - marks} records of times, {marks} kernels that did not return, {size:.0f} KiB")
     return 0
 
 
-def demo(arguments: list[str]) -> int:
-    """Run ``examples/digits.py`` of this checkout."""
-    script = _EXAMPLES / "digits.py"
+def example(name: str, arguments: list[str]) -> int:
+    """Run ``name`` in ``examples/`` of this checkout."""
+    script = _EXAMPLES / name
     if not script.exists():
         print(
-            "the demo is part of the repository, not of the installed package: run it from a checkout that is "
+            f"examples/{name} is part of the repository, not of the installed package: run it from a checkout that is "
             "installed with pip install -e .",
             file=sys.stderr,
         )
@@ -106,19 +107,12 @@ def main(argv: list[str] | None = None) -> int:
                         add_help=False)  # fmt: skip
     times = commands.add_parser("cache", help="show where times of kernels are kept, and how many")
     times.add_argument("--clear", action="store_true", help="remove them")
-    networks = commands.add_parser("compatibility", help="convert, train and compile other libraries' networks")
-    networks.add_argument("--markdown", metavar="FILE", help="write the table to FILE as well")
-    networks.add_argument("--only", metavar="PATTERN", default="*", help="of library/network, as a shell pattern")
-    networks.add_argument("--backend", default="aot_eager", help="of torch.compile (default: %(default)s)")
+    commands.add_parser("compatibility", help="convert, train and compile other libraries' networks", add_help=False)
     options, rest = parser.parse_known_args(argv)
-    if options.command == "demo":
-        return demo(rest)
+    if options.command in _SCRIPTS:
+        return example(_SCRIPTS[options.command], rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "compatibility":
-        from . import compatibility
-
-        return compatibility.main(options.only, options.markdown, options.backend)
     if options.command == "cache":
         return cache(options.clear)
     if options.command == "build":

@@ -183,16 +183,16 @@ class Tail:
 
     Args:
         least, most: (C,) bounds of U, float64.
-        bins: levels per channel.
     """
 
-    def __init__(self, least: Tensor, most: Tensor, bins: int = 4096) -> None:
+    bins = 4096  # levels per channel
+
+    def __init__(self, least: Tensor, most: Tensor) -> None:
         # a little beyond the bounds, and by a fraction that is no power of two: U of spike inputs takes few values,
         # sums of powers of two, which should not lie on the edges
         width = (most - least).clamp(min=1e-6)
-        self.least, self.step = least - 0.0137 * width, 1.0274 * width / bins
-        self.bins = bins
-        self.counts = torch.zeros(least.shape[0], bins, dtype=torch.int64, device=least.device)
+        self.least, self.step = least - 0.0137 * width, 1.0274 * width / self.bins
+        self.counts = torch.zeros(least.shape[0], self.bins, dtype=torch.int64, device=least.device)
 
     def add(self, u: Tensor, mask: Tensor | None) -> None:
         """u (T, N, C, *); steps where ``mask`` (T, N) is false do not count."""

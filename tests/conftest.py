@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -81,34 +83,54 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def script(monkeypatch) -> Iterator[Callable[[str], types.ModuleType]]:
+    """``script(path)``: a file of the repository that is in no package, as a module; it may import its neighbours."""
+    root, before = pathlib.Path(__file__).resolve().parent.parent, set(sys.modules)
+
+    def load(path):
+        monkeypatch.syspath_prepend(str((root / path).parent))
+        name = "mfpsn_script_" + path.removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, root / path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in set(sys.modules) - before:
+        if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").parent == root / "benchmarks":
+            del sys.modules[name]
+
+
+@pytest.fixture
 def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, str]]]:
     """``distorted(times, conversion)``: a clock that shows what it is told, every time.
 
     ``times(problem, kernel)`` gives milliseconds of forward, backward and evaluation, ``problem`` having the attributes
-    of an entrant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way, and of a
+    of a variant's key (layout, shape, order …); ``conversion`` is the time of a conversion, either way, and of a
     layer. Returned is a list that fills with what was asked for.
     """
 
     def distort(times, conversion=0.01):
         asked = []
 
-        def outcome(entrant):
-            problem = types.SimpleNamespace(**entrant.key)
+        def outcome(variant):
+            problem = types.SimpleNamespace(**variant.key)
             if problem.op == "layer":
                 found = {"training": conversion}
             elif problem.op == "to_layout":
                 found = {"forward": conversion, "backward": conversion}
             else:
                 problem.shape = tuple(problem.shape)
-                asked.append((problem, entrant.name))
-                found = dict(zip(("forward", "backward", "eval"), times(problem, entrant.name), strict=True))
+                asked.append((problem, variant.name))
+                found = dict(zip(("forward", "backward", "eval"), times(problem, variant.name), strict=True))
             return Outcome({part: (ms,) * 5 for part, ms in found.items()})
 
-        def run_contests(contests, **options):
-            return Results(tuple({e.name: outcome(e) for e in contest.entrants} for contest in contests))
+        def run_races(races, **options):
+            return Results(tuple({e.name: outcome(e) for e in race.variants} for race in races))
 
         for module in (autoselect, stateless_times):
-            monkeypatch.setattr(module, "run_contests", run_contests)
+            monkeypatch.setattr(module, "run_races", run_races)
         return asked
 
     return distort

@@ -7,8 +7,6 @@ import torch
 from norse.torch.models.conv import ConvNet
 from torch import nn
 
-from mfpsn_fx.compatibility import Network
-
 STEPS, BATCH = 4, 3
 
 
@@ -73,11 +71,15 @@ def sequence(*shape):
     return lambda: (torch.randn(STEPS, BATCH, *shape),)
 
 
+def network(name, build, example, refusal=""):
+    return {"library": "Norse", "name": name, "build": build, "example": example, "refusal": refusal}
+
+
 NETWORKS = [
-    Network("Norse", "fully connected LIFCell, loop over a sequence", FullyConnected, sequence(16)),
-    Network("Norse", "models.conv.ConvNet, loop over a sequence", ConvNet, sequence(1, 28, 28)),
-    Network("Norse", "SequentialState of cells, one step a call", stepped, sequence(16)),
-    Network("Norse", "SequentialState with Lift", lifted, sequence(1, 16, 16)),
-    Network("Norse", "SequentialState inside a model", Nested, sequence(1, 8, 8)),
-    Network("Norse", "LIFRecurrent", recurrent, sequence(16), refusal="its spikes feed back into it"),
+    network("fully connected LIFCell, loop over a sequence", FullyConnected, sequence(16)),
+    network("models.conv.ConvNet, loop over a sequence", ConvNet, sequence(1, 28, 28)),
+    network("SequentialState of cells, one step a call", stepped, sequence(16)),
+    network("SequentialState with Lift", lifted, sequence(1, 16, 16)),
+    network("SequentialState inside a model", Nested, sequence(1, 8, 8)),
+    network("LIFRecurrent", recurrent, sequence(16), refusal="its spikes feed back into it"),
 ]

@@ -8,8 +8,6 @@ from snntorch import surrogate, utils
 from torch import nn
 from torch.nn import functional
 
-from mfpsn_fx.compatibility import Network
-
 STEPS, BATCH = 4, 3
 
 
@@ -186,15 +184,19 @@ def batch_first():
     return (torch.randn(BATCH, STEPS, 16),)
 
 
+def network(name, build, example, refusal=""):
+    return {"library": "snnTorch", "name": name, "build": build, "example": example, "refusal": refusal}
+
+
 NETWORKS = [
-    Network("snnTorch", "fully connected Leaky, loop over a constant input", FullyConnected, image),
-    Network("snnTorch", "convolutional Leaky, loop over a sequence", Convolutional, sequence(1, 28, 28)),
-    Network("snnTorch", "Sequential with init_hidden, stepped by the caller", stepped_sequential, sequence(1, 16, 16)),
-    Network("snnTorch", "Synaptic, loop over a batch-first sequence", SynapticLayers, batch_first),
-    Network("snnTorch", "population coding", PopulationCoding, image),
-    Network("snnTorch", "Leaky and Lapicque, one step a call", OneStep, sequence(16)),
-    Network("snnTorch", "membrane readout", MembraneReadout, sequence(16)),
-    Network("snnTorch", "StateLeaky and LinearLeaky", StateSpace, sequence(16)),
-    Network("snnTorch", "LeakyParallel", parallel, sequence(16)),
-    Network("snnTorch", "RLeaky", Recurrent, sequence(16), refusal="its spikes feed back into it"),
+    network("fully connected Leaky, loop over a constant input", FullyConnected, image),
+    network("convolutional Leaky, loop over a sequence", Convolutional, sequence(1, 28, 28)),
+    network("Sequential with init_hidden, stepped by the caller", stepped_sequential, sequence(1, 16, 16)),
+    network("Synaptic, loop over a batch-first sequence", SynapticLayers, batch_first),
+    network("population coding", PopulationCoding, image),
+    network("Leaky and Lapicque, one step a call", OneStep, sequence(16)),
+    network("membrane readout", MembraneReadout, sequence(16)),
+    network("StateLeaky and LinearLeaky", StateSpace, sequence(16)),
+    network("LeakyParallel", parallel, sequence(16)),
+    network("RLeaky", Recurrent, sequence(16), refusal="its spikes feed back into it"),
 ]  # fmt: skip

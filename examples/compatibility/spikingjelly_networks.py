@@ -9,8 +9,6 @@ import types
 import torch
 from torch import nn
 
-from mfpsn_fx.compatibility import Network
-
 if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision") is None:
     # Its ResNets and VGGs import torchvision for downloads only, and no wheel of it fits torch's CPU build.
     outer, inner = types.ModuleType("torchvision"), types.ModuleType("torchvision._internally_replaced_utils")
@@ -46,8 +44,12 @@ def multi_step(build, **arguments):
     return made
 
 
-def network(name, build, example, refusal: str = "", options: dict | None = None, **arguments) -> Network:
-    return Network("SpikingJelly", name, multi_step(build, **arguments), example, options or {}, refusal)
+def entry(name, build, example, **more):
+    return {"library": "SpikingJelly", "name": name, "build": build, "example": example, **more}
+
+
+def network(name, build, example, refusal: str = "", **arguments):
+    return entry(name, multi_step(build, **arguments), example, refusal=refusal)
 
 
 LIF = {"spiking_neuron": neuron.LIFNode, "num_classes": 10}
@@ -144,31 +146,27 @@ def dhs():
 
 
 NETWORKS += [
-    Network(
-        "SpikingJelly",
+    entry(
         "fully connected, Poisson, loop in step mode 's'",
         fully_connected,
         lambda: (torch.rand(BATCH, 1, 8, 8),),
     ),
-    Network(
-        "SpikingJelly",
+    entry(
         "convolutional, loop in step mode 's'",
         convolutional,
         lambda: (torch.rand(STEPS, BATCH, 2, 8, 8),),
     ),
-    Network(
-        "SpikingJelly",
+    entry(
         "SNASNet, accept=('batch_statistics',)",
         snas,
         lambda: (torch.rand(BATCH, 3, 32, 32),),
-        {"accept": ("batch_statistics",)},
+        options={"accept": ("batch_statistics",)},
     ),
-    Network(
-        "SpikingJelly",
+    entry(
         "SpikeDHS (downup_sample an int)",
         dhs,
         lambda: (torch.rand(BATCH, 3, 32, 32),),
-        {"strict": False},
+        options={"strict": False},
         unused=True,
     ),
     network("ottt_spiking_vggws", spiking_vggws_ottt.ottt_spiking_vggws, images(), "trains online", num_classes=10),

@@ -1,1 +1,1 @@
-"""Measure kernels on this machine and choose between them."""
+"""How the times of kernels are measured, and what is chosen by them."""

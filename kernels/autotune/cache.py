@@ -1,4 +1,4 @@
-"""What was measured, kept for later: one small JSON file for each contest, in a folder of the user's."""
+"""What was measured, kept for later: one small JSON file for each race, in a folder of the user's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -22,6 +23,7 @@ _log = logging.getLogger("mfpsn_fx")
 
 FORMAT = 1
 VARIABLE = "MFPSN_FX_CACHE"
+_PATIENCE_S = 120.0  # what has not returned by then is taken to hang
 
 
 def cache_folder() -> pathlib.Path | None:
@@ -71,7 +73,7 @@ class SelectionCache:
         ``read`` may raise KeyError, TypeError, ValueError, AttributeError for data that it does not understand.
         """
         whole = _whole(key, device)
-        path = self._path("contest", whole)
+        path = self._path("times", whole)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -95,26 +97,42 @@ class SelectionCache:
     def put(self, key: object, device: torch.device, record: Mapping) -> None:
         """Keep ``record``, JSON-able data, for ``key`` on ``device``."""
         whole = _whole(key, device)
-        self._write(self._path("contest", whole), {"format": FORMAT, "key": whole, "record": record})
+        self._write(self._path("times", whole), {"format": FORMAT, "key": whole, "record": record})
 
-    def mark_hung(self, key: object, device: torch.device, seconds: float) -> None:
-        """Note that what ``key`` stands for did not return within ``seconds``."""
+    @contextlib.contextmanager
+    def first_run(self, key: object, device: torch.device) -> Iterator[None]:
+        """Mark ``key`` as being run for the first time while the body runs; a process that is killed leaves the mark.
+
+        Another process's mark is not written again, so that its age is that of the oldest run.
+        """
         whole = _whole(key, device)
-        self._write(self._path("hung", whole), {"format": FORMAT, "key": whole, "hung_s": seconds})
+        path = self._path("started", whole)
+        if not path.exists():
+            self._write(path, {"format": FORMAT, "key": whole, "started": time.time()})
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
-    def hung(self, key: object, device: torch.device) -> str | None:
-        """Why what ``key`` stands for must not be run, or None."""
+    def unfinished(self, key: object, device: torch.device) -> str | None:
+        """Return why ``key`` must not be run: its first run began over two minutes ago and did not end; or None.
+
+        A younger mark may be that of a process which is running it now.
+        """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            data = json.loads(self._path("hung", _whole(key, device)).read_text(encoding="utf-8"))
-            return (
-                f"hangs: it did not return within {float(data['hung_s']):g} s in an earlier run "
-                "(python -m mfpsn_fx cache --clear forgets that)"
-            )
+            data = json.loads(self._path("started", _whole(key, device)).read_text(encoding="utf-8"))
+            if time.time() - (started := float(data["started"])) > _PATIENCE_S:
+                date = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
+                return (
+                    f"its first run, on {date}, did not return: it hangs, or ends its process "
+                    "(python -m mfpsn_fx cache --clear forgets that)"
+                )
         return None
 
     def files(self) -> list[pathlib.Path]:
         """All files of ours, whatever version wrote them."""
-        return sorted(path for kind in ("contest", "hung") for path in self.folder.glob(f"{kind}-*.json*"))
+        return sorted(path for kind in ("times", "started") for path in self.folder.glob(f"{kind}-*.json*"))
 
     def clear(self) -> int:
         """Remove all files of ours; how many there were. ``OSError`` if one cannot be removed."""

@@ -1,18 +1,15 @@
-"""Clocks: how long a callable takes on a device, and what samples of it say of the true time."""
+"""Clocks: how long a callable takes on a device."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-__all__ = ["ClockError", "estimate", "noise_of", "sample", "spread_of"]
+__all__ = ["ClockError", "sample"]
 
 _BACKWARDS = 100
-_DOUBT = 5  # so that five samples, the fewest by default, are known to their noise
-_LEAST_SPREAD = 0.02  # of the estimate: lowest samples of several runs on a quiet machine differ by about that much
 
 
 class ClockError(RuntimeError):
@@ -57,26 +54,3 @@ def sample(
 def _synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def estimate(samples: Sequence[float]) -> float:
-    """The lowest of ``samples``: whatever disturbs a run adds time to it, nothing takes time away."""
-    return min(samples)
-
-
-def noise_of(samples: Sequence[float]) -> float:
-    """How far the median of ``samples`` lies above the lowest."""
-    return statistics.median(samples) - min(samples)
-
-
-def spread_of(samples: Sequence[float]) -> float:
-    """How far below the lowest of n ``samples`` the true time may lie: 5/n times their noise, and at least 2 %.
-
-    Five samples are known to their noise, and with more of them the spread falls, however large the noise. Where all
-    runs are delayed, by times that are exponentially distributed, the true time lies lower still in 16 % of cases for 5
-    samples and in 5 % for 30. A single sample says nothing of what it hides: its spread is itself.
-    """
-    lowest = estimate(samples)
-    if len(samples) == 1:
-        return lowest
-    return max(_DOUBT * noise_of(samples) / len(samples), _LEAST_SPREAD * lowest)

@@ -1,4 +1,4 @@
-"""The contest of the kernels that can serve one neuron in one layout, and that of one layout conversion."""
+"""The race of the kernels that can serve one neuron in one layout, and that of one layout conversion."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..op import neuron
 from ..registry import Problem, get_kernel
 from .buffers import Pool, extent
 from .environment import source_of
-from .race import Contest, Entrant
+from .race import Race, Variant
 
-__all__ = ["EVALUATION", "TRAINING", "conversion_contest", "kernel_contest"]
+__all__ = ["EVALUATION", "TRAINING", "conversion_race", "kernel_race"]
 
 TRAINING, EVALUATION = ("forward", "backward"), ("eval",)
 
 
-def kernel_contest(
+def kernel_race(
     problem: Problem,
     kernels: Iterable[str],
     pool: Pool,
@@ -29,7 +29,7 @@ def kernel_contest(
     name: str,
     constants: NeuronConstants | None = None,
     strides: Sequence[int] | None = None,
-) -> Contest:
+) -> Race:
     """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
 
     The input moves through ``pool``. Where a channel has a single value there is only the evaluation.
@@ -38,7 +38,7 @@ def kernel_contest(
         problem: shape, layout, dtype, order, dilation and so on.
         kernels: names of registered kernels that support it.
         pool: of the device on which they run.
-        name: what messages call the contest.
+        name: what messages call the race.
         constants: what ``problem`` leaves open, such as the surrogate's alpha; None for the op's defaults.
         strides: of the input as the network makes it; None: contiguous.
     """
@@ -54,20 +54,20 @@ def kernel_contest(
         "masked": problem.masked,
         "affine": problem.affine,
     }
-    entrants = []
+    variants = []
     for name_of_kernel in kernels:
         kernel = get_kernel(name_of_kernel)
         source = source_of(kernel.parts)
         bound = dataclasses.replace(constants, method=kernel.name)
         prepare = functools.partial(_prepare, problem, bound, strides, pool)
         key = {**facts, **bound.key(), "source": source}
-        entrants.append(Entrant(kernel.name, key, prepare, source is not None, kernel.rank))
+        variants.append(Variant(kernel.name, key, prepare, source is not None, kernel.rank))
     # All neurons are measured together: beside a busy process whole seconds may be disturbed, and with the samples of a
     # layer one after the other all of them
-    heat = "mfpsn.neuron"
+    group = "mfpsn.neuron"
     objectives = (TRAINING, EVALUATION) if trainable else (EVALUATION,)
     setup = functools.partial(_reserve, pool, problem.shape, strides, problem.dtype)
-    return Contest(name, tuple(entrants), objectives=objectives, device=pool.device, heat=heat, setup=setup)
+    return Race(name, tuple(variants), objectives=objectives, device=pool.device, group=group, setup=setup)
 
 
 def _reserve(pool: Pool, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -113,9 +113,9 @@ def _prepare(
     return parts
 
 
-def conversion_contest(
+def conversion_race(
     shape: Sequence[int], dtype: torch.dtype, pool: Pool, *, name: str, strides: Sequence[int] | None = None
-) -> Contest:
+) -> Race:
     """The conversion of a time-first tensor to time-last (``"forward"``), and of its gradient back (``"backward"``)."""
     shape = tuple(shape)
     strides = tuple(torch.empty(shape, device="meta").stride() if strides is None else strides)
@@ -131,7 +131,7 @@ def conversion_contest(
 
     key = {"op": "to_layout", "shape": list(shape), "strides": list(strides), "dtype": _plain(dtype)}
     setup = functools.partial(_reserve, pool, shape, strides, dtype)
-    return Contest(name, (Entrant("to_layout", key, prepare),), device=pool.device, setup=setup)
+    return Race(name, (Variant("to_layout", key, prepare),), device=pool.device, setup=setup)
 
 
 def _plain(dtype: torch.dtype) -> str:

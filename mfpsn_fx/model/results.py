@@ -64,8 +64,8 @@ class Plan:
         totals: predicted for all of the network in one layout, by its name, and for ``"plan"``, where there is one:
             neurons at their fastest kernels, other layers at their fastest forms, conversions.
         neuron_totals, conversion_totals: the neurons' part of it, and the conversions'.
-        conversions, conversion_ms, conversion_bytes: of the layout that was chosen: how many, their time, and the
-            sizes of the tensors that are converted in one forward.
+        conversions, conversion_bytes: of the layout that was chosen: how many, and the sizes of the tensors that are
+            converted in one forward.
         pinned: (operator, why, how many) of what stays time-first between layers.
         seconds, repeats: what measuring took, and the fewest samples.
         noise: how far the median of a kernel's samples lay above the lowest, relative to it, in the middle of all.
@@ -82,7 +82,6 @@ class Plan:
     totals: tuple[tuple[str, float], ...] = ()
     neuron_totals: tuple[tuple[str, float], ...] = ()
     conversions: int = 0
-    conversion_ms: float = 0.0
     seconds: float = 0.0
     repeats: int = 0
     noise: float | None = None

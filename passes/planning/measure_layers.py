@@ -16,8 +16,8 @@ from torch.fx.node import map_arg
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.cache import SelectionCache
 from mfpsn_fx.kernels.autotune.environment import source_of
-from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest
-from mfpsn_fx.kernels.autotune.race import Contest, Entrant, Results, run_contests
+from mfpsn_fx.kernels.autotune.neuron_race import conversion_race
+from mfpsn_fx.kernels.autotune.race import Race, Results, Variant, run_races
 from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.model.capturing.capture import preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
@@ -26,7 +26,7 @@ from ..layout.graph import LayoutGraph
 from ..neurons import input_meta, input_strides
 from ..op_traits import aten_name
 
-__all__ = ["AS_IS", "Times", "Way", "carries_gradient", "stateless_times", "ways"]
+__all__ = ["AS_IS", "Times", "stateless_times"]
 
 _log = logging.getLogger("mfpsn_fx")
 _NEVER = 1e6  # ms
@@ -35,14 +35,13 @@ AS_IS = ""  # the method of a node that is called as it was written
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to compute a node: in a layout, by a method, as callables on data of its own.
+    """One way to compute a node: in a layout, by a method, on data of its own.
 
     ``training`` runs forward and backward, with gradients for what needs them in the network.
     """
 
     layout: Layout
     method: str
-    forward: Callable[[], object]
     training: Callable[[], object]
 
 
@@ -72,21 +71,21 @@ def stateless_times(
     Identical ones are measured once. The network's modules and the random generators are left as they are.
     """
     grads = carries_gradient(gm)
-    contests: list[Contest] = []
+    races: list[Race] = []
     layers: dict[fx.Node, int] = {}
     for node, operator in graph.operators.items():
         if operator.kind == "layer" or (operator.kind == "dims" and not operator.rule.free):
-            layers[node] = len(contests)
-            contests.append(_layer_contest(gm, graph, node, grads))
+            layers[node] = len(races)
+            races.append(_layer_race(gm, graph, node, grads))
     pools: dict[torch.device, Pool] = {}
     tensors: dict[fx.Node, int] = {}
     for producer in graph.tensors:
         shape, dtype, device = input_meta(producer)
-        tensors[producer] = len(contests)
+        tensors[producer] = len(races)
         pool, name = pools.setdefault(device, Pool(device)), f"conversion behind {producer.name}"
-        contests.append(conversion_contest(shape, dtype, pool, name=name, strides=input_strides(producer)))
+        races.append(conversion_race(shape, dtype, pool, name=name, strides=input_strides(producer)))
     with preserved_rng():
-        results = run_contests(contests, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
+        results = run_races(races, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
     found: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]] = {}
     for node, index in layers.items():
         found[node] = {}
@@ -119,9 +118,9 @@ def _names(operator) -> list[tuple[Layout, str]]:
     return [(layout, AS_IS) for layout in Layout]
 
 
-def _layer_contest(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Contest:
+def _layer_race(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Race:
     key, kept = _key(gm, node, grads)
-    entrants = []
+    variants = []
     for layout, method in _names(graph.operators[node]):
 
         def prepare(layout=layout, method=method):
@@ -129,9 +128,9 @@ def _layer_contest(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads:
             return {"training": way.training}
 
         facts = {"op": "layer", **key, "layout": str(layout), "method": method}
-        entrants.append(Entrant(_name(layout, method), facts, prepare, kept))
+        variants.append(Variant(_name(layout, method), facts, prepare, kept))
     device = input_meta(_first_input(node))[2]
-    return Contest(node.name, tuple(entrants), _name(Layout.TIME_FIRST, AS_IS), device=device)
+    return Race(node.name, tuple(variants), _name(Layout.TIME_FIRST, AS_IS), device=device)
 
 
 def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Iterator[Way]:
@@ -178,7 +177,7 @@ def _way(layout: Layout, method: str, forward: Callable[[], object], inputs: lis
                 grad.append(torch.randn_like(y))
             return torch.autograd.grad(y, wanted, grad[0], allow_unused=True)
 
-    return Way(layout, method, forward, training)
+    return Way(layout, method, training)
 
 
 def _data(node: fx.Node, layout: Layout, needs_grad: bool) -> Tensor | None:

@@ -10,10 +10,11 @@ from torch import fx
 
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.cache import SelectionCache
-from mfpsn_fx.kernels.autotune.neuron_race import EVALUATION, TRAINING, kernel_contest
-from mfpsn_fx.kernels.autotune.race import Contest, Outcome, beats, run_contests
+from mfpsn_fx.kernels.autotune.neuron_race import EVALUATION, TRAINING, kernel_race
+from mfpsn_fx.kernels.autotune.race import Outcome, Race, run_races
+from mfpsn_fx.kernels.autotune.statistics import choose
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.kernels.registry import Kernel, get_kernel, kernels, rank_of
+from mfpsn_fx.kernels.registry import get_kernel, kernels, rank_of
 from mfpsn_fx.model.results import Candidate, Measured
 
 from ..base import Pass, Result
@@ -23,7 +24,7 @@ from ..options import MeasureOptions
 from .canonicalize import layouts_in
 from .replay import choices_of, replayed
 
-__all__ = ["Autoselect", "candidates_for", "check_choice", "cost_of", "fastest", "forced_kernel", "spread_of"]
+__all__ = ["Autoselect", "check_choice", "cost_of", "fastest", "forced_kernel", "spread_of"]
 
 VANILLA = "vanilla-conv1d"
 
@@ -49,22 +50,15 @@ def check_choice(choice: str | Mapping[str, str], names: list[str]) -> None:
         get_kernel(choice)
 
 
-def candidates_for(neuron: Neuron, choice: str | Mapping[str, str] = "auto") -> list[Kernel]:
-    """The kernels to be measured for ``neuron``: all registered ones, or the one forced."""
-    forced = forced_kernel(choice, neuron.name)
-    return list(kernels()) if forced is None else [get_kernel(forced)]
-
-
 class Autoselect(Pass):
     """Time forward and backward of each neuron with each kernel in each layout; the graph is unchanged.
 
-    Before and after: ``conv -> lif -> linear``; ``context.measurements["lif"]`` holds each kernel's times in each
-    layout, ``context.stats`` what that took. Kernels are measured in turn on data with the strides and dtype of the
-    layer's input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_contests`;
+    The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
+    ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
+    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
     ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
-    measured once, what was measured in an earlier run on this machine is not measured again, and layers for which the
-    option ``selection`` says what to take are not measured at all. The vanilla way is measured for comparison, last, if
-    there is time.
+    measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
+    measured for comparison, last, while less than half of the budget is used.
 
     Args:
         layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. Where layouts are to
@@ -102,17 +96,15 @@ class Autoselect(Pass):
         pinned = {} if keep else _pinned(gm, context)
         layouts = {neuron.name: _layouts_of(neuron, options.layout, pinned) for neuron in found}
         pools: dict[torch.device, Pool] = {}
-        contests: list[Contest] = []
+        races: list[Race] = []
         measured = {}
         if options.selection is not None:
             measured |= replayed(found, choices_of(options.selection), layouts)
         entered = {
-            n.name: _enter(n, options.kernels, layouts[n.name], pools, contests)
-            for n in found
-            if n.name not in measured
+            n.name: _enter(n, options.kernels, layouts[n.name], pools, races) for n in found if n.name not in measured
         }
-        results = run_contests(
-            contests, budget_s=neurons_share(options) * options.budget_s, repeats=options.repeats,
+        results = run_races(
+            races, budget_s=neurons_share(options) * options.budget_s, repeats=options.repeats,
             progress=options.progress, cache=context.cache,
         )  # fmt: skip
         for neuron in found:
@@ -148,9 +140,9 @@ def _enter(
     choice: str | Mapping[str, str],
     layouts: tuple[Layout, ...],
     pools: dict[torch.device, Pool],
-    contests: list[Contest],
+    races: list[Race],
 ) -> tuple[dict[Layout, int], list[Candidate]]:
-    """Add the contests of ``neuron`` to ``contests``; returns where, and the kernels that cannot take part."""
+    """Add the races of ``neuron`` to ``races``; returns where, and the kernels that cannot take part."""
     places, refused = {}, []
     for layout, names in _jobs(neuron, choice, layouts).items():
         problem, able = neuron.problem(layout), []
@@ -162,9 +154,9 @@ def _enter(
             else:
                 refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
         if able:
-            places[layout] = len(contests)
-            contests.append(
-                kernel_contest(
+            places[layout] = len(races)
+            races.append(
+                kernel_race(
                     problem,
                     able,
                     pools.setdefault(neuron.meta[2], Pool(neuron.meta[2])),
@@ -178,7 +170,9 @@ def _enter(
 
 def _jobs(neuron: Neuron, choice: str | Mapping[str, str], layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
     """The kernels to be measured for ``neuron``, by layout."""
-    jobs = {layout: [kernel.name for kernel in candidates_for(neuron, choice)] for layout in layouts}
+    forced = forced_kernel(choice, neuron.name)
+    names = [kernel.name for kernel in (kernels() if forced is None else [get_kernel(forced)])]
+    jobs = {layout: list(names) for layout in layouts}
     first = jobs.setdefault(Layout.TIME_FIRST, [])
     if VANILLA not in first:
         first.append(VANILLA)
@@ -262,8 +256,5 @@ def fastest(
     ]
     if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
         working = [c for c in working if c.training_ms is not None] or working
-    best = min(working, key=cost, default=None)
-    for one in sorted(working, key=lambda c: -rank_of(c.kernel)):
-        if not beats(cost(best), spread(best), cost(one), spread(one)):
-            return one
-    return best
+    working.sort(key=lambda c: -rank_of(c.kernel))
+    return working[choose([(cost(c), spread(c)) for c in working])] if working else None

@@ -129,7 +129,6 @@ class PlanLayout(Pass):
                 totals,
                 neuron_totals,
                 conversions=len(way.conversions),
-                conversion_ms=way.conversion_cost / 1e6,
                 conversion_totals=conversion_totals,
                 conversion_bytes=sum(c.bytes for c in way.conversions),
                 pinned=pinned,

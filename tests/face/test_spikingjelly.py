@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import mfpsn_fx
-from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError, TwoPole, compatibility
+from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError, TwoPole
 from mfpsn_fx.kernels import Layout
 from mfpsn_fx.model.channel_dims import channels_back, channels_together, check_dims, shape_together
 from mfpsn_fx.model.sources.description import describe, looks_like_a_neuron
@@ -27,6 +27,11 @@ STEPS = 8
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def compatibility(script):
+    return script("examples/compatibility/report.py")
 
 
 def quick(net, *example, **options):
@@ -346,7 +351,7 @@ class TestModels:
     """One of each kind; ``python -m mfpsn_fx compatibility`` examines them all."""
 
     @pytest.fixture
-    def listed(self):
+    def listed(self, compatibility):
         found = compatibility.load_networks()
         return {n.name: n for n in found if n.library == "SpikingJelly"}
 
@@ -359,7 +364,7 @@ class TestModels:
                 assert name in names or name.endswith("ResNet") or "Config" in name or "Builder" in name, name
 
     @pytest.mark.parametrize("step_mode", ["s", "m"])
-    def test_resnets(self, step_mode):
+    def test_resnets(self, compatibility, step_mode):
         def made():
             if step_mode == "s":
                 return spiking_resnet.SpikingResNet(spiking_resnet.BasicBlock, [1] * 4, 3, spiking_neuron=neuron.IFNode)
@@ -385,7 +390,7 @@ class TestModels:
         assert all(row.kernel == "shifted-add" and row.forward_ms > 0 for row in rows)
         converted(*network.example()).sum().backward()
 
-    def test_online_models_are_refused(self, listed):
+    def test_online_models_are_refused(self, compatibility, listed):
         outcome = compatibility.examine(listed["ottt_spiking_vggws"])
         assert outcome.expected
         assert outcome.converted == 0
@@ -402,20 +407,21 @@ def small():
 
 
 class TestCompatibilityTable:
-    def test_rows(self, tmp_path, monkeypatch, capsys):
+    def test_rows(self, compatibility, tmp_path, monkeypatch, capsys):
         (tmp_path / "mine_networks.py").write_text(
             "import torch\nfrom torch import nn\nfrom spikingjelly.activation_based import neuron\n"
-            "from mfpsn_fx.compatibility import Network\n"
             "example = lambda: (torch.rand(4, 2, 3),)\n"
             "lif = lambda: nn.Sequential(nn.Linear(3, 3), neuron.LIFNode(step_mode='m'))\n"
             "qif = lambda: nn.Sequential(neuron.QIFNode(step_mode='m'))\n"
-            "NETWORKS = [Network('Mine', 'LIF', lif, example), Network('Mine', 'QIF', qif, example, {}, 'quadratic'),\n"
-            "            Network('Mine', 'wrong', qif, example)]\n",
+            "rows = ('LIF', lif, ''), ('QIF', qif, 'quadratic'), ('wrong', qif, '')\n"
+            "NETWORKS = [{'library': 'Mine', 'name': name, 'build': build, 'example': example, 'refusal': refusal}\n"
+            "            for name, build, refusal in rows]\n",
             encoding="utf-8",
         )
         monkeypatch.setattr(compatibility.load_networks, "__defaults__", (tmp_path, "*"))
         target = tmp_path / "table.md"
-        assert compatibility.main("mine/[lq]if", str(target), "eager") == 0
+        options = ["--markdown", str(target), "--backend", "eager"]
+        assert compatibility.main(["--only", "mine/[lq]if", *options]) == 0
         text = target.read_text(encoding="utf-8")
         assert "## Mine\n" in text
         assert "1 of 2 networks convert whole" in text
@@ -425,17 +431,17 @@ class TestCompatibilityTable:
         assert "0: its membrane is quadratic" in lines[1]
         # another library's section is kept when one is made anew
         target.write_text(text + "\n## Other\n\nkept\n", encoding="utf-8")
-        assert compatibility.main("mine/lif", str(target), "eager") == 0
+        assert compatibility.main(["--only", "mine/lif", *options]) == 0
         text = target.read_text(encoding="utf-8")
         assert "## Other\n\nkept\n" in text
         assert "1 of 1 networks" in text
         capsys.readouterr()
-        assert compatibility.main("*wrong") == 1
+        assert compatibility.main(["--only", "*wrong"]) == 1
         assert "not as expected: wrong" in capsys.readouterr().err
-        assert compatibility.main("nothing") == 1
+        assert compatibility.main(["--only", "nothing"]) == 1
 
-    def test_without_a_checkout(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="part of the repository"):
+    def test_an_empty_folder(self, compatibility, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no list of networks"):
             compatibility.load_networks(tmp_path)
 
 
@@ -611,7 +617,7 @@ class TestShapesOfCode:
             assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
-def test_the_page_has_a_row_for_each_network():
+def test_the_page_has_a_row_for_each_network(compatibility):
     page = (compatibility.FOLDER.parent.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| Sp")]
     listed = {n.name: n for n in compatibility.load_networks() if n.library == "SpikingJelly"}

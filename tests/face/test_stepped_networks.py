@@ -8,6 +8,7 @@ import itertools
 import pathlib
 import pickle
 import re
+import runpy
 import warnings
 
 import norse.torch as norse
@@ -23,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
-from mfpsn_fx.compatibility import load_networks
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
 from mfpsn_fx.model.capturing.split_layers import split_fused_layers
 from mfpsn_fx.model.capturing.steps import capture_steps
@@ -32,7 +32,8 @@ from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.passes import RollUp, RollUpError
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "compatibility"
-NETWORKS = [n for n in load_networks(FOLDER, "*") if n.library in ("snnTorch", "Norse")]
+LISTED = runpy.run_path(str(FOLDER / "report.py"))["load_networks"]()
+NETWORKS = [n for n in LISTED if n.library in ("snnTorch", "Norse")]
 STEPS = 8
 QUICK = {"kernels": "shifted-add", "layout": "time_first", "repeats": 1, "progress": False}
 

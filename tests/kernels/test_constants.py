@@ -15,7 +15,7 @@ from torch import fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import Layout, NeuronConstants, Problem, neuron
 from mfpsn_fx.kernels.autotune.buffers import Pool
-from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
+from mfpsn_fx.kernels.autotune.neuron_race import kernel_race
 from mfpsn_fx.kernels.build import cpu as cpu_build
 from mfpsn_fx.kernels.constants import ALL, FOLDING, PLACE, SURROGATE, bind
 from mfpsn_fx.passes import neurons
@@ -162,12 +162,12 @@ def test_measurements_are_kept_under_every_field_but_labels():
     def key(constants):
         shared = {name: getattr(constants, name) for name in Problem._fields if name in ALL}
         asked = problem._replace(**shared | {"layout": constants.place})
-        (entrant,) = kernel_contest(asked, ["shifted-add"], Pool("cpu"), name="one", constants=constants).entrants
-        return entrant.key
+        (variant,) = kernel_race(asked, ["shifted-add"], Pool("cpu"), name="one", constants=constants).variants
+        return variant.key
 
     plain = key(NeuronConstants())
     assert set(ALL) - set(plain) == {"layer"}
-    for name in set(ALL) - {"training", "method"}:  # these two the contest sets itself
+    for name in set(ALL) - {"training", "method"}:  # these two the race sets itself
         other = key(NeuronConstants(**{name: OTHERS[name]}))
         assert (other != plain) is (name != "layer"), name
     assert plain["method"] == "shifted-add"

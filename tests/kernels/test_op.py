@@ -474,12 +474,12 @@ class _Exported(torch.nn.Module):
 
 def test_timing_leaves_the_generator_alone_and_measures_all():
     from mfpsn_fx.kernels.autotune.buffers import Pool
-    from mfpsn_fx.kernels.autotune.neuron_race import kernel_contest
-    from mfpsn_fx.kernels.autotune.race import run_contests
+    from mfpsn_fx.kernels.autotune.neuron_race import kernel_race
+    from mfpsn_fx.kernels.autotune.race import run_races
 
     def times(problem):
-        contest = kernel_contest(problem, ["shifted-add"], Pool("cpu"), name="one")
-        return run_contests([contest], repeats=1, progress=False).outcomes[0]["shifted-add"]
+        race = kernel_race(problem, ["shifted-add"], Pool("cpu"), name="one")
+        return run_races([race], repeats=1, progress=False).outcomes[0]["shifted-add"]
 
     state = torch.get_rng_state()
     for layout, dtype in ((Layout.TIME_FIRST, torch.float32), (Layout.TIME_LAST, torch.bfloat16)):

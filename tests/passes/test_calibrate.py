@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
-import pathlib
 import pickle
-import sys
 
 import pytest
 import snntorch
@@ -488,17 +485,9 @@ def test_the_pass_states_its_needs(hot, example):
         Pipeline([Calibrate([example])])
 
 
-def test_the_benchmark_in_small(monkeypatch, tmp_path, capsys):
-    folder = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("mfpsn_benchmark_calibration", folder / "calibration.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        results = module.main(["--quick", "--markdown", str(tmp_path / "table.md")])
-    finally:
-        for name in ("checkout", "common"):
-            sys.modules.pop(name, None)
+def test_the_benchmark_in_small(script, tmp_path, capsys):
+    found = script("benchmarks/calibration.py").main(["--quick", "--markdown", str(tmp_path / "table.md")])
+    results = found["results"]
     assert [row["start"] for row in results] == ["not calibrated", "own", "source", "source, 1.25"]
     text = (tmp_path / "table.md").read_text()
     assert "Made by `python benchmarks/calibration.py --quick" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -25,20 +26,9 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch):
-    """A script of the folder as a module; scripts import their neighbours by plain names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def by_path(name):
-        spec = importlib.util.spec_from_file_location(f"mfpsn_benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
-
-    yield by_path
-    for name in ("checkout", "common", "rivals", "vanilla"):
-        sys.modules.pop(name, None)
+def load(script):
+    """A benchmark by its name."""
+    return lambda name: script(f"benchmarks/{name}.py")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +67,7 @@ class TestVanillaModule:
 
 class TestTimer:
     def test_rounds_are_at_least_those_asked_for(self, load):
-        common, calls = load("common"), {"a": 0, "b": 0}
+        common, calls = load("runner"), {"a": 0, "b": 0}
 
         def count(name):
             calls[name] += 1
@@ -92,20 +82,20 @@ class TestTimer:
         def wrong():
             raise torch.OutOfMemoryError("no memory is left\nmore")
 
-        found = load("common").interleave({"wrong": wrong, "right": int}, torch.device("cpu"), 0.0)
+        found = load("runner").interleave({"wrong": wrong, "right": int}, torch.device("cpu"), 0.0)
         assert set(found.ms) == {"right"}
         assert found.errors == {"wrong": "OutOfMemoryError: no memory is left"}
 
     def test_compiling_ends_with_its_budget(self, load):
-        compiler = load("common").Compiler(1e-9)
+        compiler = load("runner").Compiler(1e-9)
         assert compiler.refusal() is None
         assert compiler.warm(lambda: None) is None
         assert "were spent" in compiler.refusal()
-        assert "not asked for" in load("common").Compiler(0).refusal()
+        assert "not asked for" in load("runner").Compiler(0).refusal()
         assert "does not compile: ZeroDivisionError" in compiler.warm(lambda: 1 / 0)
 
     def test_environment_names_no_machine(self, load):
-        text = json.dumps(load("common").environment(torch.device("cpu")))
+        text = json.dumps(load("runner").environment(torch.device("cpu")))
         assert torch.__version__ in text
         assert "threads" in text
         assert f"{cpu_build.level()} in fused-cpp" in text
@@ -113,7 +103,7 @@ class TestTimer:
             assert len(name) < 3 or name not in text
 
     def test_geometric_mean(self, load):
-        assert load("common").geometric_mean([1, 4, 16]) == pytest.approx(4)
+        assert load("runner").geometric_mean([1, 4, 16]) == pytest.approx(4)
 
 
 SMALL = [
@@ -158,6 +148,9 @@ class TestNeuron:
         assert "| T | k | d | PSN ms | SlidingPSN | LIF | vanilla module | vanilla-conv1d | shifted-add |" in text
         assert "| geometric mean |" in text
         assert text.split("\n\n", 1)[1].strip() in capsys.readouterr().out
+        again = tmp_path / "again.md"
+        script.main(["--render", str(files["json"]), "--markdown", str(again)])
+        assert again.read_text() == text
 
     def test_the_grid(self, load):
         cells = load("neuron").Settings().cells()
@@ -283,8 +276,9 @@ class TestCompiled:
         assert result["input"] == [2, 2, 3, 8, 8]
         assert result["kernels"]
         assert all(f"| 2×2×3×8×8 | {name} |" in files[1].read_text() for name in networks)
-        assert "not measured (not compiled: compiling was not asked for): N = 2, ours, backend mfpsn_fx" in (
-            capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert (
+            "not measured (not compiled: compiling was not asked for): N = 2, ours, Inductor; N = 2, ours, back" in out
         )
 
 
@@ -331,12 +325,11 @@ class TestPictures:
         assert (tmp_path / "new" / "n.png").read_bytes().startswith(b"\x89PNG")
 
     def test_missing_matplotlib_is_told_before_measuring(self, load, monkeypatch):
-        script = load("network")
-        monkeypatch.setattr(script, "measure", lambda *args, **options: pytest.fail("measured first"))
-        common = sys.modules["common"]
-        monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+        never = lambda *args, **options: pytest.fail("measured first")  # noqa: E731
+        network = dataclasses.replace(load("network").BENCHMARK, measure=never)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SystemExit, match="pip install matplotlib"):
-            script.main(["--quick", "--png", "n.png"])
+            network.main(["--quick", "--png", "n.png"])
 
 
 class TestGpuKernels:
@@ -472,7 +465,8 @@ class TestGpuTimes:
         found = script.main(["--device", "cpu", "--quick", "--seconds", "0", "--kernels", "shifted-add"])
         assert found["cells"][0]["errors"]["PSN"] == "ZeroDivisionError: division by zero"
         assert {"shifted-add", "LIF"} <= found["cells"][0]["eager_ms"].keys()
-        assert "PSN was not measured: ZeroDivisionError" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "not measured (ZeroDivisionError: division by zero): 4×2×8×4×4, k = 2: PSN; " in out
 
     def test_a_graph_is_captured_after_warm_up(self, load, monkeypatch):
         """The driver is a stand-in: what compiles or loads at a first call must have run before a capture begins."""

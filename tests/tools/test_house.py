@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import mfpsn_fx
+import mfpsn_fx.__main__
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = {"mfpsn_fx.kernels": 1, "mfpsn_fx.model": 2, "mfpsn_fx.passes": 3, "mfpsn_fx": 4}
@@ -160,6 +161,14 @@ class TestCommandLine:
         assert self.run().returncode == 2
         assert self.run("nonsense").returncode == 2
         assert self.run("kernels", "--nonsense").returncode == 2
+
+    def test_compatibility_is_a_script_of_the_checkout(self, monkeypatch, tmp_path, capsys):
+        done = self.run("compatibility", "--help")
+        assert done.returncode == 0
+        assert {"--markdown", "--only", "--backend"} <= set(done.stdout.split())
+        monkeypatch.setattr("mfpsn_fx.__main__._EXAMPLES", tmp_path)
+        assert mfpsn_fx.__main__.main(["compatibility"]) == 1
+        assert "examples/compatibility/report.py is part of the repository, not of the" in capsys.readouterr().err
 
     def test_demo_in_small(self):
         done = self.run("demo", "--epochs", "2", "--seeds", "1", "--eager")

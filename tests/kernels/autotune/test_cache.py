@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import pathlib
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -19,11 +21,12 @@ import mfpsn_fx
 from mfpsn_fx import MulFreePSN
 from mfpsn_fx.__main__ import main
 from mfpsn_fx.kernels import Layout, Problem, unregister_kernel
+from mfpsn_fx.kernels.autotune import cache as selection_cache
 from mfpsn_fx.kernels.autotune import environment as machine
-from mfpsn_fx.kernels.autotune import race as contests
+from mfpsn_fx.kernels.autotune import race as engine
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.cache import SelectionCache, cache_folder
-from mfpsn_fx.kernels.autotune.neuron_race import conversion_contest, kernel_contest
+from mfpsn_fx.kernels.autotune.neuron_race import conversion_race, kernel_race
 from mfpsn_fx.kernels.constants import ALL, NeuronConstants
 from mfpsn_fx.kernels.implementations.shifted_add import ShiftedAdd
 
@@ -45,11 +48,19 @@ def folder(monkeypatch, tmp_path) -> pathlib.Path:
     return tmp_path / "cache"
 
 
+def left_over(cache: SelectionCache, key: object, age_s: float) -> None:
+    """The mark of a process that was killed ``age_s`` ago, while ``key`` was run for the first time."""
+    with cache.first_run(key, CPU):
+        (path,) = (path for path in cache.files() if path.name.startswith("started-"))
+        data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "started": data["started"] - age_s}))
+
+
 @pytest.fixture
 def samples(monkeypatch) -> list[str]:
     """Grows with every sample that is taken."""
-    taken, real = [], contests.sample
-    monkeypatch.setattr(contests, "sample", lambda run, *rest: taken.append("one") or real(run, *rest))
+    taken, real = [], engine.sample
+    monkeypatch.setattr(engine, "sample", lambda run, *rest: taken.append("one") or real(run, *rest))
     return taken
 
 
@@ -144,10 +155,8 @@ class TestKeys:
         )
         constants = NeuronConstants(**{k: v for k, v in changes.items() if k in ALL})
         strides = changes.get("strides")
-        contest = kernel_contest(
-            problem, ["shifted-add"], Pool("cpu"), name="one", constants=constants, strides=strides
-        )
-        SelectionCache(folder).put(contest.key, CPU, {})
+        race = kernel_race(problem, ["shifted-add"], Pool("cpu"), name="one", constants=constants, strides=strides)
+        SelectionCache(folder).put(race.key, CPU, {})
         return {path.name for path in SelectionCache(folder).files()}
 
     def test_every_attribute_counts(self, tmp_path):
@@ -160,8 +169,8 @@ class TestKeys:
         ):  # fmt: skip
             assert len(self.paths(tmp_path, **changes)) == count + 1, changes
             count += 1
-        contest = conversion_contest((4, 2, 3), torch.float32, Pool("cpu"), name="one")
-        SelectionCache(tmp_path).put(contest.key, CPU, {})
+        race = conversion_race((4, 2, 3), torch.float32, Pool("cpu"), name="one")
+        SelectionCache(tmp_path).put(race.key, CPU, {})
         assert len(SelectionCache(tmp_path).files()) == count + 1
 
     def test_the_machine_counts(self, tmp_path, monkeypatch):
@@ -255,7 +264,7 @@ class TestFaults:
         elif how == "nested":
             path.write_text("[" * 100_000)
         else:
-            outcome = next(iter(data["record"]["outcomes"].values()))
+            outcome = next(iter(data["record"].values()))
             if how == "no samples":
                 outcome["samples"] = {}
             elif how == "infinite":
@@ -264,14 +273,14 @@ class TestFaults:
                 del outcome["thin"]
             elif how == "words":
                 outcome["samples"] = {part: ["fast"] for part in outcome["samples"]}
-            elif how == "no entrants":
-                data["record"]["outcomes"] = {}
+            elif how == "no variants":
+                data["record"] = {}
             path.write_text(json.dumps(data))
 
     @pytest.mark.parametrize(
         "how",
         ["truncated", "empty", "binary", "a list", "another version", "another key", "nested", "no samples", "infinite",
-         "words", "no entrants", "not counted"],
+         "words", "no variants", "not counted"],
     )  # fmt: skip
     def test_damaged_files_are_written_anew_with_one_warning(self, how, folder, caplog, samples):
         options = {"layout": "time_first", "kernels": "shifted-add"}
@@ -331,13 +340,41 @@ class TestFaults:
         assert len(list(tmp_path.iterdir())) == 1
         assert cache.get("key", CPU)["index"] == 149
 
+    def test_a_first_run_is_marked_while_it_runs(self, tmp_path):
+        cache = SelectionCache(tmp_path)
+
+        def interrupted():
+            with cache.first_run("key", CPU):
+                assert len(cache.files()) == 1
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert cache.files() == []
+
+    def test_a_mark_of_two_minutes_is_that_of_a_process_that_was_killed(self, tmp_path, monkeypatch):
+        now = [1e9]
+        monkeypatch.setattr(
+            selection_cache,
+            "time",
+            types.SimpleNamespace(time=lambda: now[0], strftime=time.strftime, localtime=time.localtime),
+        )
+        cache = SelectionCache(tmp_path)
+        left_over(cache, "key", 100)
+        assert cache.unfinished("key", CPU) is None  # another process may be running it
+        with cache.first_run("key", CPU):  # the mark keeps its age
+            now[0] += 30
+            assert "did not return: it hangs, or ends its process" in cache.unfinished("key", CPU)
+            assert cache.unfinished("other", CPU) is None
+        assert cache.unfinished("key", CPU) is None
+        assert cache.files() == []
+
     def test_unreadable_marks_are_no_marks(self, tmp_path):
         cache = SelectionCache(tmp_path)
-        cache.mark_hung("key", CPU, 3.0)
-        assert "within 3 s" in cache.hung("key", CPU)
+        left_over(cache, "key", 300)
         (path,) = cache.files()
         path.write_text("{")
-        assert cache.hung("key", CPU) is None
+        assert cache.unfinished("key", CPU) is None
 
 
 class TestFolder:
@@ -362,12 +399,12 @@ class TestFolder:
 
     def test_command_line(self, folder, capsys, monkeypatch):
         assert main(["cache"]) == 0
-        assert f"{folder}: 0 contests" in capsys.readouterr().out
+        assert f"{folder}: 0 records of times" in capsys.readouterr().out
         convert(kernels="shifted-add", layout="time_first")
-        SelectionCache(folder).mark_hung("key", CPU, 3.0)
+        left_over(SelectionCache(folder), "key", 300)
         (folder / "mine.txt").write_text("not ours")
         assert main(["cache"]) == 0
-        assert "2 contests, 1 kernels that did not return" in capsys.readouterr().out
+        assert "2 records of times, 1 kernels that did not return" in capsys.readouterr().out
         assert main(["cache", "--clear"]) == 0
         assert "removed 3 files" in capsys.readouterr().out
         assert [path.name for path in folder.iterdir()] == ["mine.txt"]

@@ -35,7 +35,6 @@ from mfpsn_fx.kernels import (
     unregister_kernel,
 )
 from mfpsn_fx.kernels.build import cuda as cuda_build
-from mfpsn_fx.kernels.build import cuda_usage
 from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
 from mfpsn_fx.kernels.kernel import Call, Parts
@@ -492,12 +491,12 @@ class TestBuild:
         path.chmod(0o755)
         monkeypatch.setattr(cuda_build, "compiler", lambda: str(path))
 
-    def test_no_nvcc(self, monkeypatch):
+    def test_no_nvcc(self, monkeypatch, script):
         monkeypatch.setattr(cuda_build.shutil, "which", lambda name: None)
         with pytest.raises(cuda_build.BuildError, match="no nvcc was found"):
             cuda_build.library((9, 0))
         with pytest.raises(cuda_build.BuildError, match="no nvcc was found"):
-            cuda_usage.usage("sm_90")
+            script("benchmarks/gpu_registers.py").usage("sm_90")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         assert cuda_build.unavailable() == "no nvcc was found; install the CUDA toolkit or set CUDA_HOME"
@@ -568,9 +567,9 @@ in_ci = pytest.mark.skipif(os.environ.get("CI") != "true", reason="compiled in C
     ],
     ids=["sm_80", "sm_90", "sm_100"],
 )
-def test_compiles_without_spills(arch, dtypes):
-    """`python -m mfpsn_fx.kernels.build.cuda_usage` compiles all dtypes for all architectures, and takes minutes."""
-    rows = cuda_usage.usage(arch, dtypes)
+def test_compiles_without_spills(arch, dtypes, script):
+    """`python benchmarks/gpu_registers.py` compiles all dtypes for all architectures, and takes minutes."""
+    rows = script("benchmarks/gpu_registers.py").usage(arch, dtypes)
     assert {row.dtype for row in rows} == set(dtypes)
     assert {row.kernel for row in rows} == {
         "statistics", "fire", "reductions", "input", "fold", "finish_statistics", "finish_reductions", "finish_input",
@@ -580,17 +579,18 @@ def test_compiles_without_spills(arch, dtypes):
     assert [row for row in ours if row.spill_stores or row.spill_loads or row.stack] == []
 
 
-def test_the_table_of_registers(monkeypatch, capsys):
-    row = cuda_usage.Usage("sm_90", "fire", "float32", 4, 4, "one channel", 64, 0, 0, 0)
-    monkeypatch.setattr(cuda_usage, "usage", lambda arch, dtypes: [row._replace(arch=arch)])
-    assert cuda_usage.main(["--arch", "sm_80", "sm_90"]) == 0
+def test_the_table_of_registers(monkeypatch, capsys, script):
+    report = script("benchmarks/gpu_registers.py")
+    row = report.Usage("sm_90", "fire", "float32", 4, 4, "one channel", 64, 0, 0, 0)
+    monkeypatch.setattr(report, "usage", lambda arch, dtypes: [row._replace(arch=arch)])
+    assert report.main(["--arch", "sm_80", "sm_90"]) == 0
     assert capsys.readouterr().out.count("float32") == 2
 
     def fail(arch, dtypes):
         raise cuda_build.BuildError("nvcc failed: no sm_1")
 
-    monkeypatch.setattr(cuda_usage, "usage", fail)
-    assert cuda_usage.main(["--arch", "sm_1"]) == 1
+    monkeypatch.setattr(report, "usage", fail)
+    assert report.main(["--arch", "sm_1"]) == 1
     assert "no sm_1" in capsys.readouterr().err
 
 

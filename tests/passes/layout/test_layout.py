@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import operator
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 import mfpsn_fx
 from mfpsn_fx.kernels import Layout, to_layout
+from mfpsn_fx.kernels.autotune import race as engine
 from mfpsn_fx.model import capture
 from mfpsn_fx.model.results import Plan, record_of
 from mfpsn_fx.model.time_axis import expect_steps
@@ -43,6 +45,8 @@ from mfpsn_fx.passes import (
 from mfpsn_fx.passes.layout.graph import layout_graph
 from mfpsn_fx.passes.layout.min_cut import Costs, Tensor, best_labels, crossings, total_cost
 from mfpsn_fx.passes.layout.regions import remove_conversions
+from mfpsn_fx.passes.planning import measure_layers as stateless_times
+from mfpsn_fx.passes.planning import measure_neurons as autoselect
 from mfpsn_fx.passes.planning import verify_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +157,50 @@ def planned(gm, x, distorted, cheap, **options):
     distort(distorted, cheap)
     options = {"kernels": "shifted-add", "repeats": 1, "progress": False, **options}
     return mfpsn_fx.plan(gm, x, **options)
+
+
+@pytest.fixture
+def engine_time(monkeypatch):
+    """``engine_time(cheap, conversion, noise)``: kernels run in the real engine, on a clock that shows given times.
+
+    ``cheap`` and ``conversion`` are those of :func:`distort`. Of four runs of a neuron's part the first takes as long,
+    and the others longer by ``noise``, relative.
+    """
+
+    def use(cheap, conversion, noise=0.0):
+        now = [0.0]
+
+        def slowed(variant):
+            facts = types.SimpleNamespace(**variant.key)
+
+            def times():
+                if facts.op in ("layer", "to_layout"):
+                    return dict.fromkeys(("training", "forward", "backward"), (conversion,))
+                ms = cheap(facts.layout, Layout.TIME_FIRST.shape_from(facts.shape, Layout.parse(facts.layout)))
+                parts = {"forward": ms / 2, "backward": ms / 2, "eval": ms}
+                return {part: (ms, *[ms * (1 + noise)] * 3) for part, ms in parts.items()}
+
+            def prepare():
+                return {
+                    part: functools.partial(run_for, run, itertools.cycle(times()[part]))
+                    for part, run in variant.prepare().items()
+                }
+
+            return dataclasses.replace(variant, prepare=prepare)
+
+        def run_for(run, times):
+            run()
+            now[0] += next(times) * 1e6
+
+        def run_races(races, **options):
+            slow = [dataclasses.replace(c, variants=tuple(map(slowed, c.variants))) for c in races]
+            return engine.run_races(slow, **{**options, "cache": None}, clock=lambda: now[0])
+
+        monkeypatch.setattr(engine, "time", types.SimpleNamespace(monotonic=lambda: now[0] / 1e9))
+        for module in (autoselect, stateless_times):
+            monkeypatch.setattr(module, "run_races", run_races)
+
+    return use
 
 
 def mixed(layout, shape):
@@ -281,15 +329,30 @@ class TestPlan:
         assert re.search(r"total plan: [\d.]+ ms forward and backward \(neurons 5.000, other layers", text)
         assert mfpsn_fx.Selection.from_json(table.to_json()) == table
 
-    def test_with_real_times(self, converted):
-        """Whatever is chosen: all time-first, or what is no dearer than either uniform layout; it computes the same."""
+    def test_through_the_engine_it_plans_the_same(self, converted, distorted, engine_time):
+        """Warm-ups, rounds, samples and their lowest lead to the plan, and the totals, of the times themselves."""
+        gm, x = converted
+        expected = planned(twin(gm), x, distorted, mixed)
+        engine_time(mixed, 0.5)
+        mfpsn_fx.plan(gm, x, kernels="shifted-add", progress=False, budget_s=1e6)
+        table, wanted = mfpsn_fx.selection(gm), mfpsn_fx.selection(expected)
+        assert table.layout == "mixed"
+        assert [(r.layer, r.layout) for r in table.rows] == [(r.layer, r.layout) for r in wanted.rows]
+        assert dict(table.totals_ms) == pytest.approx(dict(wanted.totals_ms), rel=1e-5)
+        assert table.conversions == wanted.conversions
+
+    @pytest.mark.parametrize(("noise", "layout"), [(0.0, "time_last"), (0.5, "time_first")])
+    def test_all_time_first_stays_in_doubt(self, converted, engine_time, noise, layout):
+        """Neurons take 4 % less time-last: more than the spread of a quiet machine, less than that of a noisy one."""
         gm, x = converted
         expected = gm.eval()(x)
-        mfpsn_fx.plan(gm, x, repeats=1, progress=False)
-        totals = dict(mfpsn_fx.selection(gm).totals_ms)
-        plan, first, last = (totals[name] for name in ("plan", "time_first", "time_last"))
-        # all time-first is kept unless it is beaten by more than the spread
-        assert plan == first or plan <= min(first, last) + 1e-9
+        engine_time(lambda where, shape: 10.0 if where == "time_first" else 9.6, 1e-3, noise)
+        mfpsn_fx.plan(gm, x, kernels="shifted-add", progress=False, budget_s=1e6)
+        table = mfpsn_fx.selection(gm)
+        totals = dict(table.totals_ms)
+        assert {row.layout for row in table.rows if row.layer != "sn3"} == {layout}
+        assert totals["time_last"] < totals["time_first"]  # it is the doubt that decides
+        assert (totals["plan"] == totals["time_first"]) is (layout == "time_first")
         torch.testing.assert_close(gm(x), expected)
 
     def test_compiled(self, converted, distorted):

@@ -1,24 +1,24 @@
 """Which networks of other libraries convert, run, train and compile: ``python -m mfpsn_fx compatibility``.
 
-The networks are listed in ``examples/compatibility/*_networks.py`` of a checkout, one file a library, since building
-them needs that library and this package imports none. To add some, write such a file with a list ``NETWORKS``::
+The networks are listed in the files ``*_networks.py`` of this folder, one a library. To add some, write such a file
+with a list ``NETWORKS`` of what :class:`Network` takes::
 
-    from mfpsn_fx.compatibility import Network
+    example = lambda: (torch.rand(4, 2, 3, 8, 8),)
+    NETWORKS = [{"library": "mylib", "name": "MyNet", "build": lambda: MyNet(8), "example": example}]
 
-    NETWORKS = [Network("mylib", "MyNet", build=lambda: MyNet(8), example=lambda: (torch.rand(4, 2, 3, 8, 8),))]
-
-Every file there is found by its name; nothing has to be registered. A network that is rightly refused names a part
+Every file here is found by its name; nothing has to be registered. A network that is rightly refused names a part
 of the message in ``refusal``: its row shows the reason, and the command fails if it is not refused so.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fnmatch
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,17 +27,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mfpsn_fx.model.integrator import LeakyIntegrator
-from mfpsn_fx.model.neuron import MulFreePSN
+from mfpsn_fx import MulFreePSN, convert, selection
+from mfpsn_fx.model import LeakyIntegrator
 from mfpsn_fx.model.sources.description import source_paths
 from mfpsn_fx.passes import neurons
 
-from .conversion import convert
-from .selection import selection
-
-__all__ = ["FOLDER", "Network", "Outcome", "examine", "load_networks", "main", "table"]
-
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "compatibility"
+FOLDER = Path(__file__).resolve().parent
 HEADERS = ("library", "network", "neurons", "converted", "captured", "forward", "backward", "compiled",
            "graph breaks", "kernels", "refused, or what failed")  # fmt: skip
 
@@ -112,34 +107,25 @@ def load_networks(folder: Path = FOLDER, pattern: str = "*") -> list[Network]:
     """
     files = sorted(folder.glob("*_networks.py"))
     if not files:
-        raise FileNotFoundError(
-            f"no network lists in {folder}: they are part of the repository, not of the installed package; run it from "
-            "a checkout that is installed with pip install -e ."
-        )
+        raise FileNotFoundError(f"there is no list of networks, *_networks.py, in {folder}")
     found: list[Network] = []
     for path in files:
         spec = importlib.util.spec_from_file_location(f"mfpsn_compatibility_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        found += [n for n in module.NETWORKS if fnmatch.fnmatchcase(f"{n.library}/{n.name}".lower(), pattern.lower())]
-    return found
+        found += [Network(**fields) for fields in module.NETWORKS]
+    return [n for n in found if fnmatch.fnmatchcase(f"{n.library}/{n.name}".lower(), pattern.lower())]
 
 
-def examine(network: Network, backend: str = "aot_eager", repeats: int = 1) -> Outcome:
-    """Convert ``network``, run it forward and backward, compile it and compare.
-
-    Args:
-        network: what to examine.
-        backend: of ``torch.compile``.
-        repeats: as in :func:`mfpsn_fx.convert`.
-    """
+def examine(network: Network, backend: str = "aot_eager") -> Outcome:
+    """Convert ``network``, run it forward and backward, compile it with ``backend`` and compare."""
     outcome = Outcome(network.library, network.name)
     torch.manual_seed(0)
     model, example = network.build(), network.example()
     outcome.found = len({id(m) for m in source_paths(model).values()})
     try:
-        options = {"repeats": repeats, "progress": False, **network.options}
+        options = {"repeats": 1, "progress": False, **network.options}
         gm = convert(model, *example, **options)
     except (ValueError, TypeError) as error:
         outcome.reason = _grouped(str(error))
@@ -266,20 +252,24 @@ def _word(value: bool | None) -> str:
     return "-" if value is None else "yes" if value else "no"
 
 
-def main(only: str = "*", markdown: str | None = None, backend: str = "aot_eager") -> int:
-    """Examine the networks that fit ``only``, print their table, and write it to ``markdown`` if that is given.
-
-    Returns 1 if a network is not as its list says, or none fits.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine networks and print their table; return 1 if one is not as its list says, or none fits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mfpsn_fx compatibility", description="Convert, train and compile other libraries' networks."
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE as well")
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="of library/network, as a shell pattern")
+    parser.add_argument("--backend", default="aot_eager", help="of torch.compile (default: %(default)s)")
+    options = parser.parse_args(argv)
+    backend, target = options.backend, options.markdown
     try:
-        networks = load_networks(pattern=only)
+        networks = load_networks(pattern=options.only)
     except (FileNotFoundError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
     if not networks:
-        print(f"no network fits {only!r}", file=sys.stderr)
+        print(f"no network fits {options.only!r}", file=sys.stderr)
         return 1
-    target = Path(markdown) if markdown else None
     before = target.read_text(encoding="utf-8") if target is not None and target.exists() else ""
     outcomes: list[Outcome] = []
     for network in tqdm(networks, disable=not sys.stderr.isatty(), desc="compatibility"):
@@ -291,3 +281,7 @@ def main(only: str = "*", markdown: str | None = None, backend: str = "aot_eager
     if unexpected:
         print(f"not as expected: {', '.join(unexpected)}", file=sys.stderr)
     return int(bool(unexpected))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

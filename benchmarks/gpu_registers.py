@@ -1,6 +1,6 @@
 """What the CUDA kernels need of an architecture: compile them, with or without a GPU, and read the compiler's report.
 
-``python -m mfpsn_fx.kernels.build.cuda_usage --arch sm_80 sm_90 sm_100`` prints a row for every kernel.
+``python benchmarks/gpu_registers.py --arch sm_80 sm_90 sm_100`` prints a row for every kernel.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import checkout  # noqa: F401  (first: it makes mfpsn_fx importable from a bare checkout)
 from tabulate import tabulate
 
-from .cuda import FLAGS, SOURCE, BuildError, compiler, run
-
-__all__ = ["ALL", "Usage", "main", "usage"]
+from mfpsn_fx.kernels.build import cuda as cuda_build
+from mfpsn_fx.kernels.build.cuda import FLAGS, SOURCE, BuildError, run
 
 
 class Usage(NamedTuple):
@@ -60,8 +60,8 @@ def usage(arch: str, dtypes: Sequence[str] = ALL) -> list[Usage]:
     with tempfile.TemporaryDirectory() as scratch:
         output, bits = os.path.join(scratch, "kernels.cubin"), sum(_BITS[dtype] for dtype in dtypes)
         said = run(
-            [compiler(), *FLAGS, f"-DMFPSN_DTYPES={bits}", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", output,
-             str(SOURCE)]
+            [cuda_build.compiler(), *FLAGS, f"-DMFPSN_DTYPES={bits}", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o",
+             output, str(SOURCE)]
         )  # fmt: skip
     rows = []
     for entry in _ENTRY.finditer(said):
