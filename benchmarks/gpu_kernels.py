@@ -33,8 +33,8 @@ from runner import check_kernels, checked_device, environment, first_line, write
 from mfpsn_fx.kernels import ATan, Kernel, Layout, Problem, fire, kernels, neuron, power_of_two, reference
 from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
 
-# Convolution and matrix-product kernels leave the order of the sum to their libraries (docs/kernels.md); every other
-# kernel sums taps i = 0 … k−1, then the bias.
+# Convolution and matrix-product kernels leave the order of the sum to their libraries (docs/guide/kernels.md); every
+# other kernel sums taps i = 0 … k−1, then the bias.
 INEXACT = frozenset({"vanilla-conv1d", "vmap-conv1d", "conv2d", "vmap-mm"})
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}

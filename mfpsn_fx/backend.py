@@ -152,7 +152,7 @@ def _default_options(gm: fx.GraphModule) -> dict[str, object]:
 
     On CPUs it lays all convolutions out channels last, which converts weights, their gradients and spikes in every
     step: one of SEW-ResNet-18 then took 1.2 to 1.6 times as long as in eager mode, and without 0.9 to 1.03 times as
-    long (docs/compile.md).
+    long (docs/guide/compile.md).
     """
     on_cpu = all(neuron.meta is not None and neuron.meta[2].type == "cpu" for neuron in neurons(gm))
     return {"layout_optimization": False} if on_cpu and neurons(gm) else {}

@@ -122,7 +122,7 @@ def convert(
     Args:
         model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
             compiled or DataParallel model, the network inside is converted: wrap the result again. Networks of
-            snnTorch and Norse may step through time: what comes out does not (``docs/single_step.md``).
+            snnTorch and Norse may step through time: what comes out does not (``docs/guide/stepped_networks.md``).
         example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
             the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
             the graph, the kernels of highest rank run, and :func:`plan` can do the rest later.

@@ -50,7 +50,8 @@ class MeasureOptions:
     layout: str = _option(
         "auto",
         '``"auto"``: the best for every stretch of the network, conversions included, as measured; ``"uniform"``: one '
-        'for all, the better one; ``"time_first"``, ``"time_last"``: that one; ``"keep"``: as it is (docs/layout.md).',
+        'for all, the better one; ``"time_first"``, ``"time_last"``: that one; ``"keep"``: as it is '
+        "(docs/design/layout.md).",
     )
     kernels: str | Mapping[str, str] = _option(
         "auto", '``"auto"`` (measured), one name for all neurons, or a mapping from layer to name.'
@@ -58,7 +59,9 @@ class MeasureOptions:
     repeats: int = _option(5, "The fewest samples of a kernel that may be chosen.")
     budget_s: float = _option(10.0, "Seconds to measure for, all layers together.")
     progress: bool | None = _option(None, "Show progress bars; None: if the terminal is one.")
-    cache: bool = _option(True, "Use times measured earlier on this machine, and keep new ones (docs/measurement.md).")
+    cache: bool = _option(
+        True, "Use times measured earlier on this machine, and keep new ones (docs/design/measurement.md)."
+    )
     selection: Any = _option(
         None,
         "A ``Selection`` from elsewhere, its JSON text or the path of it: layouts and kernels are taken from there "
@@ -191,7 +194,7 @@ class ConvertOptions(MeasureOptions):
     calibrate: Iterable | None = _option(
         None,
         "Batches on which the new neurons are fitted to what their sources do, resets included, layer by layer: a list "
-        "or a DataLoader of what the model takes (docs/calibration.md).",
+        "or a DataLoader of what the model takes (docs/guide/calibration.md).",
     )
     strict: bool = _option(
         True, "Raise if a neuron cannot be converted; otherwise it stays, and the selection lists it."

@@ -39,8 +39,8 @@ HEADERS = ("library", "network", "neurons", "converted", "captured", "forward", 
 _INTRODUCTION = """\
 # Compatibility
 
-Made by `python -m mfpsn_fx compatibility --markdown docs/compatibility.md`; `--only "norse/*"` redoes one library,
-`--backend inductor` compiles with another backend. The networks are listed in
+Made by `python -m mfpsn_fx compatibility --markdown docs/guide/compatibility.md`; `--only "norse/*"` redoes one
+library, `--backend inductor` compiles with another backend. The networks are listed in
 [examples/compatibility](../examples/compatibility); a list of your own is a file beside them.
 
 * **neurons**, **converted**: source neurons found, and those that became multiplication-free ones.

@@ -56,8 +56,8 @@ class Autoselect(Pass):
     The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
     ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
     input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
-    ``docs/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers are
-    measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
+    ``docs/design/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers
+    are measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
     measured for comparison, last, while less than half of the budget is used.
 
     Args:

@@ -610,10 +610,10 @@ def test_compiled_checkpoint():
 
 @pytest.mark.parametrize("name", ["living_with.md", "calibration.md"])
 def test_what_the_manual_says_to_type(name, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "guide" / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     names: dict = {}
     for block in blocks:
-        exec(compile(block, f"docs/{name}", "exec"), names)
+        exec(compile(block, f"docs/guide/{name}", "exec"), names)
     printed = capsys.readouterr().out
     if name == "calibration.md":
         assert "common spikes after" in printed

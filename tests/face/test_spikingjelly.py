@@ -618,7 +618,7 @@ class TestShapesOfCode:
 
 
 def test_the_page_has_a_row_for_each_network(compatibility):
-    page = (compatibility.FOLDER.parent.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    page = (compatibility.FOLDER.parent.parent / "docs" / "guide" / "compatibility.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| Sp")]
     listed = {n.name: n for n in compatibility.load_networks() if n.library == "SpikingJelly"}
     assert {row[1] for row in rows} == set(listed)

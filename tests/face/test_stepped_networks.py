@@ -1226,12 +1226,12 @@ class TestConverted:
 
 
 def test_the_manual():
-    """docs/single_step.md: what it shows runs, and the graph after is the one that it prints."""
-    text = (FOLDER.parent.parent / "docs" / "single_step.md").read_text(encoding="utf-8")
+    """docs/guide/stepped_networks.md: what it shows runs, and the graph after is the one that it prints."""
+    text = (FOLDER.parent.parent / "docs" / "guide" / "stepped_networks.md").read_text(encoding="utf-8")
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     for block in blocks:
-        exec(compile(block, "docs/single_step.md", "exec"), names)
+        exec(compile(block, "docs/guide/stepped_networks.md", "exec"), names)
     unregister_stepping("mypackage.MyCell")
     graph = text.split("```\n")[2]
     printed = re.findall(r"^.{55}%(\w+) : ", graph, flags=re.MULTILINE)

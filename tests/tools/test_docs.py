@@ -14,14 +14,14 @@ DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_a_kernel_of_ones_own(distorted, capsys):
-    """docs/kernels.md: registered, forced, right, and chosen by autoselect once it is the fastest."""
-    section = (DOCS / "kernels.md").read_text(encoding="utf-8").split("## A kernel of your own")[1]
+    """docs/guide/kernels.md: registered, forced, right, and chosen by autoselect once it is the fastest."""
+    section = (DOCS / "guide" / "kernels.md").read_text(encoding="utf-8").split("## A kernel of your own")[1]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert len(blocks) == 2
     names: dict = {}
     try:
         for block in blocks:
-            exec(compile(block, "docs/kernels.md", "exec"), names)
+            exec(compile(block, "docs/guide/kernels.md", "exec"), names)
         assert "two-taps" in capsys.readouterr().out
         x, one = torch.randn(5, 3, 4), torch.ones(4)
         arguments = (x, torch.randn(4, 2), one, -one, 0 * one, one)

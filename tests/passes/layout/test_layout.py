@@ -794,11 +794,11 @@ class TestOperators:
 
 
 def test_the_manuals_example():
-    """docs/layout.md: an operator of one's own, run in its form."""
-    text = (pathlib.Path(__file__).parents[3] / "docs" / "layout.md").read_text(encoding="utf-8")
+    """docs/design/layout.md: an operator of one's own, run in its form."""
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "design" / "layout.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(import.*?)```", text, flags=re.DOTALL)
     names: dict = {"__name__": "manual"}
-    exec(compile(block, "docs/layout.md", "exec"), names)
+    exec(compile(block, "docs/design/layout.md", "exec"), names)
     scale = names["ChannelScale"]
     try:
         net = nn.Sequential(neuron.LIFNode(step_mode="m"), scale(3), neuron.LIFNode(step_mode="m")).eval()
