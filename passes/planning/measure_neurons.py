@@ -53,12 +53,13 @@ def check_choice(choice: str | Mapping[str, str], names: list[str]) -> None:
 class Autoselect(Pass):
     """Time forward and backward of each neuron with each kernel in each layout; the graph is unchanged.
 
-    The graph is unchanged, but for conversions from an earlier run, which are taken out; what was found is left for
-    ``plan_layout`` and ``bind_kernels``. Kernels are measured in turn on data with the strides and dtype of the layer's
-    input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
+    Before and after: ``conv -> lif -> linear``; ``context.measurements["lif"]`` holds each kernel's times in each
+    layout, ``context.stats`` what that took. Kernels are measured in turn on data with the strides and dtype of the
+    layer's input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
     ``docs/design/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers
-    are measured once, and what was measured in an earlier run on this machine is not measured again. The vanilla way is
-    measured for comparison, last, while less than half of the budget is used.
+    are measured once, what was measured in an earlier run on this machine is not measured again, and layers for which
+    the option ``selection`` says what to take are not measured at all. The vanilla kernel is measured for comparison,
+    last, while less than half of the budget is used.
 
     Args:
         layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. Where layouts are to

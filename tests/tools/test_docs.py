@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 
@@ -11,6 +12,30 @@ import mfpsn_fx
 from mfpsn_fx.kernels import reference, unregister_kernel
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_links_lead_somewhere():
+    root, count = DOCS.parent, 0
+    for page in (*root.glob("*.md"), *DOCS.rglob("*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            full = page.parent / path if path else page
+            assert full.exists(), f"{page.relative_to(root)}: {target}"
+            if anchor and full.suffix == ".md":
+                heads = re.findall(r"^#+ (.*)$", full.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in slugs, f"{page.relative_to(root)}: {target}"
+            count += 1
+    assert count > 80
+
+
+def test_the_reference_of_options_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make", DOCS / "reference" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert make.PAGE.read_text(encoding="utf-8") == make.page(), "run python docs/reference/make.py"
 
 
 def test_a_kernel_of_ones_own(distorted, capsys):

@@ -8,63 +8,125 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
+import networkx as nx
 import pytest
 
 import mfpsn_fx
 import mfpsn_fx.__main__
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FLOORS = {"mfpsn_fx.kernels": 1, "mfpsn_fx.model": 2, "mfpsn_fx.passes": 3, "mfpsn_fx": 4}
-FOLDERS = {"kernels": "mfpsn_fx.kernels", "mfpsn_fx/model": "mfpsn_fx.model", "passes": "mfpsn_fx.passes",
-           "mfpsn_fx": "mfpsn_fx"}  # fmt: skip
+SOURCES = ("kernels", "passes", "mfpsn_fx")
+# what stands beside the passes of the pipeline in passes/
+BESIDE_PASSES = {"__init__", "base", "context", "errors", "options", "neurons", "example_run", "op_traits",
+                 "channel_inference", "fit_taps"}  # fmt: skip
+LIBRARIES = {"triton", "torch", "numpy", "networkx", "tabulate", "tqdm", "hypothesis", "norse", "nir", "snntorch",
+             "spikingjelly"}  # fmt: skip
 
 
-def floor(module: str) -> int:
-    for package, level in FLOORS.items():
-        if module == package or module.startswith(f"{package}."):
-            return level
-    raise LookupError(module)
+def script(path: str):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def ours(path: pathlib.Path, package: str):
-    """(imported module, line) of every import of ours in a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            base = package.split(".")[: len(package.split(".")) - node.level + 1]
-            names = [".".join([*base, *([node.module] if node.module else [])])]
-            if not node.module:
-                names = [f"{names[0]}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            if node.module == "mfpsn_fx":  # `from mfpsn_fx import kernels` names the module in what it imports
-                names = [f"mfpsn_fx.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from ((name, node.lineno) for name in names if name.split(".")[0] == "mfpsn_fx")
+floors = script("docs/design/draw_floors.py")
 
 
 def test_imports_run_downwards():
-    seen, faults = 0, []
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).glob("*.py")):
-            for name, line in ours(path, package):
-                seen += 1
-                if floor(name) > FLOORS[package]:
-                    faults.append(f"{path.relative_to(ROOT)}:{line} (floor {FLOORS[package]}) imports {name}")
-    assert seen > 50
+    known, seen, faults = floors.modules(), 0, []
+    for module, path in known.items():
+        for name, line in floors.imports(module, path, known):
+            seen += 1
+            if floors.floor(name) > floors.floor(module):
+                faults.append(f"{path.relative_to(ROOT)}:{line} (floor {floors.floor(module)}) imports {name}")
+    assert seen > 300
     assert faults == []
 
 
+def test_no_imports_in_functions_run_upwards():
+    """Nor do those that run later: they are written with the same names."""
+    known = floors.modules()
+    for path in (p for folder in SOURCES for p in (ROOT / folder).rglob("*.py")):
+        (module,) = (m for m, other in known.items() if other == path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("mfpsn_fx."):
+                assert floors.floor(node.module) <= floors.floor(module), (path, node.lineno)
+
+
+def test_no_imports_run_in_a_circle():
+    known, graph = floors.modules(), nx.DiGraph()
+    for module, path in known.items():
+        graph.add_edges_from((module, name) for name, _ in floors.imports(module, path, known) if name != module)
+    # a package's __init__ collects what its modules offer, and none of them imports it
+    circles = [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+    assert circles == []
+
+
+def test_what_stands_in_plain_view_in_passes_is_a_pass():
+    for path in sorted((ROOT / "passes").glob("*.py")):
+        if path.stem in BESIDE_PASSES:
+            continue
+        module = importlib.import_module(f"mfpsn_fx.passes.{path.stem}")
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        passes = [one for one in own if issubclass(one, mfpsn_fx.Pass)]
+        assert passes, f"passes/{path.name} holds no pass; it belongs into a folder"
+        for one in passes:
+            assert one.name, one
+            assert "Before" in one.__doc__ or "unchanged" in one.__doc__, (
+                f"{one.__name__} does not show before and after"
+            )
+
+
+def test_every_pass_shows_before_and_after():
+    def subclasses(cls):
+        return {s for c in cls.__subclasses__() for s in (c, *subclasses(c))}
+
+    ours = {one for one in subclasses(mfpsn_fx.Pass) if one.__module__.startswith("mfpsn_fx.")}
+    assert len(ours) > 15
+    for one in ours:
+        assert one.__doc__, one
+        assert "Before" in one.__doc__, f"{one.__name__} does not show before and after"
+
+
+def test_folders_are_installed_and_say_what_they_hold():
+    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {m for m, path in floors.modules().items() if path.name == "__init__.py"}
+    assert packages == found
+    for module in found:
+        assert floors.modules()[module].read_text(encoding="utf-8").startswith('"""'), module
+    kept = set((ROOT / "kernels" / "csrc").rglob("*.*"))
+    assert {p.parent.name for p in kept} == {"cpu", "cuda"}
+
+
+def test_tests_mirror_the_folders():
+    """A folder of tests is named after one of the sources; what tests is flat is what the folder's own files do."""
+    for floor, folder in (("kernels", "kernels"), ("model", "mfpsn_fx/model"), ("passes", "passes")):
+        for one in (ROOT / "tests" / floor).iterdir():
+            if one.is_dir() and one.name != "__pycache__":
+                assert (ROOT / folder / one.name).is_dir(), one
+    assert {p.name for p in (ROOT / "tests").glob("*.py")} == {"conftest.py"}
+
+
+def test_the_picture_of_the_floors_shows_every_folder(tmp_path):
+    graph = floors.folders()
+    assert {"mfpsn_fx", "mfpsn_fx.passes.planning", "mfpsn_fx.kernels.csrc"} & set(graph) == {
+        "mfpsn_fx", "mfpsn_fx.passes.planning",
+    }  # fmt: skip
+    floors.draw(tmp_path / "floors.svg")
+    assert (tmp_path / "floors.svg").stat().st_size > 10_000
+    assert (ROOT / "docs" / "design" / "floors.svg").is_file()
+
+
 def test_source_libraries_are_never_imported():
-    for folder in FOLDERS:
-        for path in (ROOT / folder).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-                assert not {n.split(".")[0] for n in names} & {"spikingjelly", "snntorch", "norse", "nir"}, path
+    for path in (p for folder in SOURCES for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {n.split(".")[0] for n in names} & {"spikingjelly", "snntorch", "norse", "nir"}, path
 
 
 @pytest.mark.parametrize("folder", ["kernels", "passes"])
@@ -74,9 +136,9 @@ def test_packages_refuse_other_names(folder):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_no_module_bears_a_librarys_name():
-    names = {p.stem for folder in FOLDERS for p in (ROOT / folder).glob("*.py")}
-    assert not names & {"triton", "torch", "numpy", "networkx", "tabulate", "tqdm", "hypothesis", "norse", "nir"}
+def test_no_module_bears_a_librarys_name_or_says_nothing():
+    names = {p.stem for folder in SOURCES for p in (ROOT / folder).rglob("*.py")}
+    assert not names & (LIBRARIES | {"utils", "helpers", "common", "misc"})
 
 
 def test_everything_public_has_a_docstring():
