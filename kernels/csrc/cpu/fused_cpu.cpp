@@ -8,9 +8,6 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <exception>
-#include <new>
-#include <string>
 #include <vector>
 
 #include "fold.h"

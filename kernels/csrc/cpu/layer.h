@@ -10,10 +10,13 @@
 
 #include <algorithm>
 #include <exception>
+#include <list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace mfpsn {
@@ -33,10 +36,37 @@ struct Geometry {
 
 };
 
+// Offsets of elements whose dims have these sizes and strides, two numbers a dim, the last dim the fastest. The thread keeps
+// a few for its next calls, each as large as one step of one sample: to find them anew took as long as that step's sweep.
+using Offsets = std::shared_ptr<const std::vector<int64_t>>;
+
+inline Offsets offsets(const std::vector<int64_t>& dims) {
+  constexpr size_t kKept = 64;
+  thread_local std::list<std::pair<std::vector<int64_t>, Offsets>> kept;  // the last used first
+  const auto found = std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first == dims; });
+  if (found != kept.end()) {
+    kept.splice(kept.begin(), kept, found);
+    return kept.front().second;
+  }
+  int64_t total = 1;
+  for (size_t d = 0; d < dims.size(); d += 2) total *= dims[d];
+  auto table = std::make_shared<std::vector<int64_t>>(total);
+  int64_t block = 1;
+  for (size_t d = dims.size(); d > 0; d -= 2) {
+    const int64_t size = dims[d - 2], stride = dims[d - 1];
+    for (int64_t i = 1; i < size; ++i)
+      for (int64_t j = 0; j < block; ++j) (*table)[i * block + j] = (*table)[j] + i * stride;
+    block *= size;
+  }
+  kept.emplace_front(dims, std::move(table));
+  if (kept.size() > kKept) kept.pop_back();
+  return kept.front().second;
+}
+
 // A tensor as the sweeps see it, and the table of offsets that it may need
 struct Placed {
   View view{};
-  std::vector<int64_t> table;
+  Offsets table;
 
   Placed(const at::Tensor& x, const Geometry& g) {
     view.st = x.stride(g.time), view.sn = x.stride(g.batch);
@@ -54,17 +84,11 @@ struct Placed {
       view.sj = std::max<int64_t>(step, 0);
       return;
     }
-    table.assign(1, 0);
-    for (const int64_t d : g.dims) {
-      std::vector<int64_t> next;
-      next.reserve(table.size() * x.size(d));
-      for (const int64_t base : table)
-        for (int64_t i = 0; i < x.size(d); ++i) next.push_back(base + i * x.stride(d));
-      table = std::move(next);
-    }
-    view.offset = table.data();
+    std::vector<int64_t> dims;
+    for (const int64_t d : g.dims) dims.insert(dims.end(), {x.size(d), x.stride(d)});
+    table = offsets(dims);
+    view.offset = table->data();
   }
-  Placed(const Placed&) = delete;
 };
 
 using Vector = std::optional<at::Tensor>;

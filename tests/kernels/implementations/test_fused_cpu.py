@@ -285,6 +285,16 @@ def test_rows_of_many_steps(steps, width):
         assert torch.equal(fire(memory, w, bias, method="fused-cpp"), fire(memory, w, bias))
 
 
+def test_offsets_of_many_views_in_turn():
+    """More tables of offsets than are kept, each used again after it was dropped; and after another of its sizes."""
+    x, w, bias = torch.randn(3, 2, 4, 3, 90), power_of_two(torch.randn(4, 2)), torch.randn(4)
+    views = [wide[..., :width] for width in range(2, 72) for wide in (x, x[..., :80].contiguous())]
+    for _ in range(2):
+        for view in views:
+            found = fire(view, w, bias, method="fused-cpp")
+            assert torch.equal(found, fire(view.contiguous(), w, bias, method="fused-cpp"))
+
+
 @pytest.mark.parametrize("alpha", [0.5, 4.0, 50.0])
 def test_sigmoid_surrogate(alpha):
     """Its exponential is the kernel's own: far from the threshold too."""
