@@ -44,7 +44,7 @@ from mfpsn_fx.passes import (
 from mfpsn_fx.passes.autoselect import check_budget
 from mfpsn_fx.passes.plan_layout import RULES
 from mfpsn_fx.passes.replace_neurons import REFUSED
-from mfpsn_fx.passes.roll_up import check_accept
+from mfpsn_fx.passes.rollup.roll_up import check_accept
 
 from .replay import choices_of
 from .selection import Selection, graph_of, unwrapped

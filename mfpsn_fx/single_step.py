@@ -13,8 +13,7 @@ from mfpsn_fx.model.shared_mask import wrap_dropouts
 from mfpsn_fx.model.source import NotAFilterError, describe, is_source, source_paths
 from mfpsn_fx.model.stepped_neuron import memory_layers, wrap_stepping_neurons
 from mfpsn_fx.passes import ConversionError, RollUp
-
-from .rolled_check import check_rolled
+from mfpsn_fx.passes.rollup.equivalence import check_rolled
 
 __all__ = ["has_steps", "rolled_loop", "rolled_up"]
 

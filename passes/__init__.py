@@ -24,10 +24,10 @@ from .operator_layouts import register_operator_layout, unregister_operator_layo
 from .plan_layout import PlanLayout
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ConversionError, ReplaceNeurons
-from .roll_up import RollUp
+from .rollup.errors import RollUpError
+from .rollup.roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
-from .time_slices import RollUpError
 from .verify_plan import VerifyPlan
 
 __all__ = [

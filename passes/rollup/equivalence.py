@@ -19,8 +19,10 @@ from mfpsn_fx.model.state_arguments import StateArguments, state_arguments
 from mfpsn_fx.model.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
 from mfpsn_fx.model.unrolled import NotSteppedError
-from mfpsn_fx.passes.roll_up import WITHOUT_RESET
-from mfpsn_fx.passes.time_slices import RollUpError, is_random
+
+from .emit import WITHOUT_RESET
+from .errors import RollUpError
+from .ops import is_random
 
 __all__ = ["check_rolled"]
 

@@ -1,0 +1,76 @@
+"""Writes into tensors as values: after ``out[t] = v`` every reader of ``out`` reads a new tensor."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from mfpsn_fx.model.time_axis import with_item
+
+from .errors import RollUpError
+from .ops import OUT_OF_PLACE
+
+__all__ = ["functionalize"]
+
+
+def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy an unrolled graph so that no node of it changes a tensor that another one reads.
+
+    Before::
+
+        %zeros : get_attr[target=zeros]()
+        %__setitem__ : call_method[target=__setitem__](args = (%zeros, 0, %spk))
+        %zeros_1 : get_attr[target=zeros]()
+        %add_ : call_function[target=operator.iadd](args = (%total, %spk))
+
+    After::
+
+        %zeros : get_attr[target=zeros]()
+        %with_item : call_function[target=with_item](args = (%zeros, 0, %spk))     (read in the place of %zeros_1)
+        %add_ : call_function[target=operator.add](args = (%total, %spk))
+
+    ``+=`` and its kin become ``+`` where nobody else reads the tensor that they change. Of a tensor that is written
+    to under another name (a view, a second entry of a list) nothing is seen; comparing with the source shows it.
+
+    Raises:
+        RollUpError: a tensor from before the loop is changed in place by a method and used again.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    written: dict[object, fx.Node] = {}  # by the tensor's node, or its path: what it is after the last write
+    _check_constants(gm.graph)
+    for node in gm.graph.nodes:
+
+        def current(n: fx.Node) -> fx.Node:
+            return written.get(_tensor(n)) or copies[n]
+
+        if node.op == "call_method" and node.target == "__setitem__":
+            args = fx.map_arg(node.args, current)
+            written[_tensor(node.args[0])] = graph.create_node("call_function", with_item, args, {}, name="with_item")
+            continue
+        copy = graph.node_copy(node, current)
+        sole = node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE
+        if sole and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+            copy.target = OUT_OF_PLACE[node.target]
+        copies[node] = copy
+    functional = fx.GraphModule(gm, graph, type(gm).__name__)
+    functional.meta.update(gm.meta)
+    functional.training = gm.training
+    return functional
+
+
+def _tensor(node: fx.Node) -> object:
+    return node.target if node.op == "get_attr" else node  # each mention of a constant has a node of its own
+
+
+def _check_constants(graph: fx.Graph) -> None:
+    mentions: dict[object, int] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            mentions[node.target] = mentions.get(node.target, 0) + 1
+    for node in graph.nodes:
+        name = node.target if node.op == "call_method" else ""
+        changes = name.endswith("_") and not name.endswith("__") and node.args[0].op == "get_attr"
+        if changes and mentions[node.args[0].target] > 1:
+            raise RollUpError(
+                f"{node.args[0].target} is changed in place ({name}) and used again: assign the result, x = x + …"
+            )
