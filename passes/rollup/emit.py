@@ -98,6 +98,10 @@ class _Emitter:
         if isinstance(group.kind, Fixed):
             self.single[node] = self._select(group.kind.value)
             return
+        if isinstance(group.kind, Output):  # of a neuron that runs over sequences by itself
+            self.single[node] = self._neuron(group.kind)
+            self.single[node].meta["val"] = self.recorded.get(node.name)
+            return
         args, kwargs = self._arguments(node, self._value)
         source = self.recorded.get(node.args[0].name) if node.args and isinstance(node.args[0], fx.Node) else None
         if value.index is not None or self._has_samples_first(node, group):
@@ -227,14 +231,11 @@ class _Emitter:
         if output.name == "spikes":
             self.modules[path] = OverTime(module)
         else:
-            if self._puts_out(output.chain, "spikes"):
+            if Output(output.chain, "spikes") in self.legality.outputs:
                 path += "_membrane"
             self.modules[path] = self._integrator(path, output.chain)
         name = path.replace(".", "_").replace("@", "_")
         return self.graph.create_node("call_module", path, (self._fed(output.chain),), {}, name=name)
-
-    def _puts_out(self, number: int, name: str) -> bool:
-        return any(self.groups[i].kind == Output(number, name) for i in self.legality.at_once)
 
     def _fed(self, number: int) -> fx.Node:
         feed, steps = self.numbering.feeds[number], self.chains.steps

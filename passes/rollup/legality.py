@@ -40,6 +40,7 @@ class Legality:
     Attributes:
         needed: nodes that have to be computed; one for each value.
         at_once: by the number of a group, the indices at which it runs at once.
+        outputs: what of its neurons is needed.
 
     Raises:
         RollUpError: what a neuron is fed cannot run at once, or a neuron cannot run over time.
@@ -63,6 +64,8 @@ class Legality:
             indices.setdefault(value.number, [])
             if value.index is not None:
                 indices[value.number].append(value.index)
+        kinds = (numbering.groups[number].kind for number in indices)
+        self.outputs = {kind for kind in kinds if isinstance(kind, Output)}
         self._check_neurons(sorted(indices))
         self._check_batch_statistics(indices)
         for number in sorted(indices):
@@ -184,7 +187,7 @@ class Legality:
         return found
 
     def _decide(self, number: int, indices: list[int]) -> None:
-        group, groups = self.numbering.groups[number], self.numbering.groups
+        group = self.numbering.groups[number]
         feeds, all_steps = self._feeds(group), range(self.numbering.chains.steps or 1)
         if isinstance(group.kind, Output):
             self.at_once[number] = all_steps
