@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
 from mfpsn_fx.model.time_axis import with_item
@@ -21,15 +24,19 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
         %__setitem__ : call_method[target=__setitem__](args = (%zeros, 0, %spk))
         %zeros_1 : get_attr[target=zeros]()
         %add_ : call_function[target=operator.iadd](args = (%total, %spk))
+        %getitem : call_function[target=operator.getitem](args = (%x, (0, slice(None), slice(1, None))))
 
     After::
 
         %zeros : get_attr[target=zeros]()
         %with_item : call_function[target=with_item](args = (%zeros, 0, %spk))     (read in the place of %zeros_1)
         %add_ : call_function[target=operator.add](args = (%total, %spk))
+        %select : call_function[target=torch.select](args = (%x, 0, 0))
+        %getitem : call_function[target=operator.getitem](args = (%select, (slice(None), slice(1, None))))
 
     ``+=`` and its kin become ``+`` where nobody else reads the tensor that they change. Of a tensor that is written
     to under another name (a view, a second entry of a list) nothing is seen; comparing with the source shows it.
+    A step that is taken together with a part of it is taken first.
 
     Raises:
         RollUpError: a tensor from before the loop is changed in place by a method and used again.
@@ -47,11 +54,13 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
             args = fx.map_arg(node.args, current)
             written[_tensor(node.args[0])] = graph.create_node("call_function", with_item, args, {}, name="with_item")
             continue
-        copy = graph.node_copy(node, current)
-        sole = node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE
-        if sole and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+        copies[node] = copy = graph.node_copy(node, current)
+        if node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE and _is_private(node.args[0]):
             copy.target = OUT_OF_PLACE[node.target]
-        copies[node] = copy
+        elif node.target is operator.getitem and (place := _step_and_part(node.args[1])) is not None:
+            with graph.inserting_before(copy):
+                step = graph.call_function(torch.select, (copy.args[0], *place[:2]))
+            copy.args = (step, place[2])
     functional = fx.GraphModule(gm, graph, type(gm).__name__)
     functional.meta.update(gm.meta)
     functional.training = gm.training
@@ -60,6 +69,24 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _tensor(node: fx.Node) -> object:
     return node.target if node.op == "get_attr" else node  # each mention of a constant has a node of its own
+
+
+def _is_private(tensor: object) -> bool:
+    """Whether nobody else sees a tensor that is changed in place."""
+    if not isinstance(tensor, fx.Node) or len(tensor.users) > 1 or tensor.op == "placeholder":
+        return False
+    return tensor.op != "get_attr" or tensor.target.rpartition(".")[2].startswith("_tensor_constant")
+
+
+def _step_and_part(item: object) -> tuple[int, int, tuple] | None:
+    """(dim, index, rest) of ``x[:, t, 2:]``: what is left of the item once ``x`` at ``t`` was taken; else None."""
+    if not isinstance(item, tuple) or not all(type(part) in (int, slice) for part in item):
+        return None
+    places = [dim for dim, part in enumerate(item) if type(part) is int]
+    if len(places) != 1 or all(part == slice(None) for part in item if type(part) is slice):
+        return None
+    (dim,) = places
+    return dim, item[dim], (*item[:dim], *item[dim + 1 :])
 
 
 def _check_constants(graph: fx.Graph) -> None:

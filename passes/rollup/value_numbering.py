@@ -354,18 +354,19 @@ class ValueNumbering:
                 return
         elif feed.number == value.number:
             return
-        others = self._other_steps(fed, step)
-        if value.index is not None and value.index != step and self.groups[value.number].reach == (0, 0):
+        pure = value.index is not None and self.groups[value.number].reach == (0, 0)
+        if pure and value.index != step:
             raise RollUpError(
                 f"{chain.path}: at step {step} it is fed what belongs to step {value.index}"
-                + (", fed back from a neuron" if others else "")
+                + (", fed back from a neuron" if self._other_steps(fed, step) else "")
             )
+        difference, parted = self._difference(Value(feed.number, feed.start), value)
+        others = self._other_steps(parted, step)
         if others:
             raise RollUpError(
                 f"{chain.path}: at step {step} its input depends on what {', '.join(map(repr, others))} put out at "
                 "another step: a connection back in time cannot run for all steps at once"
             )
-        difference = self._difference(Value(feed.number, feed.start), value)
         raise RollUpError(f"{chain.path}: step {step} is not like step 0: {difference}")
 
     def _result(self, call: Call, position: object, node: fx.Node) -> Value | State:
@@ -417,29 +418,30 @@ class ValueNumbering:
     def _is_output(self, value: Value) -> bool:
         return isinstance(self.groups[value.number].kind, Output)
 
-    def _difference(self, one: Value, other: Value) -> str:
-        """Where two values first part, in words."""
+    def _difference(self, one: Value, other: Value) -> tuple[str, fx.Node]:
+        """Where two values first part, in words, and the node of ``other`` there."""
         while True:
             a, b = self.member(one), self.member(other)
             kinds = [self.groups[v.number].kind for v in (one, other)]
             special = any(isinstance(kind, (TimeSlice, Output)) for kind in kinds)
             if special or (a.op, self.target_key(a)) != (b.op, self.target_key(b)):
-                return f"{self._spoken(other)} stands where {self._spoken(one)} was"
+                return f"{self._spoken(other)} stands where {self._spoken(one)} was", b
             ours, theirs = _leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs))
             if len(ours) != len(theirs):
-                return f"{self._spoken(other)} has {len(theirs)} arguments where it had {len(ours)}"
-            for mine, yours in zip(ours, theirs, strict=True):
-                if self.key(mine, one.index) == self.key(yours, other.index):
-                    continue
-                if not isinstance(mine, fx.Node) or not isinstance(yours, fx.Node):
-                    return f"{self._spoken(other)} has {yours!r} where it had {mine!r}"
-                following = self.values[mine], self.values[yours]
-                break
-            else:
-                return f"{self._spoken(other)} differs"
-            if following[0].number == following[1].number:
-                return f"{self._spoken(following[1])} is taken from another step"
-            one, other = following
+                return f"{self._spoken(other)} has {len(theirs)} arguments where it had {len(ours)}", b
+            parted = [
+                (mine, yours)
+                for mine, yours in zip(ours, theirs, strict=True)
+                if self.key(mine, one.index) != self.key(yours, other.index)
+            ]
+            if not parted:
+                return f"{self._spoken(other)} differs", b
+            mine, yours = parted[0]
+            if not isinstance(mine, fx.Node) or not isinstance(yours, fx.Node):
+                return f"{self._spoken(other)} has {yours!r} where it had {mine!r}", b
+            one, other = self.values[mine], self.values[yours]
+            if one.number == other.number:
+                return f"{self._spoken(other)} is taken from another step", yours
 
     def _spoken(self, value: Value) -> str:
         node, kind = self.member(value), self.groups[value.number].kind
@@ -479,30 +481,31 @@ def _count_draws(gm: fx.GraphModule) -> dict[fx.Node, int]:
 
 
 def _used_at_all_steps(gm: fx.GraphModule, chains: Chains) -> set[fx.Node]:
-    """Items that neurons read, past other neurons, from their first step to their last.
+    """Items that some neuron reads, not past other neurons, at each of its steps.
 
     ``x[0]`` in ``x[t] - x[0]`` is no step of the loop, but the same for all of them.
     """
     if chains.steps is None:
         return set()
-    used: dict[fx.Node, tuple[int, int]] = {}
-    items: dict[tuple, tuple[int, int]] = {}  # each mention of x[0] has a node of its own
-    fed = {call: input_of(call) for call in chains.calls}
+    every = (1 << chains.steps) - 1
+    used: dict[fx.Node, dict[int, int]] = {}  # by chain, a bit for each step
+    mentions: dict[tuple, list[fx.Node]] = {}
     for node in reversed(gm.graph.nodes):
-        at = [used[user] for user in node.users if user not in chains.calls and user in used]
+        at: dict[int, int] = {}
         for user in node.users:
-            if user in chains.calls and fed[user] is node and chains.calls[user][1] is not None:
-                at.append((chains.calls[user][1],) * 2)
-        if not at:
-            continue
-        used[node] = (min(low for low, _ in at), max(high for _, high in at))
-        if node.target is operator.getitem and node not in chains.calls:
-            key = (node.args[0], repr(node.args[1]))
-            low, high = items.get(key, used[node])
-            items[key] = (min(low, used[node][0]), max(high, used[node][1]))
-    everywhere = {key for key, span in items.items() if span == (0, chains.steps - 1)}
-    return {
-        node
-        for node in used
-        if node.target is operator.getitem and (node.args[0], repr(node.args[1])) in everywhere
-    }  # fmt: skip
+            if user not in chains.calls:
+                for chain, bits in used.get(user, {}).items():
+                    at[chain] = at.get(chain, 0) | bits
+            elif input_of(user) is node and (step := chains.calls[user][1]) is not None:
+                chain = chains.calls[user][0]
+                at[chain] = at.get(chain, 0) | 1 << step
+        used[node] = at
+        if node.target is operator.getitem and at:
+            mentions.setdefault((node.args[0], repr(node.args[1])), []).append(node)
+    found = {node for nodes in mentions.values() for node in nodes if every in used[node].values()}
+    for nodes in mentions.values():  # x[-1] has a node for each step
+        for chain in used[nodes[0]]:
+            bits = [used[node].get(chain, 0) for node in nodes]
+            if len(nodes) == chains.steps and len(set(bits)) == len(bits) and sum(bits) == every:
+                found.update(nodes)
+    return found
