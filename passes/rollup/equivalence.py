@@ -120,7 +120,7 @@ def _drawn(value: object, factor: float) -> object:
 def _one_sample_more(rolled: fx.GraphModule, inputs: dict[str, object], one_step: bool) -> dict[str, object] | None:
     """The inputs with their first sample once more at the end; None where the graph does not tell which dim is N."""
     larger = dict(inputs)
-    timed = [n for n in rolled.graph.nodes if n.target is expect_steps]
+    timed = [n for n in rolled.graph.nodes if n.target in (expect_steps, torch.narrow)]
     for node in (n for n in rolled.graph.nodes if n.op == "placeholder"):
         value = inputs.get(node.target)
         if not isinstance(value, Tensor):

@@ -57,6 +57,8 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
         copies[node] = copy = graph.node_copy(node, current)
         if node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE and _is_private(node.args[0]):
             copy.target = OUT_OF_PLACE[node.target]
+            if node.args[0].op == "get_attr":
+                written[_tensor(node.args[0])] = copy
         elif node.target is operator.getitem and (place := _step_and_part(node.args[1])) is not None:
             with graph.inserting_before(copy):
                 step = graph.call_function(torch.select, (copy.args[0], *place[:2]))
@@ -72,10 +74,15 @@ def _tensor(node: fx.Node) -> object:
 
 
 def _is_private(tensor: object) -> bool:
-    """Whether nobody else sees a tensor that is changed in place."""
+    """Whether nobody sees a tensor being changed in place but readers of what the change returns."""
     if not isinstance(tensor, fx.Node) or len(tensor.users) > 1 or tensor.op == "placeholder":
         return False
-    return tensor.op != "get_attr" or tensor.target.rpartition(".")[2].startswith("_tensor_constant")
+    return tensor.op != "get_attr" or _is_constant(tensor)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a tensor was made by the forward itself, not kept by the network."""
+    return node.target.rpartition(".")[2].startswith("_tensor_constant")
 
 
 def _step_and_part(item: object) -> tuple[int, int, tuple] | None:
@@ -97,6 +104,7 @@ def _check_constants(graph: fx.Graph) -> None:
     for node in graph.nodes:
         name = node.target if node.op == "call_method" else ""
         changes = name.endswith("_") and not name.endswith("__") and node.args[0].op == "get_attr"
+        changes = changes and not (name in OUT_OF_PLACE and _is_constant(node.args[0]))
         if changes and mentions[node.args[0].target] > 1:
             raise RollUpError(
                 f"{node.args[0].target} is changed in place ({name}) and used again: assign the result, x = x + …"

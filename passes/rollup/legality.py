@@ -76,6 +76,7 @@ class Legality:
         """Everything that ``nodes`` are made of, each value once."""
         values, calls = self.numbering.values, self.numbering.chains.calls
         reached: dict[fx.Node, None] = {}
+        whole: set[int] = set()  # chains of which one call was reached, and so all
         stack = list(nodes)
         while stack:
             node = stack.pop()
@@ -87,7 +88,10 @@ class Legality:
             reached[node] = None
             if node in calls:  # not the state: that is its chain's own
                 stack.append(input_of(node))
-                stack.extend(self.numbering.chains.chains[calls[node][0]].calls)
+                number = calls[node][0]
+                if number not in whole:
+                    whole.add(number)
+                    stack.extend(self.numbering.chains.chains[number].calls)
             else:
                 stack.extend(node.all_input_nodes)
         return reached

@@ -123,11 +123,11 @@ def cat_to_flatten(node: fx.Node) -> None:
 
 def additions_to_sum(node: fx.Node) -> None:
     """``start + s[0] + … + s[T - 1]`` → ``start + s.sum(0)``; no start is left of 0, or of zeros of the same shape."""
-    if not _is_addition(node) or any(_is_addition(user) and len(node.users) == 1 for user in node.users):
+    if not _is_addition(node) or all(map(_is_addition, node.users)):
         return
     terms: list[fx.Node] = []
     rest: object = node
-    while isinstance(rest, fx.Node) and _is_addition(rest) and (rest is node or len(rest.users) == 1):
+    while isinstance(rest, fx.Node) and _is_addition(rest) and (rest is node or all(map(_is_addition, rest.users))):
         left, right = rest.args
         if _is_step(right):
             last, rest = right, left
