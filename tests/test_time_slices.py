@@ -123,4 +123,9 @@ def test_written_step_by_step(make, along):
     assert ours(torch.cat([x, x], 1)).shape[1 - along] == 4
     for net.fault in ("backwards", "early"):
         unrolled, one_step = capture_steps(net, (x,))
-        torch.testing.assert_close(RollUp((x,), one_step=one_step)(unrolled).graph_module(x), net(x))
+        ours = RollUp((x,), one_step=one_step)(unrolled).graph_module
+        if net.fault == "early" and "torch" in make.__code__.co_names:  # zeros that tracing does not see being read
+            with pytest.raises(RollUpError, match="Written rolled up over time does not give what its own code gives"):
+                mfpsn_fx.convert(net, x, **QUICK)
+        else:
+            torch.testing.assert_close(ours(x), net(x))

@@ -12,7 +12,7 @@ from mfpsn_fx.model.stepping import Stepping, is_stepping, stepping_of
 from .errors import RollUpError
 from .ops import MAKES_ZEROS
 
-__all__ = ["Chain", "Chains", "find_chains", "input_of"]
+__all__ = ["Chain", "Chains", "find_chains", "input_of", "used_at_all_steps"]
 
 
 @dataclasses.dataclass
@@ -62,6 +62,37 @@ def find_chains(gm: fx.GraphModule, one_step: bool) -> Chains:
             numbers of steps.
     """
     return _Linker(gm, one_step).link()
+
+
+def used_at_all_steps(gm: fx.GraphModule, chains: Chains) -> set[fx.Node]:
+    """Find the items that some neuron reads, not past other neurons, at each of its steps.
+
+    ``x[0]`` in ``x[t] - x[0]`` is no step of the loop, but the same for all of them.
+    """
+    if chains.steps is None:
+        return set()
+    every = (1 << chains.steps) - 1
+    used: dict[fx.Node, dict[int, int]] = {}  # by chain, a bit for each step
+    mentions: dict[tuple, list[fx.Node]] = {}
+    for node in reversed(gm.graph.nodes):
+        at: dict[int, int] = {}
+        for user in node.users:
+            if user not in chains.calls:
+                for chain, bits in used.get(user, {}).items():
+                    at[chain] = at.get(chain, 0) | bits
+            elif input_of(user) is node and (step := chains.calls[user][1]) is not None:
+                chain = chains.calls[user][0]
+                at[chain] = at.get(chain, 0) | 1 << step
+        used[node] = at
+        if node.target is operator.getitem and at:
+            mentions.setdefault((node.args[0], repr(node.args[1])), []).append(node)
+    found = {node for nodes in mentions.values() for node in nodes if every in used[node].values()}
+    for nodes in mentions.values():  # x[-1] has a node for each step
+        for chain in used[nodes[0]]:
+            bits = [used[node].get(chain, 0) for node in nodes]
+            if len(nodes) == chains.steps and len(set(bits)) == len(bits) and sum(bits) == every:
+                found.update(nodes)
+    return found
 
 
 class _Linker:

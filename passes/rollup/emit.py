@@ -17,7 +17,8 @@ from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, un
 from .errors import RollUpError
 from .fused_axis import without_batch
 from .legality import Legality, carries_batch
-from .value_numbering import Drawn, Fixed, Group, Output, TimeSlice, Value, ValueNumbering
+from .value_numbering import ValueNumbering
+from .values import Drawn, Fixed, Group, Output, TimeSlice, Value
 
 __all__ = ["WITHOUT_RESET", "emit"]
 
@@ -238,7 +239,7 @@ class _Emitter:
         return self.graph.create_node("call_module", path, (self._fed(output.chain),), {}, name=name)
 
     def _fed(self, number: int) -> fx.Node:
-        feed, steps = self.numbering.feeds[number], self.chains.steps
+        feed, steps = self.legality.feeds[number], self.chains.steps
         if self.chains.chains[number].sequence:
             return self._select(Value(feed.number))
         if feed.start is None or (feed.stride == 0 and not self.chains.one_step):

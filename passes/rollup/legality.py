@@ -13,7 +13,8 @@ from mfpsn_fx.model.unrolled import has_batch_statistics
 from .chains import input_of
 from .errors import RollUpError
 from .fused_axis import FusedAxis
-from .value_numbering import Fixed, Group, Output, TimeSlice, Value, ValueNumbering
+from .value_numbering import ValueNumbering
+from .values import Feed, Fixed, Group, Output, TimeSlice, Value
 
 __all__ = ["Legality", "carries_batch"]
 
@@ -34,6 +35,7 @@ class Legality:
 
     Args:
         numbering: of the unrolled graph.
+        feeds: what its chains are fed.
         returned: the values that are returned.
         accept_batch_statistics: let batch norms see T·N samples.
 
@@ -46,14 +48,21 @@ class Legality:
         RollUpError: what a neuron is fed cannot run at once, or a neuron cannot run over time.
     """
 
-    def __init__(self, numbering: ValueNumbering, returned: Iterable[Value], accept_batch_statistics: bool) -> None:
+    def __init__(
+        self,
+        numbering: ValueNumbering,
+        feeds: Mapping[int, Feed],
+        returned: Iterable[Value],
+        accept_batch_statistics: bool,
+    ) -> None:
         self.numbering, self.gm, self.accept = numbering, numbering.gm, accept_batch_statistics
+        self.feeds = feeds
         returned = list(returned)
         self.needed = self._reached(map(numbering.member, returned))
         self._feeding = self._reached(
             input_of(call)
             for call, (chain, _) in numbering.chains.calls.items()
-            if call in self.needed and numbering.feeds[chain].stride  # else it is fed one value at all steps
+            if call in self.needed and feeds[chain].stride  # else it is fed one value at all steps
         )
         self.at_once: dict[int, range] = {}
         self._fused = FusedAxis(numbering)
@@ -118,7 +127,7 @@ class Legality:
     def _check_fed_membrane(self, output: Output) -> None:
         """A membrane is a readout: nothing that it reaches feeds a neuron, unless it never resets."""
         chains = self.numbering.chains.chains
-        membrane = self.numbering.groups[self.numbering.feeds[output.chain].number].membrane
+        membrane = self.numbering.groups[self.feeds[output.chain].number].membrane
         if membrane is not None:
             raise RollUpError(
                 f"{chains[membrane].path}: its membrane feeds {chains[output.chain].path!r}, but with its reset gone "

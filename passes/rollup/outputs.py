@@ -6,7 +6,8 @@ import operator
 
 from torch import fx
 
-from .value_numbering import Call, Output, State, Value, ValueNumbering
+from .value_numbering import ValueNumbering
+from .values import Call, Output, State, Value
 
 __all__ = ["outputs_of"]
 

@@ -16,11 +16,13 @@ from ..base import Pass, Result
 from .chains import Chains, find_chains, input_of
 from .emit import emit
 from .errors import RollUpError
+from .feeds import feeds_of
 from .functionalize import functionalize
 from .legality import Legality
 from .outputs import outputs_of
 from .peephole import simplify
-from .value_numbering import Value, ValueNumbering
+from .value_numbering import ValueNumbering
+from .values import Value
 
 __all__ = ["ACCEPTABLE", "RollUp", "check_accept"]
 
@@ -87,9 +89,10 @@ class RollUp(Pass):
         chains = find_chains(gm, self.one_step)
         recorded = _record(gm, chains, self.args, self.kwargs)
         numbering = ValueNumbering(gm, chains, recorded)
+        feeds = feeds_of(numbering)
         outputs = outputs_of(numbering)
         returned = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Value)]
-        legality = Legality(numbering, returned, "batch_statistics" in self.accept)
+        legality = Legality(numbering, feeds, returned, "batch_statistics" in self.accept)
         rolled = emit(numbering, legality, outputs)
         simplify(rolled)
         changes = [f"{c.path}: {len(c.calls)} calls -> 1" for c in chains.chains]

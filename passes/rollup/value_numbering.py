@@ -8,7 +8,6 @@ from the node's own, so that ``x[t] - x[t - 1]`` is one computation at all t.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import operator
 from collections.abc import Mapping
@@ -16,98 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from .chains import Chain, Chains, input_of
+from .chains import Chains, input_of, used_at_all_steps
 from .errors import RollUpError
 from .ops import is_random
+from .values import Call, Drawn, Fixed, Group, Output, State, TimeSlice, Value
 
-__all__ = ["Call", "Drawn", "Feed", "Fixed", "Group", "Output", "State", "TimeSlice", "Value", "ValueNumbering"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """What a node is: a number, and its index in time; None where it belongs to no single step."""
-
-    number: int
-    index: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What a neuron's call returned, before it is taken apart."""
-
-    chain: int
-    index: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """A state that is no tensor of its own: something to hand to the next step."""
-
-    chain: int
-    index: int | None
-    position: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSlice:
-    """Of a group: one position of ``source`` along ``dim``."""
-
-    source: fx.Node
-    dim: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Of a group: what a neuron puts out, ``"spikes"`` or ``"membrane"``."""
-
-    chain: int
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """Of a group: one step of a neuron's output, read by another loop at all of its own steps."""
-
-    value: Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Of a group: random numbers, drawn at every step from what is the same at all of them."""
-
-
-@dataclasses.dataclass(eq=False)
-class Group:
-    """Nodes with one number.
-
-    Attributes:
-        node: the first of them.
-        at: the first of each index; empty where they belong to no single step.
-        kind: what the group is, if it is no plain operation.
-        count: how many nodes there are.
-        reach: how far before and after its own index it reads, through all that it is made of.
-        from_input: it comes from an input of the graph.
-        from_steps: it comes from single steps, or from a neuron.
-        membrane: a chain whose membrane it is made of, which would be another one without its reset.
-    """
-
-    node: fx.Node
-    kind: TimeSlice | Output | Fixed | Drawn | None = None
-    at: dict[int, fx.Node] = dataclasses.field(default_factory=dict)
-    count: int = 0
-    reach: tuple[int, int] = (0, 0)
-    from_input: bool = False
-    from_steps: bool = False
-    membrane: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """What a chain is fed: at step t the index ``start + stride * t`` of a number, or one value at all steps."""
-
-    number: int
-    start: int | None
-    stride: int = 0
+__all__ = ["ValueNumbering"]
 
 
 class ValueNumbering:
@@ -121,23 +34,20 @@ class ValueNumbering:
     Attributes:
         groups: by number; what a group is made of has lower numbers.
         values: of each node.
-        feeds: of each chain, by its number.
 
     Raises:
-        RollUpError: a neuron is not fed the same computation at every step, or something else than spikes and membranes
-            leaves it.
+        RollUpError: something else than spikes and membranes leaves a neuron.
     """
 
     def __init__(self, gm: fx.GraphModule, chains: Chains, recorded: Mapping[str, object]) -> None:
         self.gm, self.chains, self.recorded = gm, chains, recorded
         self.groups: list[Group] = []
         self.values: dict[fx.Node, Value | Call | State] = {}
-        self.feeds: dict[int, Feed] = {}
         self._known: dict[tuple, int] = {}
         self._contents: dict[str, object] = {}
         self._draws: dict[tuple, int] = {}
         self._draws_in_all = _count_draws(gm)
-        self._used_at_all_steps = _used_at_all_steps(gm, chains)
+        self._used_at_all_steps = used_at_all_steps(gm, chains)
         for node in gm.graph.nodes:
             if node.op != "output":
                 self.values[node] = self._read(node)
@@ -154,7 +64,7 @@ class ValueNumbering:
         chain = self.chains.chains[call.chain]
         key = ("neuron", call.chain, name)
         if key not in self._known:
-            fed = self.groups[self.feeds[call.chain].number]
+            fed = self.groups[self.values[input_of(chain.calls[0])].number]
             resets = name == "membrane" and not chain.stepping.reads_out
             group = Group(node, Output(call.chain, name), from_input=fed.from_input, from_steps=True)
             group.membrane = call.chain if resets else fed.membrane
@@ -336,38 +246,10 @@ class ValueNumbering:
                 f"{chain.path}: it is fed all that {self.chains.chains[value.chain].path!r} returns, but needs its "
                 "spikes alone"
             )
-        if chain.sequence:
-            if value.index is not None:
-                raise RollUpError(f"{chain.path}: it runs over sequences, but is called step by step")
-            self.feeds[number] = Feed(value.number, None)
-        else:
-            self._feed(number, chain, value, step, input_of(node))
+        if chain.sequence and value.index is not None:
+            raise RollUpError(f"{chain.path}: it runs over sequences, but is called step by step")
         call, outputs = Call(number, step), chain.stepping.outputs
         return self.output_of(call, outputs[0], 0, node) if len(outputs) == 1 else call
-
-    def _feed(self, number: int, chain: Chain, value: Value, step: int, fed: fx.Node) -> None:
-        feed = self.feeds.setdefault(number, Feed(value.number, value.index))
-        if feed.number == value.number and value.index is not None:
-            if step == 1:
-                feed = self.feeds[number] = Feed(feed.number, feed.start, value.index - feed.start)
-            if value.index == feed.start + feed.stride * step:
-                return
-        elif feed.number == value.number:
-            return
-        pure = value.index is not None and self.groups[value.number].reach == (0, 0)
-        if pure and value.index != step:
-            raise RollUpError(
-                f"{chain.path}: at step {step} it is fed what belongs to step {value.index}"
-                + (", fed back from a neuron" if self._other_steps(fed, step) else "")
-            )
-        difference, parted = self._difference(Value(feed.number, feed.start), value)
-        others = self._other_steps(parted, step)
-        if others:
-            raise RollUpError(
-                f"{chain.path}: at step {step} its input depends on what {', '.join(map(repr, others))} put out at "
-                "another step: a connection back in time cannot run for all steps at once"
-            )
-        raise RollUpError(f"{chain.path}: step {step} is not like step 0: {difference}")
 
     def _result(self, call: Call, position: object, node: fx.Node) -> Value | State:
         chain = self.chains.chains[call.chain]
@@ -393,74 +275,6 @@ class ValueNumbering:
             return None
         return self.output_of(Call(state.chain, state.index), "membrane", state.position, node)
 
-    # -- words
-
-    def _other_steps(self, fed: fx.Node, step: int) -> list[str]:
-        """Return the neurons whose output at another step than ``step`` is in ``fed``."""
-        found, seen, stack = set(), set(), [fed]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            value = self.values[node]
-            if node in self.chains.calls or (isinstance(value, Value) and self._is_output(value)):
-                call = node
-                while call not in self.chains.calls:
-                    call = call.args[0]
-                number, at = self.chains.calls[call]
-                if at is not None and at != step:
-                    found.add(self.chains.chains[number].path)
-                continue
-            stack.extend(node.all_input_nodes)
-        return sorted(found)
-
-    def _is_output(self, value: Value) -> bool:
-        return isinstance(self.groups[value.number].kind, Output)
-
-    def _difference(self, one: Value, other: Value) -> tuple[str, fx.Node]:
-        """Where two values first part, in words, and the node of ``other`` there."""
-        while True:
-            a, b = self.member(one), self.member(other)
-            kinds = [self.groups[v.number].kind for v in (one, other)]
-            special = any(isinstance(kind, (TimeSlice, Output)) for kind in kinds)
-            if special or (a.op, self.target_key(a)) != (b.op, self.target_key(b)):
-                return f"{self._spoken(other)} stands where {self._spoken(one)} was", b
-            ours, theirs = _leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs))
-            if len(ours) != len(theirs):
-                return f"{self._spoken(other)} has {len(theirs)} arguments where it had {len(ours)}", b
-            parted = [
-                (mine, yours)
-                for mine, yours in zip(ours, theirs, strict=True)
-                if self.key(mine, one.index) != self.key(yours, other.index)
-            ]
-            if not parted:
-                return f"{self._spoken(other)} differs", b
-            mine, yours = parted[0]
-            if not isinstance(mine, fx.Node) or not isinstance(yours, fx.Node):
-                return f"{self._spoken(other)} has {yours!r} where it had {mine!r}", b
-            one, other = self.values[mine], self.values[yours]
-            if one.number == other.number:
-                return f"{self._spoken(other)} is taken from another step", yours
-
-    def _spoken(self, value: Value) -> str:
-        node, kind = self.member(value), self.groups[value.number].kind
-        if isinstance(kind, Output):
-            return f"layer {self.chains.chains[kind.chain].path!r}"
-        if isinstance(kind, TimeSlice):
-            return "a step of the input"
-        if node.op == "call_module":
-            return f"layer {node.target!r}"
-        if node.op in ("placeholder", "get_attr"):
-            return f"{node.target!r}"
-        return f"{getattr(node.target, '__name__', node.target)}(...)"
-
-
-def _leaves(structure: object) -> list[object]:
-    found: list[object] = []
-    fx.node.map_aggregate(structure, found.append)
-    return found
-
 
 def _count_draws(gm: fx.GraphModule) -> dict[fx.Node, int]:
     """How often each random op does the same to the same: as often as there are steps is once a step."""
@@ -478,34 +292,3 @@ def _count_draws(gm: fx.GraphModule) -> dict[fx.Node, int]:
     for node in random:
         counts[keys[node]] = counts.get(keys[node], 0) + 1
     return {node: counts[keys[node]] for node in random}
-
-
-def _used_at_all_steps(gm: fx.GraphModule, chains: Chains) -> set[fx.Node]:
-    """Items that some neuron reads, not past other neurons, at each of its steps.
-
-    ``x[0]`` in ``x[t] - x[0]`` is no step of the loop, but the same for all of them.
-    """
-    if chains.steps is None:
-        return set()
-    every = (1 << chains.steps) - 1
-    used: dict[fx.Node, dict[int, int]] = {}  # by chain, a bit for each step
-    mentions: dict[tuple, list[fx.Node]] = {}
-    for node in reversed(gm.graph.nodes):
-        at: dict[int, int] = {}
-        for user in node.users:
-            if user not in chains.calls:
-                for chain, bits in used.get(user, {}).items():
-                    at[chain] = at.get(chain, 0) | bits
-            elif input_of(user) is node and (step := chains.calls[user][1]) is not None:
-                chain = chains.calls[user][0]
-                at[chain] = at.get(chain, 0) | 1 << step
-        used[node] = at
-        if node.target is operator.getitem and at:
-            mentions.setdefault((node.args[0], repr(node.args[1])), []).append(node)
-    found = {node for nodes in mentions.values() for node in nodes if every in used[node].values()}
-    for nodes in mentions.values():  # x[-1] has a node for each step
-        for chain in used[nodes[0]]:
-            bits = [used[node].get(chain, 0) for node in nodes]
-            if len(nodes) == chains.steps and len(set(bits)) == len(bits) and sum(bits) == every:
-                found.update(nodes)
-    return found

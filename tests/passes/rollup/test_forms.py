@@ -389,7 +389,5 @@ class TestRefusals:
                 average.lerp_(spike, 0.5)
             return average
 
-        with pytest.raises(
-            RollUpError, match=r"_constant0 is changed in place \(lerp_\) and used again"
-        ):
+        with pytest.raises(RollUpError, match=r"_constant0 is changed in place \(lerp_\) and used again"):
             rolled(Net(form), torch.randn(STEPS, 2, 3))
