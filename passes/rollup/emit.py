@@ -32,8 +32,8 @@ def emit(numbering: ValueNumbering, legality: Legality, outputs: object) -> fx.G
     """Make the rolled-up graph module.
 
     A group that runs at once is emitted at the place of its first node, on the fused T·N axis; a neuron over all of T;
-    every other node as it is, reading step t of a sequence s as ``s[t]``. ``node.meta["val"]`` has what a node was on
-    the example, for the peepholes.
+    every other node as it is, reading step t of a sequence s as ``s[t]``. For the peepholes, ``node.meta["val"]`` has
+    what a node was on the example, and ``node.meta["steps"]`` the length of a sequence.
     """
     return _Emitter(numbering, legality).emit(outputs)
 
@@ -140,7 +140,7 @@ class _Emitter:
         module = self.gm.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, SharedMask):
             (argument,) = node.all_input_nodes
-            self.modules[node.target] = module.dropout
+            self._keep(node.target, module.dropout)
             self.sequences[number] = self.graph.call_module(node.target, (self._rows(argument, node, steps),))
             return
         repeats = isinstance(group.kind, Drawn)
@@ -197,7 +197,8 @@ class _Emitter:
                 made = self._call(unfold_time, (self.folded[number], steps))
             shown = self.recorded.get(group.node.name)
             if isinstance(shown, Tensor) and not self.chains.one_step:
-                made.meta["val"] = shown.expand(len(self.legality.at_once[number]), *shown.shape)
+                made.meta["steps"] = len(self.legality.at_once[number])
+                made.meta["val"] = shown.expand(made.meta["steps"], *shown.shape)
             self.sequences[number] = made
         return self.sequences[number]
 
@@ -271,16 +272,24 @@ class _Emitter:
     def _call(self, target, args: tuple) -> fx.Node:
         return self.graph.call_function(target, args)
 
+    def _keep(self, path: str, value: object) -> None:
+        """Note what the graph calls or reads at ``path``."""
+        if self.modules.setdefault(path, value) is not value:
+            raise RollUpError(
+                f"{path}: it keeps one mask for all steps at once in one place, and for single steps in another: give "
+                "each place its own"
+            )
+
     def _create(self, node: fx.Node, args: tuple, kwargs: dict) -> fx.Node:
         if node.op == "call_module":
-            self.modules[node.target] = self.gm.get_submodule(node.target)
+            self._keep(node.target, self.gm.get_submodule(node.target))
         elif node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
             value = getattr(self.gm.get_submodule(owner), name)
             path = node.target
             if any(owner == chain.path for chain in self.chains.chains):  # the neuron will be gone, its threshold stays
                 path = path.replace(".", "_")
-            self.modules[path] = value
+            self._keep(path, value)
             attribute = self.graph.get_attr(path)
             attribute.meta["mfpsn_zero"] = node.meta.get("mfpsn_zero", False)
             return attribute

@@ -16,7 +16,7 @@ __all__ = ["functionalize"]
 
 
 def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy an unrolled graph so that no node of it changes a tensor that another one reads.
+    """Rewrite an unrolled graph, in a copy, so that no node of it changes a tensor that another one reads.
 
     Before::
 
@@ -41,25 +41,27 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         RollUpError: a tensor from before the loop is changed in place by a method and used again.
     """
+    _check_constants(gm.graph)
+    if not any(_is_write(n) or _is_in_place(n) or _step_and_part(n) is not None for n in gm.graph.nodes):
+        return gm
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     written: dict[object, fx.Node] = {}  # by the tensor's node, or its path: what it is after the last write
-    _check_constants(gm.graph)
     for node in gm.graph.nodes:
 
         def current(n: fx.Node) -> fx.Node:
             return written.get(_tensor(n)) or copies[n]
 
-        if node.op == "call_method" and node.target == "__setitem__":
+        if _is_write(node):
             args = fx.map_arg(node.args, current)
             written[_tensor(node.args[0])] = graph.create_node("call_function", with_item, args, {}, name="with_item")
             continue
         copies[node] = copy = graph.node_copy(node, current)
-        if node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE and _is_private(node.args[0]):
+        if _is_in_place(node):
             copy.target = OUT_OF_PLACE[node.target]
             if node.args[0].op == "get_attr":
                 written[_tensor(node.args[0])] = copy
-        elif node.target is operator.getitem and (place := _step_and_part(node.args[1])) is not None:
+        elif (place := _step_and_part(node)) is not None:
             with graph.inserting_before(copy):
                 step = graph.call_function(torch.select, (copy.args[0], *place[:2]))
             copy.args = (step, place[2])
@@ -73,8 +75,15 @@ def _tensor(node: fx.Node) -> object:
     return node.target if node.op == "get_attr" else node  # each mention of a constant has a node of its own
 
 
-def _is_private(tensor: object) -> bool:
-    """Whether nobody sees a tensor being changed in place but readers of what the change returns."""
+def _is_write(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "__setitem__"
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a node changes a tensor in place that only readers of what it returns see."""
+    if node.op not in ("call_function", "call_method") or node.target not in OUT_OF_PLACE:
+        return False
+    tensor = node.args[0]
     if not isinstance(tensor, fx.Node) or len(tensor.users) > 1 or tensor.op == "placeholder":
         return False
     return tensor.op != "get_attr" or _is_constant(tensor)
@@ -85,8 +94,9 @@ def _is_constant(node: fx.Node) -> bool:
     return node.target.rpartition(".")[2].startswith("_tensor_constant")
 
 
-def _step_and_part(item: object) -> tuple[int, int, tuple] | None:
+def _step_and_part(node: fx.Node) -> tuple[int, int, tuple] | None:
     """(dim, index, rest) of ``x[:, t, 2:]``: what is left of the item once ``x`` at ``t`` was taken; else None."""
+    item = node.args[1] if node.target is operator.getitem else None
     if not isinstance(item, tuple) or not all(type(part) in (int, slice) for part in item):
         return None
     places = [dim for dim, part in enumerate(item) if type(part) is int]

@@ -1,8 +1,9 @@
 """Small rewrites after the roll-up: what a loop did step by step, as the operation over time that torch has for it.
 
-Each looks at a few neighboring nodes, and at what they were on the example (``node.meta["val"]``); none of them knows
-of neurons or loops. ``s[t]`` below is ``operator.getitem`` of a tensor and a number, at all steps or some of them, in
-order and each once.
+Each looks at a few neighboring nodes, at what they were on the example (``node.meta["val"]``), and at which of them are
+sequences, and how long (``node.meta["steps"]``; any other first dim is the example's alone); none of them
+knows of neurons or loops. ``s[t]`` below is ``operator.getitem`` of a sequence and a number, at all steps or some of
+them, in order and each once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def simplify(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
+        node.meta.pop("steps", None)
     used = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
     for path in [name for name, _ in gm.named_buffers() if name.startswith("_tensor_constant")]:
         if path not in used:
@@ -144,7 +146,7 @@ def additions_to_sum(node: fx.Node) -> None:
     if total is None or term is None:
         return
     nothing = rest is None or (not isinstance(rest, fx.Node) and rest == 0) or _is_zeros_like(rest, term)
-    if rest is None and not term.is_floating_point():
+    if not term.is_floating_point() and (rest is None or total.dtype is torch.bool):
         return  # True + True is True
     if term.is_floating_point() and total.dtype != term.dtype:
         return
@@ -165,14 +167,15 @@ def sum_to_mean(node: fx.Node) -> None:
     total, count = node.args
     if not isinstance(total, fx.Node) or total.target != "sum" or total.args[1:] != (0,) or total.kwargs:
         return
-    rows = _shown(total.args[0])
-    if rows is not None and rows.is_floating_point() and rows.ndim and rows.shape[0] == count and len(total.users) == 1:
+    rows = total.args[0]
+    shown = _shown(rows)
+    if shown is not None and shown.is_floating_point() and count == rows.meta.get("steps") and len(total.users) == 1:
         _replace(node, "mean", total.args)
 
 
 def last_step(node: fx.Node) -> None:
     """``s[T - 1]`` → ``s[-1]``"""
-    if _is_step(node) and node.args[1] == len(_shown(node.args[0])) - 1:
+    if _is_step(node) and node.args[1] == node.args[0].meta["steps"] - 1:
         node.args = (node.args[0], -1)
 
 
@@ -202,8 +205,8 @@ def _is_step(node: object) -> bool:
     """Whether it is ``s[t]``, of a tensor that has a step t."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem or type(node.args[1]) is not int:
         return False
-    shown = _shown(node.args[0])
-    return shown is not None and shown.ndim > 0 and -len(shown) <= node.args[1] < len(shown)
+    steps = node.args[0].meta.get("steps")
+    return steps is not None and -steps <= node.args[1] < steps
 
 
 def _steps(parts: list[fx.Node]) -> tuple[fx.Node, range] | None:
@@ -211,19 +214,18 @@ def _steps(parts: list[fx.Node]) -> tuple[fx.Node, range] | None:
     if len(parts) < 2 or not all(map(_is_step, parts)) or len({part.args[0] for part in parts}) > 1:
         return None
     sequence = parts[0].args[0]
-    indices = [part.args[1] % len(_shown(sequence)) for part in parts]
+    indices = [part.args[1] % sequence.meta["steps"] for part in parts]
     steps = range(indices[0], indices[-1] + 1, max(1, indices[1] - indices[0]))
     return (sequence, steps) if list(steps) == indices else None
 
 
 def _rows(sequence: fx.Node, steps: range) -> fx.Node:
     """Those steps of a sequence, as a node; the sequence itself if they are all."""
-    shown = _shown(sequence)
-    if steps == range(len(shown)):
+    if steps == range(sequence.meta["steps"]):
         return sequence
     part = slice(steps.start, steps.stop, steps.step)
     rows = sequence.graph.call_function(operator.getitem, (sequence, part))
-    rows.meta["val"] = shown[part]
+    rows.meta.update(val=_shown(sequence)[part], steps=len(steps))
     return rows
 
 

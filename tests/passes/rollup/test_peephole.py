@@ -13,7 +13,7 @@ from mfpsn_fx.passes.rollup.peephole import simplify
 fx.wrap("with_item")
 
 
-def traced(function, *inputs):
+def traced(function, *inputs, sequences=("x",)):
     """The graph of ``function``, each node with its value on the inputs."""
     gm = fx.symbolic_trace(function)
 
@@ -26,6 +26,8 @@ def traced(function, *inputs):
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             node.meta["mfpsn_zero"] = not bool((node.meta["val"] != 0).any())
+        elif node.target in sequences:
+            node.meta["steps"] = len(node.meta["val"])
     return gm
 
 
@@ -61,6 +63,10 @@ def nested(x):
     for t in range(1, 4):
         out = torch.cat([out, x[t]])
     return out
+
+
+def stacked_rows(x):
+    return torch.stack([x[t] for t in range(4)])
 
 
 def added(x, start, order=range(4)):
@@ -119,9 +125,10 @@ LEFT = {
     "sum in another order": (lambda x: added(x, 0, [3, 2, 1, 0]), "add"),
     "weighted sum": (lambda x: x[0] + 0.5 * x[1] + 0.25 * x[2], "add"),
     "scaled addition": (lambda x: torch.add(x[0], x[1], alpha=2), "add"),
-    "or of booleans": (lambda x: (x > 0)[0] + (x > 0)[1], "add"),
     "sum that another start widens": (lambda x: added(x, torch.ones(2, 3).double()), "add"),
     "division by another number": (lambda x: x.sum(0) / 3, "truediv"),
+    "sum of what is no sequence": (lambda x: x.exp().sum(0) / 4, "truediv"),
+    "stack of what is no sequence": (lambda x: stacked_rows(x.exp()), "stack"),
     "sum along another dim": (lambda x: x.sum(1) / 2, "truediv"),
 }  # fmt: skip
 
@@ -144,6 +151,7 @@ def test_sums_of_whole_numbers_keep_their_dtype():
         x = S.to(kind)
         assert simplified(lambda x: sum(x[t] for t in range(4)), x) == ["sum"]
         assert simplified(lambda x: added(x, 0.0), x) == ["sum"]
+    assert simplified(lambda x: x[0] + x[1], S > 0) == ["getitem", "getitem", "add"]  # which is an or
 
 
 def test_sums_from_zeros_that_broadcast():
