@@ -19,7 +19,7 @@ _STEPS = 3
 
 
 class FusedAxis:
-    """Runs single layers both ways, on random values of the shapes that the example showed.
+    """Runs single layers on the fused axis and step by step, on random values of the shapes that the example showed.
 
     The values are drawn, not the example's: on a constant example a mean over the batch looks like a layer that treats
     each sample by itself.

@@ -62,8 +62,9 @@ class RollUp(Pass):
         %lif : call_module[target=lif](args = (%unfold_time,))
 
     Layers run on the fused T·N axis; each neuron (:class:`OverTime` until it is replaced) once over all of T; what
-    is stacked, added up or averaged over steps is the same operation over the T axis. A membrane that is read out
-    becomes a :class:`LeakyIntegrator`. Each layer is run both ways (:class:`FusedAxis`), and must agree.
+    reads single steps reads them from the sequence, and what is stacked, added up or averaged over steps becomes the
+    same operation over the T axis (:mod:`.peephole`). A membrane that is read out becomes a :class:`LeakyIntegrator`.
+    Each layer that a neuron depends on is run on the fused axis and step by step (:class:`FusedAxis`), and must agree.
 
     Args:
         args, kwargs: the example, whole.
@@ -72,7 +73,7 @@ class RollUp(Pass):
 
     Raises:
         RollUpError: steps differ, a state or membrane feeds something else than its own neuron or a readout, batch
-            statistics would change, or a layer mixes the samples of a batch.
+            statistics would change, or a layer before a neuron mixes the samples of a batch.
     """
 
     name = "roll_up"

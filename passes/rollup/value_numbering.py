@@ -200,7 +200,7 @@ class ValueNumbering:
         if not isinstance(value, Value) or value.index is not None or not isinstance(shown, Tensor) or steps is None:
             return None
         if not self.groups[value.number].from_input:
-            return None  # a row of a parameter, whatever the number of rows
+            return None  # a row of a parameter, which has no time
         dim = dim + shown.ndim if dim < 0 else dim
         index = index + shown.shape[dim] if index < 0 else index
         if not 0 <= index < shown.shape[dim] or steps > shown.shape[dim] or node in self._used_at_all_steps:

@@ -1,4 +1,4 @@
-"""Ways to read a loop's input and to read out its steps: each rolled up is the loop, gradients and all."""
+"""Forms of reading a loop's input and of reading out its steps: each rolled up is the loop, gradients and all."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def calls(graph):
 
 
 def test_what_runs_at_once():
-    """A layer behind the loop runs once for the steps that are read, and by itself for one."""
+    """A layer after the loop runs once for the steps that are read, and by itself for one."""
     x = torch.randn(STEPS, 2, 3)
     loop = ["fc1", "lif1", "fc2", "lif2"]
     assert calls(rolled(Net(lambda net, x: torch.stack([net.head(v) for v in spikes_of(net, x)])), x).graph) == [
