@@ -41,7 +41,7 @@ from mfpsn_fx.passes import (
 )
 from mfpsn_fx.passes.fuse_norms import fold_norms
 from mfpsn_fx.passes.planning.replay import choices_of
-from mfpsn_fx.passes.roll_up import check_accept
+from mfpsn_fx.passes.rollup.roll_up import check_accept
 
 from .selection import graph_of, unwrapped
 from .stepped_networks import has_steps, rolled_loop, rolled_up

@@ -12,9 +12,8 @@ from mfpsn_fx.model.capturing.shared_mask import wrap_dropouts
 from mfpsn_fx.model.capturing.split_layers import has_fused_layers, split_fused_layers
 from mfpsn_fx.model.capturing.stepped_neuron import memory_layers, wrap_stepping_neurons
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, is_source, source_paths
-from mfpsn_fx.passes import ConversionError, RollUp
-
-from .rolled_check import check_rolled
+from mfpsn_fx.passes import ConversionError, Example, PassContext, RollUp
+from mfpsn_fx.passes.rollup.equivalence import check_rolled
 
 __all__ = ["has_steps", "rolled_loop", "rolled_up"]
 
@@ -47,7 +46,8 @@ def rolled_up(
         steps, one_step = unrolled.capture_steps(model, (), example)
     except (unrolled.NotSteppedError, NotAFilterError) as error:
         raise ConversionError(str(error)) from error
-    rolled = RollUp((), example, one_step=one_step, accept=accept)(steps).graph_module
+    roll_up = RollUp(one_step=one_step, accept=accept)
+    rolled = roll_up(steps, PassContext(Example((), example))).graph_module
     check_rolled(rolled, model, example, one_step)
     kept = {node.target for node in rolled.graph.nodes if node.op == "placeholder"}
     return rolled, (), {name: value for name, value in example.items() if name in kept}

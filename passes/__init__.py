@@ -30,10 +30,10 @@ from .planning.plan_layout import PlanLayout
 from .planning.verify_plan import VerifyPlan
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ReplaceNeurons
-from .roll_up import RollUp
+from .rollup.errors import RollUpError
+from .rollup.roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights
-from .time_slices import RollUpError
 
 __all__ = [
     "ApplyPlan",

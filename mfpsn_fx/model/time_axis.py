@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["expect_steps", "fold_time", "repeat_in_time", "unfold_time"]
+__all__ = ["expect_steps", "fold_time", "repeat_in_time", "unfold_time", "with_item"]
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -36,4 +36,11 @@ def expect_steps(x: Tensor, dim: int, steps: int) -> Tensor:
             f"this network was converted from a loop over {steps} steps, but dim {dim} of its input has "
             f"{x.shape[dim]}: convert it again with an example of that length"
         )
+    return x
+
+
+def with_item(x: Tensor, index: object, value: object) -> Tensor:
+    """Return what ``x`` is after ``x[index] = value``; ``x`` stays as it is."""
+    x = x.clone()
+    x[index] = value
     return x

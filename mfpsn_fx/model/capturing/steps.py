@@ -26,7 +26,10 @@ from .capture import (
 )
 from .split_layers import LinearThenCell
 
-__all__ = ["NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
+__all__ = ["BATCH_LAYERS", "NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
+
+# meta of the output node: the layers of a loop that normalize with the statistics of one step's batch
+BATCH_LAYERS = "batch_layers"
 
 _LIFT = "norse.torch.module.lift.Lift"
 _TRACED = ("norse.torch.module.sequential.SequentialState",)
@@ -123,7 +126,7 @@ class _StepTracer(_LeafTracer):
         inner = m.lifted_module
         if is_stepping(inner):
             node = self.create_proxy("call_module", self.path_of_module(inner), (x, None), {})
-            node.node.meta["mfpsn_lifted"] = True
+            node.node.meta["lifted"] = True
             return node
         if any(is_stepping(child) for child in inner.modules()):
             raise ValueError("Lift around several stateful layers: lift each of them, in a SequentialState")
@@ -145,12 +148,12 @@ class _StepTracer(_LeafTracer):
             value = self.example[node.target]
             if isinstance(value, Tensor):
                 self.metas[node] = torch.empty_like(value, device="meta")
-                node.meta["mfpsn_device"] = value.device
+                node.meta["device"] = value.device
         elif node.op == "get_attr":
             value = _attribute(self.root, node.target)
             if isinstance(value, Tensor):
                 trained = isinstance(value, nn.Parameter)
-                node.meta["mfpsn_zero"] = not trained and not bool((value != 0).any())
+                node.meta["zero"] = not trained and not bool((value != 0).any())
         elif node.op in ("call_function", "call_method"):
             self._follow(node)
         return node
@@ -194,7 +197,7 @@ class _StepTracer(_LeafTracer):
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
-        return node.meta.get("mfpsn_device") or devices[0]
+        return node.meta.get("device") or devices[0]
 
 
 def _attribute(root: nn.Module, path: str) -> object:
@@ -271,7 +274,7 @@ def first_step(example: Mapping) -> dict[str, object]:
 def _is_one_step(gm: fx.GraphModule) -> bool:
     calls: dict[str, int] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_module" or node.meta.get("mfpsn_lifted"):
+        if node.op != "call_module" or node.meta.get("lifted"):
             continue
         stepping = stepping_of(gm.get_submodule(node.target))
         if stepping is not None and not stepping.sequence:
@@ -334,7 +337,8 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                 )
     _drop_specialisations(graph, concrete)
     gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
-    gm.meta["mfpsn_batch_layers"] = tuple(tracers[0].batch_layers)
+    # a fact of the graph as a whole stands at its output
+    gm.graph.output_node().meta[BATCH_LAYERS] = tuple(tracers[0].batch_layers)
     gm.training = model.training
     for path, child in gm.named_modules():
         source = _submodule(model, path)

@@ -120,6 +120,15 @@ class TestLoops:
         converted(x)
         assert torch.equal(seen[0], x * converted.get_submodule("fc1.0").dropout.mask)
 
+    def test_a_dropout_of_sequences_and_of_single_steps(self):
+        class Twice(Net):
+            def forward(self, x):
+                steps = [self.n2(self.drop(self.fc2(self.n1(self.fc1(x))))) for _ in range(STEPS)]
+                return self.drop(steps[-1])
+
+        with pytest.raises(ConversionError, match="drop: it keeps one mask for all steps at once in one place"):
+            quick(Twice(drop=layer.Dropout(0.5)), torch.randn(3, 8))
+
     def test_batch_norms_have_to_be_accepted(self):
         net, x = Net(bn=layer.BatchNorm1d(6)), torch.randn(2, 8)
         net.fc1 = nn.Sequential(net.fc1, net.bn)

@@ -10,66 +10,54 @@ from torch.fx.node import map_aggregate
 
 from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 
-from .time_slices import Expr, Ref, RollUpError, Slices, is_random
+from ..op_traits import draws_random
+from .value_numbering import ValueNumbering
 
-__all__ = ["FusedAxis"]
+__all__ = ["FusedAxis", "without_batch"]
 
 _STEPS = 3
 
 
 class FusedAxis:
-    """Runs single layers both ways, on random values of the shapes that the example showed.
+    """Runs single layers on the fused axis and step by step, on random values of the shapes that the example showed.
 
     The values are drawn, not the example's: on a constant example a mean over the batch looks like a layer that treats
     each sample by itself.
-
-    Args:
-        gm: the unrolled graph.
-        slices: what was read from it.
-        recorded: what each of its nodes made of the example, by name.
-        carries_batch: whether a whole value, by its index, has a batch axis and is repeated over time.
     """
 
-    def __init__(
-        self, gm: fx.GraphModule, slices: Slices, recorded: dict[str, object], carries_batch: Callable[[int], bool]
-    ) -> None:
-        self.gm, self.slices, self.recorded, self.carries_batch = gm, slices, recorded, carries_batch
+    def __init__(self, numbering: ValueNumbering) -> None:
+        self.gm, self.numbering, self.recorded = numbering.gm, numbering, numbering.recorded
 
-    def check(self, expr: Expr) -> None:
-        """``RollUpError`` unless ``expr`` on T·N samples is ``expr`` on N samples, T times."""
-        node = expr.at[0]
+    def differs(self, node: fx.Node) -> str | None:
+        """Why ``node`` on T·N samples is not ``node`` on N samples, T times, in words; None if it is."""
         # layers run in evaluation here, where a dropout inside draws nothing
-        draws = node.op != "call_module" and is_random(self.gm, node)
+        draws = node.op != "call_module" and draws_random(self.gm, node)
         if draws or not _tensors(self.recorded[node.name]):
-            return
+            return None
         why = ""
         try:
             with torch.no_grad(), preserved_rng():
                 torch.manual_seed(0)
-                alike = self._alike(expr, node)
+                if self._agrees(node):
+                    return None
         except Exception as error:
-            alike, why = False, f" ({error})"
-        if not alike:
-            layer = f"layer {expr.target!r}" if expr.op == "call_module" else f"{node.name} ({_word(expr.target)})"
-            raise RollUpError(
-                f"{layer} does not give on T·N samples at once what it gives step by step{why}: it mixes the samples "
-                "of a batch, or looks at their number. Make it work on each sample by itself"
-            )
+            why = f" ({error})"
+        layer = f"layer {node.target!r}" if node.op == "call_module" else f"{node.name} ({_word(node.target)})"
+        return (
+            f"{layer} does not give on T·N samples at once what it gives step by step{why}: it mixes the samples of a "
+            "batch, or looks at their number. Make it work on each sample by itself"
+        )
 
-    def mixes_in_training(self, expr: Expr) -> bool:
+    def mixes_in_training(self, node: fx.Node) -> bool:
         """Whether in training, where it normalises, a layer's output for a sample depends on the other samples.
 
         The layer runs twice on the fused axis, with the same draws, and with its first sample changed: outputs for the
         others must stay.
         """
-        node = expr.at[0]
         try:
             with torch.no_grad(), preserved_rng():
                 torch.manual_seed(0)
-                drawn: list[list[object]] = []
-                fused = _zipped(
-                    (node.args, node.kwargs), (expr.args, expr.kwargs), lambda a, ref: self._draw(a, ref, drawn)
-                )
+                fused = self._drawn(node)[0]
                 inputs = [t for t in _tensors(fused) if t.ndim]
                 samples = {len(t) for t in inputs}
                 changed = map_aggregate(fused, _first_changed)
@@ -87,54 +75,50 @@ class FusedAxis:
             if a.ndim and b.shape == a.shape
         )
 
-    def _alike(self, expr: Expr, node: fx.Node) -> bool:
-        drawn: list[list[object]] = []  # for each argument that is a value: what it is at each step
-        fused = _zipped((node.args, node.kwargs), (expr.args, expr.kwargs), lambda a, ref: self._draw(a, ref, drawn))
-        stepwise = []
-        for step in range(_STEPS):
-            each = iter(drawn)
-            args, kwargs = _zipped(
-                (node.args, node.kwargs), (expr.args, expr.kwargs), lambda _, __, each=each, step=step: next(each)[step]
-            )
-            stepwise.append(_tensors(self._apply(node, args, kwargs)))
-        args, kwargs = without_batch(expr, *fused, self.recorded.get(_name(node.args)))
+    def _agrees(self, node: fx.Node) -> bool:
+        fused, *steps = self._drawn(node)
+        stepwise = [_tensors(self._apply(node, *step)) for step in steps]
+        args, kwargs = without_batch(node, *fused, self.recorded.get(_name(node.args)))
         together = _tensors(self._apply(node, args, kwargs))
         return len(together) == len(stepwise[0]) and all(
             _close(whole, torch.cat([p if p.ndim else p.unsqueeze(0) for p in parts]))
             for whole, *parts in zip(together, *stepwise, strict=True)
         )
 
-    def _draw(self, argument: fx.Node, ref: Ref, drawn: list[list[object]]) -> object:
-        """An argument on the fused axis, and in ``drawn`` its parts."""
-        value, timed = self.recorded[argument.name], self.slices.exprs[ref.index].timed
+    def _drawn(self, node: fx.Node) -> list[tuple]:
+        """Arguments of ``node`` on the fused axis, and at each of some steps."""
+        values = [self._draw(argument) for argument in _nodes(node)]
+        drawn = []
+        for place in range(_STEPS + 1):
+            each = iter(values)
+            drawn.append(_replaced(node, lambda _, each=each, place=place: next(each)[place]))
+        return drawn
+
+    def _draw(self, argument: fx.Node) -> list[object]:
+        """An argument on the fused axis, and at each step."""
+        value, read = self.recorded[argument.name], self.numbering.values[argument]
         if not _tensors(value):
-            drawn.append([value] * _STEPS)
-            return self._number(ref, value)
-        if not timed:
-            part = _random(value, 0) if self.carries_batch(ref.index) else value
-            drawn.append([part] * _STEPS)
-            return torch.cat([part] * _STEPS) if self.carries_batch(ref.index) else value
+            return [self._number(argument), *[value] * _STEPS]
+        if read.index is None:
+            group = self.numbering.groups[read.number]
+            batch = group.from_input and isinstance(value, Tensor) and value.ndim > 0
+            part = _random(value, 0) if batch else value
+            return [torch.cat([part] * _STEPS) if batch else value, *[part] * _STEPS]
         parts = [map_aggregate(value, lambda v, step=step: _random(v, step)) for step in range(_STEPS)]
-        drawn.append(parts)
-        return _joined(parts)
+        return [_joined(parts), *parts]
 
-    def _number(self, ref: Ref, value: object) -> object:
-        """A number or shape that was worked out from a slice, as it comes out on the fused axis."""
-        expr = self.slices.exprs[ref.index]
-        if not expr.timed:
-            return value
+    def _number(self, node: fx.Node) -> object:
+        """A number or shape that was worked out from one step, as it comes out on the fused axis."""
+        if self.numbering.values[node].index is None:
+            return self.recorded[node.name]
 
-        def fused(part: object) -> object:
-            if not isinstance(part, Ref):
-                return part
-            inner = self.slices.exprs[part.index]
-            shown = self.recorded[(inner.at[0] if inner.at else inner.node).name]
+        def fused(argument: fx.Node) -> object:
+            shown = self.recorded[argument.name]
             if isinstance(shown, Tensor):
                 return torch.empty(_STEPS * len(shown), *shown.shape[1:], device="meta")
-            return self._number(part, shown)
+            return self._number(argument)
 
-        args, kwargs = map_aggregate(expr.args, fused), map_aggregate(expr.kwargs, fused)
-        return self._apply(expr.at[0], args, kwargs)
+        return self._apply(node, *_replaced(node, fused))
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         args, kwargs = map_aggregate((args, kwargs), lambda a: a.clone() if isinstance(a, Tensor) else a)
@@ -145,13 +129,13 @@ class FusedAxis:
         return node.target(*args, **kwargs)
 
 
-def without_batch(expr: Expr, args: tuple, kwargs: dict, source: object) -> tuple[tuple, dict]:
+def without_batch(node: fx.Node, args: tuple, kwargs: dict, source: object) -> tuple[tuple, dict]:
     """``view(N, …)`` with the N of one step, which on the fused axis is another number, as ``view(-1, …)``.
 
     Args:
         source: what is viewed, as one step of the example has it.
     """
-    if expr.target not in ("view", "reshape", torch.reshape) or kwargs or not isinstance(source, Tensor):
+    if node.target not in ("view", "reshape", torch.reshape) or kwargs or not isinstance(source, Tensor):
         return args, kwargs
     sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
     if not sizes or not all(isinstance(size, int) for size in sizes) or not source.ndim or sizes[0] != len(source):
@@ -187,16 +171,16 @@ def _joined(parts: list) -> object:
     return first
 
 
-def _zipped(given: object, refs: object, function) -> object:
-    """Arguments, with those that are values mapped through ``function(node, ref)``."""
-    if isinstance(refs, Ref):
-        return function(given, refs)
-    if isinstance(refs, dict):
-        return {key: _zipped(given[key], value, function) for key, value in refs.items()}
-    if isinstance(refs, (tuple, list)):
-        parts = [_zipped(g, value, function) for g, value in zip(given, refs, strict=True)]
-        return tuple(parts) if isinstance(refs, tuple) else parts
-    return refs
+def _nodes(node: fx.Node) -> list[fx.Node]:
+    """Arguments that are nodes, each mention of them."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _replaced(node: fx.Node, function: Callable[[fx.Node], object]) -> tuple[tuple, dict]:
+    """Arguments, with nodes replaced. (What fx.map_arg leaves is of FX's own list types, which copies of it keep.)"""
+    return tuple(fx.map_arg(tuple(node.args), function)), dict(fx.map_arg(dict(node.kwargs), function))
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -19,9 +19,10 @@ from mfpsn_fx.model.capturing.steps import NotSteppedError
 from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
-from mfpsn_fx.passes.op_traits import draws_random
-from mfpsn_fx.passes.roll_up import WITHOUT_RESET
-from mfpsn_fx.passes.time_slices import RollUpError
+
+from ..op_traits import draws_random
+from .emit import WITHOUT_RESET
+from .errors import RollUpError
 
 __all__ = ["check_rolled"]
 
@@ -119,7 +120,7 @@ def _drawn(value: object, factor: float) -> object:
 def _one_sample_more(rolled: fx.GraphModule, inputs: dict[str, object], one_step: bool) -> dict[str, object] | None:
     """The inputs with their first sample once more at the end; None where the graph does not tell which dim is N."""
     larger = dict(inputs)
-    timed = [n for n in rolled.graph.nodes if n.target is expect_steps]
+    timed = [n for n in rolled.graph.nodes if n.target in (expect_steps, torch.narrow)]
     for node in (n for n in rolled.graph.nodes if n.op == "placeholder"):
         value = inputs.get(node.target)
         if not isinstance(value, Tensor):
@@ -156,7 +157,7 @@ def _difference(
     # what neurons are fed comes first: networks that hardly fire put out the same silence, whatever they do
     pairs = [*_fed(rolled, met, fed), *_leaves("", output, found, expected, one_step)]
     for path, node, ours, theirs in pairs:
-        if _reads_without_reset(node, rolled.meta.get(WITHOUT_RESET, ())):
+        if _reads_without_reset(node, tuple(n.target for n in rolled.graph.nodes if WITHOUT_RESET in n.meta)):
             continue
         where = path if path.startswith("what ") else f"output{path}" if path else "its output"
         if theirs is None:
