@@ -319,8 +319,10 @@ def neurons(gm: fx.GraphModule) -> list[Neuron]:
     """
     found: list[Neuron] = []
     uses: dict[str, int] = {}
+    operands: dict[str, NeuronInput] = {}  # of all nodes: several may call one leaf
     for node in gm.graph.nodes:
-        operands: dict[str, NeuronInput] = node.meta.get(OPERANDS, {})
+        operands |= node.meta.get(OPERANDS, {})
+    for node in gm.graph.nodes:
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
             if isinstance(module, MulFreePSN):

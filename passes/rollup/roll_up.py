@@ -96,8 +96,6 @@ class RollUp(Pass):
         legality = Legality(numbering, feeds, returned, "batch_statistics" in self.accept)
         rolled = emit(numbering, legality, outputs)
         simplify(rolled)
-        for node in rolled.graph.nodes:  # the example's own tensors, which have served
-            node.meta.pop("val", None)
         changes = [f"{c.path}: {len(c.calls)} calls -> 1" for c in chains.chains]
         changes += [f"{node.target}: state argument dropped" for node in chains.carried]
         return Result(rolled, changes)

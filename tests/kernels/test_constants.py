@@ -21,7 +21,7 @@ from mfpsn_fx.kernels.constants import ALL, FOLDING, PLACE, SURROGATE, bind
 from mfpsn_fx.passes import neurons
 
 OPS = torch.ops.mfpsn
-KERNELS = pathlib.Path(cpu_build.__file__).parent
+KERNELS = pathlib.Path(cpu_build.__file__).parents[1]
 FIELDS = dataclasses.fields(NeuronConstants)
 OTHERS = {
     "eps": 1e-3, "surrogate": "sigmoid", "alpha": 3.5, "gradient": "round-only", "min_exponent": -7, "max_exponent": 4,

@@ -25,7 +25,7 @@ def traced(function, *inputs, sequences=("x",)):
     Noted(gm).run(*inputs)
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            node.meta["mfpsn_zero"] = not bool((node.meta["val"] != 0).any())
+            node.meta["zero"] = not bool((node.meta["val"] != 0).any())
         elif node.target in sequences:
             node.meta["steps"] = len(node.meta["val"])
     return gm
