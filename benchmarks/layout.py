@@ -108,13 +108,13 @@ if spikingjelly is not None:
 
 def training_step(model: nn.Module, run: Callable, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """One step of SGD on the batch (x, y); ``run`` is the model or what it was compiled to."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         scores = run(x)
         F.cross_entropy(scores.mean(0) if scores.ndim == 3 else scores, y).backward()
-        optimiser.step()
+        optimizer.step()
 
     return step
 
@@ -240,14 +240,14 @@ def draw(found: dict, path) -> None:
     """Ratios to all time-first, a bar a rule, eager and compiled side by side."""
     plt = pyplot()
     results = found["results"]
-    colours = {"time-last": "tab:red", "uniform": "tab:gray", "planned": "tab:blue"}
+    colors = {"time-last": "tab:red", "uniform": "tab:gray", "planned": "tab:blue"}
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axes, suffix in zip(panels, ("", COMPILED), strict=True):
-        for index, (rule, colour) in enumerate(colours.items()):
+        for index, (rule, color) in enumerate(colors.items()):
             points = [(k, r["ratio"][rule + suffix]) for k, r in enumerate(results) if rule + suffix in r["ratio"]]
             if points:
                 places, values = zip(*points, strict=True)
-                axes.bar([p + (index - 1) * 0.27 for p in places], values, 0.25, color=colour, label=rule)
+                axes.bar([p + (index - 1) * 0.27 for p in places], values, 0.25, color=color, label=rule)
         axes.axhline(1, color="black", lw=0.8)
         axes.set_xticks(range(len(results)), [r["network"].replace(" ", "\n", 1) for r in results])
         axes.set_title("compiled" if suffix else "eager", fontsize=9)

@@ -39,7 +39,7 @@ from vanilla import VanillaMulFreePSN
 
 import mfpsn_fx
 from mfpsn_fx.kernels import kernels
-from mfpsn_fx.passes import Example, FoldNorms, PassContext, Pipeline, PropagateShapes, neurons
+from mfpsn_fx.passes import Example, FuseNorms, PassContext, Pipeline, PropagateShapes, neurons
 
 sequential_cifar = load_example("networks").sequential_cifar
 
@@ -68,12 +68,12 @@ class Settings:
 def training_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, reset: bool) -> Callable[[], None]:
     """One step of AdamW on the batch (x, y)."""
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def run() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        optimiser.step()
+        optimizer.step()
         if reset:
             rivals.reset(model)
 
@@ -95,7 +95,7 @@ def ours(settings: Settings, x: torch.Tensor) -> nn.Module:
 
 def folded(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """A copy of ``model`` whose neurons apply the batch norms in front of them on load; kernels as they are."""
-    pipeline = Pipeline([PropagateShapes(), FoldNorms()], given=("neurons",))
+    pipeline = Pipeline([PropagateShapes(), FuseNorms()], given=("neurons",))
     found = pipeline(copy.deepcopy(model), PassContext(Example((x[:, :2],))))
     found.meta.clear()
     return found
@@ -232,11 +232,11 @@ def draw(found: dict, path) -> None:
     }  # fmt: skip
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     steps = [result["T"] for result in results]
-    for name, (colour, line) in style.items():
+    for name, (color, line) in style.items():
         for axes, key in ((left, "ratio_to_psn"), (right, "neuron_share")):
             points = [(r["T"], r[key][name]) for r in results if name in r[key]]
             if points and not (axes is right and name.endswith(COMPILED)):
-                axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", ms=4, label=name)
+                axes.plot(*zip(*points, strict=True), line, color=color, marker="o", ms=4, label=name)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(steps, [str(t) for t in steps])

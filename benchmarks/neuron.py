@@ -382,8 +382,8 @@ def draw(found: dict, path) -> None:
     figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for name in names + ours:
         points = [(i, cell["ratio_to_psn"][name]) for i, cell in enumerate(cells) if name in cell["ratio_to_psn"]]
-        colour, marker = style[name]
-        axes.plot(*zip(*points, strict=True), marker, color=colour, label=name, ms=6 if name in ours else 4.5)
+        color, marker = style[name]
+        axes.plot(*zip(*points, strict=True), marker, color=color, label=name, ms=6 if name in ours else 4.5)
     axes.axhline(1, color="black", lw=1)
     axes.text(-0.7, 1.04, "PSN", va="bottom", ha="left", fontsize=8)
     groups = [(cell["T"], cell["past_cache"]) for cell in cells]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfpsn_fx.kernels import quantise, spike
+from mfpsn_fx.kernels import quantize, spike
 
 __all__ = ["VanillaMulFreePSN"]
 
@@ -16,7 +16,7 @@ __all__ = ["VanillaMulFreePSN"]
 class VanillaMulFreePSN(nn.Module):
     """Permute, depthwise Conv1d, permute back (paper, section 4.3), twice in training (appendix C).
 
-    The first convolution gives the statistics of H, which are folded into the weights; these are quantised with a
+    The first convolution gives the statistics of H, which are folded into the weights; these are quantized with a
     straight-through gradient (16), and the second convolution fires. Autograd does the rest. Arguments, parameters
     and results are those of :class:`mfpsn_fx.MulFreePSN` with its defaults; time-first input (T, N, C, *).
     """
@@ -44,7 +44,7 @@ class VanillaMulFreePSN(nn.Module):
         else:
             mean, var = self.running_mean, self.running_var
         gain = self.gamma / torch.sqrt(var + self.eps)
-        taps = quantise(gain.unsqueeze(1) * self.weight)
+        taps = quantize(gain.unsqueeze(1) * self.weight)
         u = self._filter(padded, taps, self.beta - gain * mean)
         # contiguous: the stateless layer that reads this fuses T into N, and a permuted tensor would be copied there
         return spike(u).view(inner.shape).movedim(-2, 1).movedim(-1, 0).contiguous()

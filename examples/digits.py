@@ -95,16 +95,16 @@ def train(model: nn.Module, data: Data, epochs: int, seed: int, batch: int, lr: 
     """AdamW with a cosine schedule; test accuracy at the end, the median epoch's seconds."""
     model.train()
     step = torch.compile(model, fullgraph=True, backend="mfpsn_fx") if compiled else model
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     seconds = []
     for epoch in range(epochs):
         started = time.perf_counter()
         for x, y in batches(data, batch, seed * 1000 + epoch):
             loss = F.cross_entropy(step(x), y)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             functional.reset_net(model)
         schedule.step()
         seconds.append(time.perf_counter() - started)

@@ -42,7 +42,7 @@ ORDER, OURS_LR = 4, 1e-2  # of our neurons; chosen as the sources' are
 
 @dataclasses.dataclass
 class Utterances:
-    """x (T, N, 12), standardised, zero behind each utterance's end; mask (T, N) of its valid steps; y (N,)."""
+    """x (T, N, 12), standardized, zero behind each utterance's end; mask (T, N) of its valid steps; y (N,)."""
 
     x: Tensor
     mask: Tensor
@@ -71,7 +71,7 @@ def data_files() -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def padded(series: TimeSeries, mean: Tensor, deviation: Tensor) -> Utterances:
-    """The cases side by side in time-first order, each coefficient standardised."""
+    """The cases side by side in time-first order, each coefficient standardized."""
     cases = [((case - mean) / deviation).float() for case in series.cases]
     lengths = torch.tensor([len(case) for case in cases])
     x = torch.zeros(STEPS, len(cases), COEFFICIENTS)
@@ -81,7 +81,7 @@ def padded(series: TimeSeries, mean: Tensor, deviation: Tensor) -> Utterances:
 
 
 def load() -> tuple[Utterances, Utterances]:
-    """Training and test utterances, standardised by what the valid steps of the training set show."""
+    """Training and test utterances, standardized by what the valid steps of the training set show."""
     train, test = (read_ts(file) for file in data_files())
     steps = torch.cat(train.cases)
     mean, deviation = steps.mean(0), steps.std(0)
@@ -243,16 +243,16 @@ def train(
 ) -> Course:  # fmt: skip
     """AdamW with a cosine schedule over ``epochs``; the same for every network."""
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     course = Course([], [])
     for epoch in range(epochs):
         started = time.perf_counter()
         for part in data.batches(batch, seed * 1000 + epoch):
             loss = F.cross_entropy(scores(model, part), part.y)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             forget(model)
         schedule.step()
         course.seconds.append(time.perf_counter() - started)

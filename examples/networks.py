@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ["PerStep", "sequential_cifar"]
 
-ROWS, COLOURS = 32, 3
+ROWS, COLORS = 32, 3
 HIDDEN = 256
 
 
@@ -32,7 +32,7 @@ class MeanOverTime(nn.Module):
 def sequential_cifar(make_neuron: Callable[[int], nn.Module], classes: int = 100, channels: int = 128) -> nn.Sequential:
     """The network for sequential CIFAR (paper, appendix D): {{c128k3s1-BN-SN}×3-APk2s2}×2-FC256-SN-FC10/100.
 
-    An image is read column by column: T = 32 steps of 32 rows in three colours, over which the convolutions run (1-D).
+    An image is read column by column: T = 32 steps of 32 rows in three colors, over which the convolutions run (1-D).
     With 128 channels there are 3·128·32 + 3·128·16 + 256 = 18 688 neurons. The classes' scores are averaged over time.
 
     Args:
@@ -45,7 +45,7 @@ def sequential_cifar(make_neuron: Callable[[int], nn.Module], classes: int = 100
         (T, N, 3, 32) → (N, classes).
     """
     layers: list[nn.Module] = []
-    width = COLOURS
+    width = COLORS
     for _ in range(2):
         for _ in range(3):
             # no bias: the batch norm behind takes it out again

@@ -45,7 +45,7 @@ class _Header:
     dimensions: int | None = None
     equal_length: bool | None = None
     series_length: int | None = None
-    labelled: bool = False
+    labeled: bool = False
     classes: tuple[str, ...] = ()
 
 
@@ -88,7 +88,7 @@ def read_ts(path: str | pathlib.Path) -> TimeSeries:
         raise TsFormatError(f"{path}: there is no @data tag")
     if not cases:
         raise TsFormatError(f"{path}: there is no case behind @data")
-    return TimeSeries(header.name, header.classes, cases, torch.tensor(labels) if header.labelled else None)
+    return TimeSeries(header.name, header.classes, cases, torch.tensor(labels) if header.labeled else None)
 
 
 def _tag(text: str, header: _Header) -> bool:
@@ -96,7 +96,7 @@ def _tag(text: str, header: _Header) -> bool:
     tag, *values = text.split()
     match tag.lower():
         case "data":
-            if header.labelled and not header.classes:
+            if header.labeled and not header.classes:
                 raise TsFormatError("@classLabel true names no classes")
             return True
         case "problemname":
@@ -118,7 +118,7 @@ def _tag(text: str, header: _Header) -> bool:
         case "serieslength":
             header.series_length = _integer(tag, values)
         case "classlabel":
-            header.labelled = _boolean(tag, values[:1])
+            header.labeled = _boolean(tag, values[:1])
             header.classes = tuple(values[1:])
         case _:
             raise TsFormatError(f"unknown tag @{tag}")
@@ -139,8 +139,8 @@ def _integer(tag: str, values: list[str]) -> int:
 
 def _case(text: str, header: _Header) -> tuple[Tensor, int]:
     """One line: (steps, dimensions) and the index of its class (−1 without labels)."""
-    *series, label = text.split(":") if header.labelled else (*text.split(":"), "")
-    if header.labelled and label.strip() not in header.classes:
+    *series, label = text.split(":") if header.labeled else (*text.split(":"), "")
+    if header.labeled and label.strip() not in header.classes:
         raise TsFormatError(f"class {label.strip()!r} is none of @classLabel's: {' '.join(header.classes)}")
     if not series:
         raise TsFormatError("no dimension")
@@ -155,7 +155,7 @@ def _case(text: str, header: _Header) -> tuple[Tensor, int]:
         raise TsFormatError(f"{lengths[0]} steps, but @seriesLength says {header.series_length}")
     return (
         torch.tensor(values, dtype=torch.float64).T.contiguous(),
-        header.classes.index(label.strip()) if header.labelled else -1,
+        header.classes.index(label.strip()) if header.labeled else -1,
     )
 
 

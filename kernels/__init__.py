@@ -22,7 +22,7 @@ from .implementations import (  # noqa: F401  (each registers its kernels)
 )
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
-from .quantizer import Gradient, dequantise, exponents, power_of_two, quantise
+from .quantizer import Gradient, dequantize, exponents, power_of_two, quantize
 from .registry import (
     FALLBACK_KERNEL,
     Kernel,
@@ -49,7 +49,7 @@ __all__ = [
     "backward_input",
     "backward_reductions",
     "default_kernel",
-    "dequantise",
+    "dequantize",
     "exponents",
     "fire",
     "fold",
@@ -57,7 +57,7 @@ __all__ = [
     "kernels",
     "neuron",
     "power_of_two",
-    "quantise",
+    "quantize",
     "register_kernel",
     "register_surrogate",
     "spike",

@@ -1,4 +1,4 @@
-"""Fold the normalisation into the taps and quantise them, and the chain rule back through that (appendix C)."""
+"""Fold the normalization into the taps and quantize them, and the chain rule back through that (appendix C)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantiser_slope
+from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, power_of_two, quantizer_slope
 
 __all__ = ["Fold", "FoldGrads", "deviation", "fold", "fold_backward"]
 
@@ -39,15 +39,15 @@ def fold(
     min_exponent: int = MIN_EXPONENT,
     max_exponent: int = MAX_EXPONENT,
 ) -> Fold:
-    """Fold the normalisation into the taps and quantise them (appendix C). weight (C, k), the rest (C,).
+    """Fold the normalization into the taps and quantize them (appendix C). weight (C, k), the rest (C,).
 
     γ/√(σ²+ε) is a division, not a product with a reciprocal: where γ = √(σ²+ε) it gives exactly 1.
     """
     std = deviation(var, eps)
     gain = gamma / std
     fused = weight * gain.unsqueeze(1)
-    quantised = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
-    return Fold(quantised, beta - gain * mean, fused, gain, std)
+    quantized = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
+    return Fold(quantized, beta - gain * mean, fused, gain, std)
 
 
 class FoldGrads(NamedTuple):
@@ -75,7 +75,7 @@ def fold_backward(
 
     ``count`` is how many values of H per channel the statistics were taken over; None if they were given (eval).
     """
-    slope = quantiser_slope(folded.fused, folded.taps, gradient)
+    slope = quantizer_slope(folded.fused, folded.taps, gradient)
     dfused = dtaps if slope is None else dtaps * slope
     dgain = (dfused * weight).sum(1) - dbias * mean
     offset = inner = None

@@ -13,7 +13,7 @@ from .constants import FOLDING, NeuronConstants
 from .layout import per_channel, valid_steps
 from .surrogate import Surrogate, get_surrogate
 
-__all__ = ["Call", "FilterParts", "Parts"]
+__all__ = ["Call", "FilterKernel", "NeuronKernel"]
 
 
 class Call:
@@ -41,14 +41,14 @@ class Call:
         return get_surrogate(self.constants.surrogate, self.constants.alpha)
 
 
-class Parts:
+class NeuronKernel:
     """The four parts of the op, which may be called apart, so that ranks can add up what they found; and the whole.
 
     ``forward`` and ``backward`` put the parts together. A kernel that can do better than one part after the other
     (fewer calls, the fold on the device) overrides them too; the values must be those of the parts.
 
     x and grad are (T, N, C, *) or (N, C, *, T) as ``call.layout`` says; weights (C, k), the newest tap last;
-    everything else (C,). U = fire's filter output + bias, H = the unquantised filter's output.
+    everything else (C,). U = fire's filter output + bias, H = the unquantized filter's output.
 
     ``layer``, where a kernel has it, is the whole layer with its own autograd, for eager calls without a mask that
     nobody watches: ``layer(x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update,
@@ -152,7 +152,7 @@ class Parts:
         return (call.mask.sum() * (count // call.mask.numel())).clamp(min=1).to(call.dtype)
 
 
-class FilterParts(Parts):
+class FilterKernel(NeuronKernel):
     """The parts, made from a temporal filter and its backward in ATen calls.
 
     A subclass gives :meth:`filter` and :meth:`filter_backward`. X is lifted to the dtype of the sums first,

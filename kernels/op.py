@@ -298,7 +298,7 @@ def resolve_layer(
     shift: Tensor | None,
     constants: NeuronConstants,
 ) -> Callable[..., Tensor] | None:
-    """Return ``Parts.layer`` of the kernel that serves this call, all checks done; None if there is none."""
+    """Return ``NeuronKernel.layer`` of the kernel that serves this call, all checks done; None if there is none."""
     affine = scale is not None or shift is not None
     parts, dtype = _resolve_kernel(
         version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, False, affine, constants

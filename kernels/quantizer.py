@@ -1,4 +1,4 @@
-"""Powers of two: the quantiser of equation (13), exact on exponent and mantissa, and its gradients."""
+"""Powers of two: the quantizer of equation (13), exact on exponent and mantissa, and its gradients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = [
     "MIN_EXPONENT",
     "Gradient",
     "check_exponent_bounds",
-    "dequantise",
+    "dequantize",
     "exponents",
     "power_of_two",
-    "quantise",
-    "quantiser_slope",
+    "quantize",
+    "quantizer_slope",
 ]
 
 # Every power in these bounds is a normal float32, and every exponent an int8.
@@ -32,10 +32,10 @@ _TURN = {
 
 
 class Gradient(enum.StrEnum):
-    """How a gradient passes the quantiser.
+    """How a gradient passes the quantizer.
 
     ``STRAIGHT_THROUGH``: Q'(w) = 1 (16), the paper's choice and the default. ``ROUND_ONLY``: Q'(w) = |Q(w)|/|w|
-    (15), 0 at w = 0. ``NONE``: there is no quantiser, Q(w) = w.
+    (15), 0 at w = 0. ``NONE``: there is no quantizer, Q(w) = w.
     """
 
     STRAIGHT_THROUGH = "straight-through"
@@ -49,7 +49,7 @@ class Gradient(enum.StrEnum):
             return cls(value)
         except ValueError:
             names = ", ".join(repr(g.value) for g in cls)
-            raise ValueError(f"unknown quantiser gradient {value!r}: choose one of {names}") from None
+            raise ValueError(f"unknown quantizer gradient {value!r}: choose one of {names}") from None
 
 
 def check_exponent_bounds(min_exponent: int, max_exponent: int) -> None:
@@ -62,7 +62,7 @@ def check_exponent_bounds(min_exponent: int, max_exponent: int) -> None:
 
 
 def power_of_two(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> Tensor:
-    """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13); not differentiable (see :func:`quantise`).
+    """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13); not differentiable (see :func:`quantize`).
 
     Exponents are clamped to the bounds. NaN stays NaN. float16 and bfloat16 are computed in float32
     and rounded back, so there the bounds should be ones that the dtype can hold.
@@ -79,14 +79,14 @@ def power_of_two(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int 
     return torch.where(w == 0, w, q)
 
 
-def quantiser_slope(w: Tensor, q: Tensor, gradient: Gradient | str) -> Tensor | None:
+def quantizer_slope(w: Tensor, q: Tensor, gradient: Gradient | str) -> Tensor | None:
     """Q'(w) given q = Q(w); None where it is 1 everywhere. Shapes as ``w``."""
     if Gradient.parse(gradient) is not Gradient.ROUND_ONLY:
         return None
     return torch.where(w == 0, torch.zeros_like(w), (q / w).abs())
 
 
-def quantise(
+def quantize(
     w: Tensor,
     gradient: Gradient | str = Gradient.STRAIGHT_THROUGH,
     min_exponent: int = MIN_EXPONENT,
@@ -103,7 +103,7 @@ def quantise(
         return w
     fixed = w.detach()
     q = power_of_two(fixed, min_exponent, max_exponent)
-    slope = quantiser_slope(fixed, q, gradient)
+    slope = quantizer_slope(fixed, q, gradient)
     through = w - fixed  # 0 in value, 1 in gradient
     return q + (through if slope is None else slope * through)
 
@@ -111,7 +111,7 @@ def quantise(
 def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> tuple[Tensor, Tensor]:
     """What a chip stores of Q(w): int8 exponents and int8 signs (−1, 0, 1), shaped as ``w``.
 
-    The exponent of a zero is 0 and its sign 0; :func:`dequantise` gives Q(w) back.
+    The exponent of a zero is 0 and its sign 0; :func:`dequantize` gives Q(w) back.
 
     Raises:
         ValueError: ``w`` has a NaN or infinite entry, or the bounds are not within -126 … 127.
@@ -127,6 +127,6 @@ def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = M
     return exponent.to(torch.int8), torch.sign(q).to(torch.int8)
 
 
-def dequantise(exponent: Tensor, sign: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(exponent: Tensor, sign: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights sign · 2^exponent that :func:`exponents` took apart."""
     return torch.ldexp(sign.to(torch.float64), exponent.to(torch.int32)).to(dtype)

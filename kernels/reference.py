@@ -1,6 +1,6 @@
 """The neuron in float64, plainly: what every kernel is tested against.
 
-Loops over steps and taps, no autograd, its own quantiser. Layout is undone at the door: inside, everything is
+Loops over steps and taps, no autograd, its own quantizer. Layout is undone at the door: inside, everything is
 (T, N, C, P).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .layout import Layout
 from .surrogate import Surrogate
 
-__all__ = ["Forward", "Gradients", "backward", "filtered", "forward", "quantised"]
+__all__ = ["Forward", "Gradients", "backward", "filtered", "forward", "quantized"]
 
 
 class Forward(NamedTuple):
@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
     shift: Tensor | None
 
 
-def quantised(w: float, min_exponent: int = -126, max_exponent: int = 127) -> float:
+def quantized(w: float, min_exponent: int = -126, max_exponent: int = 127) -> float:
     """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13), exponent clamped to the bounds; one float."""
     if w == 0 or math.isnan(w):
         return w
@@ -126,7 +126,7 @@ def forward(
     shift: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Forward:
-    """Appendix C: μ, σ² of H from W (training) or the running ones, folded, quantised (13), fired (17, 18)."""
+    """Appendix C: μ, σ² of H from W (training) or the running ones, folded, quantized (13), fired (17, 18)."""
     layout = Layout.parse(layout)
     weight, gamma, beta = weight.double(), gamma.double(), beta.double()
     inside = _prepare(x, scale, shift, mask, layout)
@@ -141,7 +141,7 @@ def forward(
     taps = fused
     if gradient != "none":
         taps = torch.tensor(
-            [[quantised(w, min_exponent, max_exponent) for w in row] for row in fused.tolist()], dtype=torch.float64
+            [[quantized(w, min_exponent, max_exponent) for w in row] for row in fused.tolist()], dtype=torch.float64
         )
     bias = beta - gamma * mean / std
     membrane = filtered(inside.x, taps, dilation) + bias[:, None]

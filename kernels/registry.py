@@ -99,7 +99,7 @@ class Kernel:
     """A way to compute the op: what it serves, and the object whose methods do the work.
 
     ``parts`` gives ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
-    ``backward``, which put them together (see :class:`mfpsn_fx.kernels.kernel.Parts`, which documents their shapes).
+    ``backward``, which put them together (:class:`mfpsn_fx.kernels.kernel.NeuronKernel` documents their shapes).
     ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
     kernel cannot run on this machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs.
     ``one_read``: its ``statistics`` read the input once and write no tensor of its size.
@@ -182,7 +182,9 @@ def register_kernel(
         parts = cls() if isinstance(cls, type) else cls
         wanted = ("statistics", "fire", "backward_reductions", "backward_input", "forward", "backward")
         if missing := [part for part in wanted if not callable(getattr(parts, part, None))]:
-            raise TypeError(f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.kernel.Parts")
+            raise TypeError(
+                f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.kernel.NeuronKernel"
+            )
         if name in _KERNELS and not replace:
             raise ValueError(f"a kernel called {name!r} is registered already; pass replace=True to replace it")
         old = _KERNELS.get(name)

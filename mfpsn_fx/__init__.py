@@ -1,4 +1,4 @@
-"""mfpsn_fx: a spiking network goes in, a multiplication-free, quantised, kernel-bound one comes out."""
+"""mfpsn_fx: a spiking network goes in, a multiplication-free, quantized, kernel-bound one comes out."""
 
 from mfpsn_fx.kernels import (
     ATan,
@@ -21,7 +21,7 @@ from mfpsn_fx.model import (
 )
 from mfpsn_fx.model.batch import Batch
 from mfpsn_fx.model.norms.masked import MaskedBatchNorm, mask_batch_norms
-from mfpsn_fx.model.norms.synchronized import SynchronisedBatchNorm, synchronise_statistics
+from mfpsn_fx.model.norms.synchronized import SynchronizedBatchNorm, synchronize_statistics
 from mfpsn_fx.model.padding_mask import lengths_to_mask, masked_mean, valid_steps
 from mfpsn_fx.passes import (
     ConversionError,
@@ -70,7 +70,7 @@ __all__ = [
     "Sigmoid",
     "SourceNeuron",
     "Surrogate",
-    "SynchronisedBatchNorm",
+    "SynchronizedBatchNorm",
     "Taps",
     "TwoPole",
     "backend",
@@ -96,7 +96,7 @@ __all__ = [
     "register_source",
     "register_surrogate",
     "selection",
-    "synchronise_statistics",
+    "synchronize_statistics",
     "unregister_operator_layout",
     "unregister_source",
     "valid_steps",

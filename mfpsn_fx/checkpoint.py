@@ -13,7 +13,7 @@ from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import NotAFilterError, SourceNeuron, describe
 from mfpsn_fx.model.sources.stepping import stepping_of
-from mfpsn_fx.passes import Example, InitialiseNeurons, PassContext, Pipeline
+from mfpsn_fx.passes import Example, InitializeNeurons, PassContext, Pipeline
 
 from .selection import graph_of
 
@@ -74,7 +74,7 @@ def load_source_checkpoint(
             elif module.source is not None:
                 module.source = described.get(id(module), module.source)
                 _restart(module)
-    pipeline = Pipeline([InitialiseNeurons("source")], given=("neurons", "dilations"))
+    pipeline = Pipeline([InitializeNeurons("source")], given=("neurons", "dilations"))
     pipeline(gm, PassContext(Example(example_args, kwargs)))
 
 

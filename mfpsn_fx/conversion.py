@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from mfpsn_fx.model.capturing.capture import capture, copied, said_of
+from mfpsn_fx.model.capturing.capture import capture, copied, value_for_path
 from mfpsn_fx.model.capturing.over_time import OverTime
 from mfpsn_fx.model.capturing.step_mode import Switched, to_multi_step
 from mfpsn_fx.model.neuron import MulFreePSN
@@ -28,7 +28,7 @@ from mfpsn_fx.passes import (
     ConversionError,
     ConvertOptions,
     Example,
-    InitialiseNeurons,
+    InitializeNeurons,
     MeasureOptions,
     ObserveInputs,
     PassContext,
@@ -39,7 +39,7 @@ from mfpsn_fx.passes import (
     SeparateUses,
     VerifyPlan,
 )
-from mfpsn_fx.passes.fuse_norms import fold_norms
+from mfpsn_fx.passes.fuse_norms import fuse_norms
 from mfpsn_fx.passes.planning.replay import choices_of
 from mfpsn_fx.passes.rollup.roll_up import check_accept
 
@@ -67,7 +67,7 @@ def conversion_pipeline(options: ConvertOptions | None = None, *, planned: bool 
         SeparateUses(),
         ReplaceNeurons(),
         AssignDilations(),
-        InitialiseNeurons(),
+        InitializeNeurons(),
         Calibrate(),
         *(planning_pipeline() if planned else [BindKernels()]),
     ]
@@ -227,7 +227,7 @@ def plan(
         return planning_pipeline(options)(gm, context)
     except BaseException:
         if context.norms_unfused:
-            fold_norms(gm)
+            fuse_norms(gm)
         raise
 
 
@@ -274,7 +274,7 @@ def _check_model(model: nn.Module) -> None:
         )
     for name, tensor in model.named_parameters():
         if not isinstance(tensor, nn.parameter.UninitializedParameter) and bool(tensor.isnan().any()):
-            raise ValueError(f"{name}: the weights contain NaN; train or reinitialise this layer before converting")
+            raise ValueError(f"{name}: the weights contain NaN; train or reinitialize this layer before converting")
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
 def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
     """Notes on neurons by their paths in the user's model."""
     for path, module in gm.named_modules():
-        note = said_of(gm, notes, path)
+        note = value_for_path(gm, notes, path)
         if note is not None and isinstance(module, MulFreePSN):
             module.source = dataclasses.replace(module.source, notes=(*module.source.notes, note))
 

@@ -24,7 +24,7 @@ from .selection import Row, graph_of, selection
 
 __all__ = ["draw", "to_dot"]
 
-_COLOURS = {Layout.TIME_FIRST: "#d6e6f5", Layout.TIME_LAST: "#fbdcb8"}
+_COLORS = {Layout.TIME_FIRST: "#d6e6f5", Layout.TIME_LAST: "#fbdcb8"}
 _CONVERSION = "#c0392b"
 _NEURON = 'shape=box, style="filled,bold"'
 _OTHER = 'shape=box, style="filled,rounded"'
@@ -37,7 +37,7 @@ def draw(model: nn.Module, path: str | os.PathLike) -> None:
     """Draw the graph of a converted network into a file.
 
     Neurons have a bold frame, and show their kernels and the milliseconds of forward and backward, where they were
-    measured. Colours are layouts. A red edge is a layout conversion, with the bytes of the tensor that it copies; a
+    measured. Colors are layouts. A red edge is a layout conversion, with the bytes of the tensor that it copies; a
     dashed edge carries the scale and shift of a folded batch norm. What only reads shapes is left out.
 
     Args:
@@ -94,10 +94,10 @@ def to_dot(model: nn.Module) -> str:
         if node in converted:  # several readers of one copy: the edges part behind it
             lines.append(f"  {_quoted(node.name)} [shape=point, color={_quoted(_CONVERSION)}];")
             continue
-        colour = _COLOURS[Layout.TIME_LAST if node in late else Layout.TIME_FIRST]
+        color = _COLORS[Layout.TIME_LAST if node in late else Layout.TIME_FIRST]
         style = _NEURON if node in rows and node.op == "call_module" else _OTHER
         text = "\n".join(_label(gm, node, rows.get(node, [])))
-        lines.append(f"  {_quoted(node.name)} [{style}, fillcolor={_quoted(colour)}, label={_quoted(text)}];")
+        lines.append(f"  {_quoted(node.name)} [{style}, fillcolor={_quoted(color)}, label={_quoted(text)}];")
     for node in gm.graph.nodes:
         if node in hidden or node in parts or node in edges:
             continue
@@ -223,9 +223,9 @@ def _legend(both: bool) -> Iterator[str]:
         return
     yield "subgraph cluster_legend {"
     yield "  label=layouts; fontname=Helvetica; fontsize=10;"
-    for layout, colour in _COLOURS.items():
+    for layout, color in _COLORS.items():
         name, text = _quoted(f"legend {layout}"), _quoted(str(layout).replace("_", "-"))
-        yield f"  {name} [shape=box, style=filled, fillcolor={_quoted(colour)}, label={text}];"
+        yield f"  {name} [shape=box, style=filled, fillcolor={_quoted(color)}, label={text}];"
     yield "}"
 
 

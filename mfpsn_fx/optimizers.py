@@ -24,7 +24,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     No decay for neurons (W, γ, β of ``MulFreePSN``, and whatever a neuron that was not converted learns), norm layers
     and biases (any parameter of fewer than two dims). A decaying W would do nothing but raise the neuron's effective
-    learning rate, as its normalisation cancels the scale; a decaying β would pull thresholds towards the mean.
+    learning rate, as its normalization cancels the scale; a decaying β would pull thresholds towards the mean.
 
     Args:
         model: a converted network, also compiled; any other module will do.

@@ -15,7 +15,7 @@ from mfpsn_fx.model.results import Candidate, ConversionRecord, Measured, record
 from mfpsn_fx.model.sources.description import qualified_name, source_paths
 from mfpsn_fx.passes import Neuron, conversion_nodes, neurons
 
-from .tables import check_style, laid_out
+from .tables import check_style, format_table
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
 
@@ -142,7 +142,7 @@ class Selection:
             ]
             for row in self.rows
         ]
-        return laid_out(body, headers, style, self._footer(), _ALIGN)
+        return format_table(body, headers, style, self._footer(), _ALIGN)
 
     def _repr_html_(self) -> str:
         return self.table("html")

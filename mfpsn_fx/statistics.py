@@ -9,7 +9,7 @@ from torch import nn
 
 from mfpsn_fx.model.batch import Batch, reset_states
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.recompute import Reruns
+from mfpsn_fx.model.recompute import RecomputeGuard
 
 __all__ = ["recompute_statistics"]
 
@@ -18,7 +18,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
     """Replace the running statistics of neurons and batch norms by their cumulative average over ``batches``.
 
     For data that differ from those trained on, or after weights were averaged. Neurons and batch norms run in training
-    mode and normalise with each batch's own statistics; all other layers (dropout among them) in evaluation. Every
+    mode and normalize with each batch's own statistics; all other layers (dropout among them) in evaluation. Every
     batch counts alike. Training flags and momenta are restored; if a batch fails, the statistics too.
 
     Args:
@@ -82,6 +82,6 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
         for m, momentum in momenta.items():
             m.momentum = momentum
             if hasattr(m, "_reruns"):
-                m._reruns = Reruns()  # none of these runs is run again
+                m._reruns = RecomputeGuard()  # none of these runs is run again
         reset_states(model)
     return count

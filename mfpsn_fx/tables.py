@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate, tabulate_formats
 
-__all__ = ["check_style", "laid_out"]
+__all__ = ["check_style", "format_table"]
 
 _NAMES = {"plain": "simple"}  # ours: theirs
 
@@ -21,7 +21,7 @@ def check_style(style: str) -> None:
         )
 
 
-def laid_out(
+def format_table(
     body: Sequence[Sequence[object]],
     headers: Sequence[str],
     style: str,

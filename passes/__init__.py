@@ -15,8 +15,8 @@ from .calibrate import Calibrate
 from .check_sources import CheckSources
 from .context import Example, PassContext
 from .errors import ConversionError, PipelineError
-from .fuse_norms import FoldNorms, UnfoldNorms, folded_norms, unfold_norms
-from .initialize_neurons import InitialiseNeurons
+from .fuse_norms import FuseNorms, UnfuseNorms, fused_norms, unfuse_norms
+from .initialize_neurons import InitializeNeurons
 from .layout.conversions import CancelConversions, InsertConversions, conversion_nodes
 from .layout.lower import LowerConversions
 from .layout.operators import register_operator_layout, unregister_operator_layout
@@ -47,8 +47,8 @@ __all__ = [
     "ConversionError",
     "ConvertOptions",
     "Example",
-    "FoldNorms",
-    "InitialiseNeurons",
+    "FuseNorms",
+    "InitializeNeurons",
     "InsertConversions",
     "LowerConversions",
     "MeasureOptions",
@@ -66,14 +66,14 @@ __all__ = [
     "RollUpError",
     "SeparateUses",
     "SnapWeights",
-    "UnfoldNorms",
+    "UnfuseNorms",
     "VerifyPlan",
     "apply",
     "conversion_nodes",
-    "folded_norms",
+    "fused_norms",
     "neurons",
     "receptive_field",
     "register_operator_layout",
-    "unfold_norms",
+    "unfuse_norms",
     "unregister_operator_layout",
 ]

@@ -26,7 +26,7 @@ from mfpsn_fx.model.sources.simulate import SimulatedNeuron, simulate
 from .base import Pass, Result
 from .context import PassContext
 from .fit_taps import Fit, Moments, Tail, filtered, fit_taps
-from .fuse_norms import unfold_norms
+from .fuse_norms import unfuse_norms
 
 __all__ = ["Calibrate"]
 
@@ -62,7 +62,7 @@ class Calibrate(Pass):
 
     name = "calibrate"
     needs = ("neurons", "dilations")
-    gives = ("initialised", "calibrated")
+    gives = ("initialized", "calibrated")
 
     def __init__(
         self, batches: Iterable | None = None, drive: str = "source", rate: float = 1.0, progress: bool | None = None
@@ -157,7 +157,7 @@ class _Twins:
         self.batches = batches
         self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
         for twin in (self.student, self.teacher):
-            unfold_norms(twin)  # what a neuron meets is then what it is called with
+            unfuse_norms(twin)  # what a neuron meets is then what it is called with
         self.uses: dict[str, int] = {}  # calls of each neuron in one run
         for module in [*self.student.modules(), *self.teacher.modules()]:
             if isinstance(module, MulFreePSN):
@@ -255,9 +255,9 @@ def _calibrate(twins: _Twins, path: str, drive: str, rate: float) -> Fit:
         if drive == "source":
             twins.run(twins.teacher, batch, {path: aim}, last=path)
         twins.run(twins.student, batch, {path: add}, last=path)
-    quantised = neuron.gradient != "none"
+    quantized = neuron.gradient != "none"
     fit = fit_taps(
-        moments, neuron.weight.detach(), quantised=quantised, min_exponent=neuron.min_exponent,
+        moments, neuron.weight.detach(), quantized=quantized, min_exponent=neuron.min_exponent,
         max_exponent=neuron.max_exponent,
     )  # fmt: skip
     tail = Tail(fit.least, fit.most)

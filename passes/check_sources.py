@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from mfpsn_fx.model.capturing.capture import said_of, user_path
+from mfpsn_fx.model.capturing.capture import user_path, value_for_path
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, source_paths
 
 from .base import Pass, Result
@@ -49,7 +49,7 @@ class CheckSources(Pass):
             try:
                 describe(neuron)
             except NotAFilterError as error:
-                failed[path] = context.refusals[path] = said_of(gm, context.refusals, path) or str(error)
+                failed[path] = context.refusals[path] = value_for_path(gm, context.refusals, path) or str(error)
         if failed and options.strict:
             raise ConversionError(refusal_message(failed, len(paths)))
         return Result(gm, [f"{path}: {reason}" for path, reason in failed.items()])

@@ -122,7 +122,7 @@ def _centred(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def fit_taps(
-    moments: Moments, start: Tensor, *, quantised: bool = True, min_exponent: int = -126, max_exponent: int = 127
+    moments: Moments, start: Tensor, *, quantized: bool = True, min_exponent: int = -126, max_exponent: int = 127
 ) -> Fit:
     """Taps whose filter follows the target best, up to a scale that the threshold takes up.
 
@@ -134,7 +134,7 @@ def fit_taps(
     Args:
         moments: the sums.
         start: (C, k), taken where the data tell nothing.
-        quantised: whether the neuron has a quantiser.
+        quantized: whether the neuron has a quantizer.
     """
     covariance, cross = _centred(moments)
     start = start.double()
@@ -145,7 +145,7 @@ def fit_taps(
     taps = start + torch.linalg.solve(system, residual.unsqueeze(2)).squeeze(2)
     told = _score(taps, system, cross) > 0
     taps = torch.where(told.unsqueeze(1), taps, start)
-    if not quantised:
+    if not quantized:
         return Fit(moments, taps)
     round_ = lambda w: power_of_two(w, min_exponent, max_exponent)  # noqa: E731
     best, score = round_(start), torch.full_like(start[:, 0], -math.inf)

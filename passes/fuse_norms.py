@@ -19,35 +19,35 @@ from .context import PassContext
 from .neurons import input_meta, known_value, neurons
 from .op_traits import aten_name, queries_shape
 
-__all__ = ["FoldNorms", "UnfoldNorms", "fold_norms", "folded_norms", "unfold_norms"]
+__all__ = ["FuseNorms", "UnfuseNorms", "fuse_norms", "fused_norms", "unfuse_norms"]
 
 _VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as"}
 _DIRECT = "direct"  # a batch norm's form in time-last
 
 
-class FoldNorms(Pass):
+class FuseNorms(Pass):
     """Fold the affine part of a batch norm into the load of the neuron behind it, in training and evaluation.
 
     Before: ``conv -> bn -> sn``. After: ``conv -> (x, scale, shift) = norm_affine(bn, conv) -> sn(x, scale=scale,
     shift=shift)``: the norm's output, T·N·C·* values, is neither written nor kept for backward. Views between norm and
     neuron that take T and N apart stay; where both are time-last, the norm is ``run_time_last(bn, conv)``. The norm's
-    module stays where it was, with its names in the ``state_dict``; :func:`unfold_norms` is the way back.
+    module stays where it was, with its names in the ``state_dict``; :func:`unfuse_norms` is the way back.
 
     A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
     the neuron's channels, has no hooks, no forward of its own and no parametrization, and its output is read by the
     neuron alone. Others are left as they are.
     """
 
-    name = "fold_norms"
+    name = "fuse_norms"
     needs = ("neurons", "shapes")
-    gives = ("folded_norms",)
+    gives = ("fused_norms",)
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         context.layout_graph = None
-        return Result(gm, fold_norms(gm))
+        return Result(gm, fuse_norms(gm))
 
 
-def fold_norms(gm: fx.GraphModule) -> list[str]:
+def fuse_norms(gm: fx.GraphModule) -> list[str]:
     """Fold the batch norms of ``gm`` into the neurons behind them, where that can be; return what was done."""
     changes = []
     for neuron in neurons(gm):
@@ -62,30 +62,30 @@ def fold_norms(gm: fx.GraphModule) -> list[str]:
     return changes
 
 
-class UnfoldNorms(Pass):
+class UnfuseNorms(Pass):
     """Make folded batch norms layers again, so that a planner may choose their layout.
 
     Before: ``norm_affine(bn, conv) -> sn(x, scale=scale, shift=shift)``. After: ``bn -> sn``.
     """
 
-    name = "unfold_norms"
+    name = "unfuse_norms"
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
-        changed = unfold_norms(gm)
+        changed = unfuse_norms(gm)
         context.norms_unfused = context.norms_unfused or bool(changed)
         context.layout_graph = None
         return Result(gm, changed)
 
 
-def folded_norms(gm: fx.GraphModule) -> list[fx.Node]:
+def fused_norms(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes of ``gm`` that stand for batch norms folded into neurons."""
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is norm_affine]
 
 
-def unfold_norms(gm: fx.GraphModule) -> list[str]:
+def unfuse_norms(gm: fx.GraphModule) -> list[str]:
     """Make the folded batch norms of ``gm`` layers again, in place; returns their paths."""
     changed = []
-    for node in folded_norms(gm):
+    for node in fused_norms(gm):
         attribute, x = node.args[:2]
         late = node.kwargs.get("layout") == Layout.TIME_LAST
         with gm.graph.inserting_before(node):

@@ -14,14 +14,14 @@ from .base import Pass, Result
 from .context import PassContext
 from .example_run import run_copy
 
-__all__ = ["InitialiseNeurons"]
+__all__ = ["InitializeNeurons"]
 
 # The threshold is moved by so many units in the last place towards firing at equality, so that what the fold rounds
 # (β = μ − V_th, and then β − μ) cannot turn H = V_th into silence. Batch means of different kernels differ by a few.
 _GUARD = 32
 
 
-class InitialiseNeurons(Pass):
+class InitializeNeurons(Pass):
     """Give the new neurons weights and thresholds (the graph itself is unchanged).
 
     Before: ``W`` random, γ = 1, β = −1. After, with ``init="source"``: ``W[c, i]`` is the source's response at lag
@@ -36,9 +36,9 @@ class InitialiseNeurons(Pass):
     Layers other than neurons run in the mode that they are in.
     """
 
-    name = "initialise_neurons"
+    name = "initialize_neurons"
     needs = ("neurons", "dilations")
-    gives = ("initialised",)
+    gives = ("initialized",)
 
     def __init__(self, init: str | None = None) -> None:
         super().__init__(init=init)

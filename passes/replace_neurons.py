@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.quantizer import Gradient
 from mfpsn_fx.kernels.surrogate import Surrogate
-from mfpsn_fx.model.capturing.capture import preserved_rng, said_of, user_path
+from mfpsn_fx.model.capturing.capture import preserved_rng, user_path, value_for_path
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS, check_dims
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.results import keep_record, record_of
@@ -75,7 +75,7 @@ class ReplaceNeurons(Pass):
             if isinstance(by_layer, Mapping) and (unknown := sorted(set(by_layer) - set(known) - set(paths))):
                 raise ValueError(f"{name} names layers that are no neurons: {unknown}; the neurons are {known}")
         for path, old in paths.items():
-            if (reason := said_of(gm, context.refusals, path)) is not None or (
+            if (reason := value_for_path(gm, context.refusals, path)) is not None or (
                 options.excludes(user_path(gm, path), old) and (reason := LEFT_OUT)
             ):
                 failed[path] = reason
@@ -102,7 +102,7 @@ class ReplaceNeurons(Pass):
 
 def _make(gm: fx.GraphModule, context: PassContext, path: str, old: nn.Module) -> MulFreePSN:
     source, options = describe(old), context.options
-    said = said_of(gm, options.channel_dims or {}, path)
+    said = value_for_path(gm, options.channel_dims or {}, path)
     shape = _observed_shape(gm, context.inputs, path)
     dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
     channels = source.channels or channels_before(gm, path)

@@ -1,4 +1,4 @@
-"""Quantise a trained model's weights for good."""
+"""Quantize a trained model's weights for good."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SnapWeights(Pass):
             except ValueError as error:
                 faults.append(f"{name}: {error}")
         if faults:
-            raise ValueError("these layers cannot be quantised:\n  " + "\n  ".join(faults))
+            raise ValueError("these layers cannot be quantized:\n  " + "\n  ".join(faults))
         changes, done = [], set()
         for name, module in found.items():
             if id(module) in done:

@@ -31,7 +31,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate  
 from mfpsn_fx.kernels import fold  # noqa: E402
 from mfpsn_fx.kernels.autotune.race import Outcome, Results  # noqa: E402
 from mfpsn_fx.kernels.build import cpu as cpu_build  # noqa: E402
-from mfpsn_fx.passes.planning import measure_layers as stateless_times  # noqa: E402
+from mfpsn_fx.passes.planning import measure_layers as measure_layers  # noqa: E402
 from mfpsn_fx.passes.planning import measure_neurons as autoselect  # noqa: E402
 
 
@@ -84,7 +84,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch) -> Iterator[Callable[[str], types.ModuleType]]:
-    """``script(path)``: a file of the repository that is in no package, as a module; it may import its neighbours."""
+    """``script(path)``: a file of the repository that is in no package, as a module; it may import its neighbors."""
     root, before = pathlib.Path(__file__).resolve().parent.parent, set(sys.modules)
 
     def load(path):
@@ -129,7 +129,7 @@ def distorted(monkeypatch) -> Callable[..., list[tuple[types.SimpleNamespace, st
         def run_races(races, **options):
             return Results(tuple({e.name: outcome(e) for e in race.variants} for race in races))
 
-        for module in (autoselect, stateless_times):
+        for module in (autoselect, measure_layers):
             monkeypatch.setattr(module, "run_races", run_races)
         return asked
 

@@ -40,17 +40,17 @@ def sample(
             after.synchronize()
             taken = before.elapsed_time(after)
         else:
-            _synchronise(device)
+            _synchronize(device)
             started = clock()
             for _ in range(calls):
                 run()
-            _synchronise(device)
+            _synchronize(device)
             taken = (clock() - started) / 1e6
         if taken > 0:
             return taken / calls
     raise ClockError(f"the clock of {device} did not go forwards in {_BACKWARDS} runs: nothing can be timed")
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -163,7 +163,7 @@ def run_races(
     A variant whose first run an earlier process began and did not end, since it hung or crashed and was killed, is not
     run again: its error says so.
 
-    In an initialised process group, rank 0 measures and all ranks take its results: every rank must call, with
+    In an initialized process group, rank 0 measures and all ranks take its results: every rank must call, with
     races of the same names.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernel import FilterParts
+from ..kernel import FilterKernel
 from ..layout import Layout
 from ..registry import register_kernel
 from .vmap import vmap
@@ -55,7 +55,7 @@ def _from_rows(rows: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
 
 
 @register_kernel("vanilla-conv1d", rank=-1)  # what the others are compared with
-class VanillaConv1d(FilterParts):
+class VanillaConv1d(FilterKernel):
     """Permute to (N·*, C, T), depthwise Conv1d, permute back: what the paper calls vanilla."""
 
     def filter(self, call, x, w):
@@ -73,7 +73,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 @register_kernel("vmap-conv1d", layouts=[Layout.TIME_LAST])
-class VmapConv1d(FilterParts):
+class VmapConv1d(FilterKernel):
     """Depthwise Conv1d on (N, C, T), vmapped over the positions of (N, C, *, T)."""
 
     def filter(self, call, x, w):

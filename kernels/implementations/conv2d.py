@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernel import FilterParts
+from ..kernel import FilterKernel
 from ..layout import Layout
 from ..registry import register_kernel
 
@@ -17,7 +17,7 @@ def _planes(x: Tensor) -> Tensor:
 
 
 @register_kernel("conv2d", layouts=[Layout.TIME_LAST])
-class Conv2d(FilterParts):
+class Conv2d(FilterKernel):
     """Depthwise Conv2d with a (1, k) kernel on (N, C, P, T)."""
 
     def filter(self, call, x, w):

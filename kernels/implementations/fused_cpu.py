@@ -8,7 +8,7 @@ import torch
 
 from ..build.cpu import OPS, unavailable
 from ..constants import NeuronConstants
-from ..kernel import Call, Parts
+from ..kernel import Call, NeuronKernel
 from ..registry import Problem, register_kernel
 
 _SURROGATES = ("atan", "rational", "sigmoid")
@@ -73,7 +73,7 @@ def _supports(problem: Problem) -> str | None:
 
 
 @register_kernel("fused-cpp", devices=["cpu"], supports=_supports, unavailable=unavailable, rank=30, one_read=True)
-class FusedCpu(Parts):
+class FusedCpu(NeuronKernel):
     """C++: tiles of T steps in cache, taps summed in order, H never written; any strides, both layouts."""
 
     def layer(

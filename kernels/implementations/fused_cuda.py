@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..build import cuda as cuda_build
 from ..constants import NeuronConstants
-from ..kernel import Call, Parts
+from ..kernel import Call, NeuronKernel
 from ..layout import Layout, uniform_stride
 from ..quantizer import Gradient
 from ..registry import Problem, register_kernel
 from .fused_cuda_plan import LIMIT, MOST_ORDER, MOST_ORDER_FLOAT64, Geometry, Plan, plan
 
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
-_QUANTISERS = {Gradient.NONE: 0, Gradient.STRAIGHT_THROUGH: 1, Gradient.ROUND_ONLY: 2}
+_QUANTIZERS = {Gradient.NONE: 0, Gradient.STRAIGHT_THROUGH: 1, Gradient.ROUND_ONLY: 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _MOST_STEPS = 2**24  # steps are counted in 32 bits, and a dilation is at most as long
 _STATISTICS, _FINISH_STATISTICS, _FOLD, _FIRE = 1, 2, 4, 8
@@ -40,7 +40,7 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("dtype", "device", "steps", "batch", "channels", "positions", "order",
-                                              "dilation", *Plan._fields, "grid_limit", "surrogate", "quantiser",
+                                              "dilation", *Plan._fields, "grid_limit", "surrogate", "quantizer",
                                               "min_exponent", "max_exponent", "chain", "training", "input_grad")),
         *((name, ctypes.c_double) for name in ("alpha", "eps")),
         *((name, _View) for name in ("x_view", "grad_view", "out_view")),
@@ -148,7 +148,7 @@ class _Run:
     def fold(self, constants: NeuronConstants, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
         """Hand over what the fold takes."""
         a = self.arguments
-        a.eps, a.quantiser = constants.eps, _QUANTISERS[Gradient.parse(constants.gradient)]
+        a.eps, a.quantizer = constants.eps, _QUANTIZERS[Gradient.parse(constants.gradient)]
         a.min_exponent, a.max_exponent = constants.min_exponent, constants.max_exponent
         self.give(weight=weight, gamma=gamma, beta=beta)
         self.make("taps", self.order)
@@ -200,7 +200,7 @@ def _supports(problem: Problem) -> str | None:
     rank=50,
     one_read=True,
 )
-class FusedCuda(Parts):
+class FusedCuda(NeuronKernel):
     """CUDA C++: a window of X in registers, taps summed in order, H never written; any strides, both layouts."""
 
     def __init__(self, device: Device | None = None) -> None:

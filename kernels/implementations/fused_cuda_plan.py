@@ -33,7 +33,7 @@ class Geometry(NamedTuple):
     aligned: int  # the largest power of two up to 16 that divides the address in bytes
 
     def loads(self, dim: int, width: int, size: int) -> bool:
-        """Whether ``width`` neighbours along ``dim`` can be loaded at once."""
+        """Whether ``width`` neighbors along ``dim`` can be loaded at once."""
         rest = (stride for other, stride in enumerate(self.strides) if other != dim)
         return self.strides[dim] == 1 and self.aligned >= width * size and all(stride % width == 0 for stride in rest)
 

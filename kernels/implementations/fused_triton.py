@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..constants import NeuronConstants
-from ..kernel import Call, Parts
+from ..kernel import Call, NeuronKernel
 from ..layout import Layout, uniform_stride
 from ..quantizer import Gradient
 from ..registry import Problem, register_kernel
@@ -203,10 +203,10 @@ def _order(weight: Tensor) -> dict[str, int]:
     return {"K": weight.shape[1], "KP": _power(weight.shape[1])}
 
 
-def _quantised(constants: NeuronConstants) -> dict[str, object]:
+def _quantized(constants: NeuronConstants) -> dict[str, object]:
     return {
         "EPS": float(constants.eps),
-        "QUANTISED": str(constants.gradient) != Gradient.NONE,
+        "QUANTIZED": str(constants.gradient) != Gradient.NONE,
         "LEAST": constants.min_exponent,
         "MOST": constants.max_exponent,
     }
@@ -247,7 +247,7 @@ def _input(
     dweight: Tensor | None,
     input_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """What ``Parts.backward_input`` gives, with ``dweight`` added to dW."""
+    """What ``NeuronKernel.backward_input`` gives, with ``dweight`` added to dW."""
     affine = call.scale is not None or call.shift is not None
     if not (input_grad or affine or offset is not None):
         return None, dweight, None, None
@@ -278,7 +278,7 @@ def _input(
     rank=-1 if _interpreted() else 40,  # the interpreter is for tests
     one_read=True,
 )
-class FusedTriton(Parts):
+class FusedTriton(NeuronKernel):
     """Triton, for GPUs: a tile of positions walks T, taps summed in order, H never written; any strides."""
 
     def statistics(self, call, x, weight):
@@ -286,7 +286,7 @@ class FusedTriton(Parts):
         g, partials = _statistics(call, x, weight)
         mean, var = (torch.empty(g.channels, dtype=call.dtype, device=x.device) for _ in range(2))
         _channels("fold_program", x, partials, mean, var, None, None, None, None, None, g.channels, g.columns,
-                  channels=g.channels, EPS=0.0, QUANTISED=False, LEAST=0, MOST=0, **_order(weight))  # fmt: skip
+                  channels=g.channels, EPS=0.0, QUANTIZED=False, LEAST=0, MOST=0, **_order(weight))  # fmt: skip
         return mean, var
 
     def fire(self, call, x, taps, bias):
@@ -322,12 +322,12 @@ class FusedTriton(Parts):
             mean, var = mean.contiguous(), var.contiguous()
         taps, bias = torch.empty_like(weight), torch.empty_like(gamma)
         _channels("fold_program", x, partials, mean, var, weight, gamma, beta, taps, bias, channels, columns,
-                  channels=channels, **_order(weight), **_quantised(call.constants))  # fmt: skip
+                  channels=channels, **_order(weight), **_quantized(call.constants))  # fmt: skip
         return self.fire(call, x, taps, bias), mean, var
 
     def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
         weight, gamma, beta, mean, var = (v.contiguous() for v in (weight, gamma, beta, mean, var))
-        channels, constants = weight.shape[0], {**_order(weight), **_quantised(call.constants)}
+        channels, constants = weight.shape[0], {**_order(weight), **_quantized(call.constants)}
         taps, bias = torch.empty_like(weight), torch.empty_like(gamma)
         _channels("fold_program", x, None, mean, var, weight, gamma, beta, taps, bias, channels, 0, channels=channels,
                   **constants)  # fmt: skip

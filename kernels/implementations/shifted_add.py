@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..kernel import FilterParts
+from ..kernel import FilterKernel
 from ..layout import per_channel
 from ..registry import register_kernel
 
 
 @register_kernel("shifted-add", rank=10)
-class ShiftedAdd(FilterParts):
+class ShiftedAdd(FilterKernel):
     """Slices of X, each times its tap, added in the order i = 0 … k−1; views only, both layouts."""
 
     def filter(self, call, x, w):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel import FilterParts
+from ..kernel import FilterKernel
 from ..layout import Layout
 from ..registry import register_kernel
 from .vmap import vmap
@@ -35,7 +35,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 @register_kernel("vmap-mm")
-class VmapMM(FilterParts):
+class VmapMM(FilterKernel):
     """A Toeplitz matrix per channel, products vmapped over C; from the left in time-first, the right in time-last."""
 
     def filter(self, call, x, w):

@@ -54,7 +54,7 @@ def _deviation(var, eps):
 
 @triton.jit
 def _power_of_two(w, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """``quantiser.power_of_two`` on the bits: exponent and fraction fields. Infinity, like NaN, becomes NaN."""
+    """``quantizer.power_of_two`` on the bits: exponent and fraction fields. Infinity, like NaN, becomes NaN."""
     if w.dtype == tl.float32:
         bits = w.to(tl.int32, bitcast=True)
         field = (bits >> 23) & 0xFF
@@ -77,14 +77,14 @@ def _power_of_two(w, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
-def _folded(weight, gamma, beta, mean, var, EPS: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr,
+def _folded(weight, gamma, beta, mean, var, EPS: tl.constexpr, QUANTIZED: tl.constexpr, LEAST: tl.constexpr,
             MOST: tl.constexpr):  # fmt: skip
     """(taps, bias, fused, gain, std) of one channel; see ``fold.fold``."""
     std = _deviation(var, EPS)
     gain = _divided(gamma, std)
     fused = weight * gain
     taps = fused
-    if QUANTISED:
+    if QUANTIZED:
         taps = _power_of_two(fused, LEAST, MOST)
     return taps, beta - gain * mean, fused, gain, std
 
@@ -92,7 +92,7 @@ def _folded(weight, gamma, beta, mean, var, EPS: tl.constexpr, QUANTISED: tl.con
 @triton.jit
 def fold_program(
     partials, mean, var, weight, gamma, beta, taps, bias, channels, columns,
-    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTIZED: tl.constexpr, LEAST: tl.constexpr,
     MOST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """With partials: μ and σ² from them, written. With taps: the fold. Both in one launch in training."""
@@ -127,7 +127,7 @@ def fold_program(
     if taps is not None:
         i = tl.arange(0, KP)
         w = tl.load(weight + c * K + i, mask=i < K, other=0.0)
-        q, b, _, _, _ = _folded(w, tl.load(gamma + c), tl.load(beta + c), m, s, EPS, QUANTISED, LEAST, MOST)
+        q, b, _, _, _ = _folded(w, tl.load(gamma + c), tl.load(beta + c), m, s, EPS, QUANTIZED, LEAST, MOST)
         tl.store(taps + c * K + i, q, mask=i < K)
         tl.store(bias + c, b)
 
@@ -135,7 +135,7 @@ def fold_program(
 @triton.jit
 def chain_program(
     partials, weight, gamma, beta, mean, var, valid, dweight, dgamma, dbeta, offset, slope, channels, columns, count,
-    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTISED: tl.constexpr, ROUND_ONLY: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTIZED: tl.constexpr, ROUND_ONLY: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """``fold.fold_backward`` of the summed partials (K + 1, C, G); offset and slope are None in eval.
@@ -149,7 +149,7 @@ def chain_program(
     dbias = _total(partials, K, c, channels, columns, LANES).to(ACC)
     w = tl.load(weight + c * K + i, mask=i < K, other=0.0)
     g, m = tl.load(gamma + c), tl.load(mean + c)
-    taps, _, fused, gain, std = _folded(w, g, tl.load(beta + c), m, tl.load(var + c), EPS, QUANTISED, LEAST, MOST)
+    taps, _, fused, gain, std = _folded(w, g, tl.load(beta + c), m, tl.load(var + c), EPS, QUANTIZED, LEAST, MOST)
     dfused = dtaps
     if ROUND_ONLY:
         rise = tl.abs(_divided(taps, tl.where(fused == 0, 1.0, fused)))

@@ -7,7 +7,7 @@ channels by BR = (positions q = (n, p)) x (BT steps), time innermost, and goes t
 
 * WALK: BT is 1; the last W = (k − 1)·d + 1 values sit in registers, so each input is read once.
 * else: BT steps at a time, each tap's value read again at its lag, which the first-level cache answers. For memory in
-  which time is dense (neighbouring lanes then read neighbouring steps), and for windows too long for registers.
+  which time is dense (neighboring lanes then read neighboring steps), and for windows too long for registers.
 
 Sums per channel go to ``partials`` (rows, C, G), one column a program; a program of the second stage adds the columns
 up. Absent tensors are None. Offsets are 64 bits wide where WIDE says so.

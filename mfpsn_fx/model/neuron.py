@@ -21,7 +21,7 @@ from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_
 from .distributed.group import Group, joined
 from .distributed.neuron import neuron_over_ranks
 from .padding_mask import current_mask
-from .recompute import Reruns
+from .recompute import RecomputeGuard
 from .results import Calibrated
 from .sources.description import SourceNeuron
 
@@ -33,7 +33,7 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 class MulFreePSN(nn.Module):
     """S = Θ(BN(H)) with H[t][c] = Σ_i W[c][i] · X[t − (k−1−i)·d][c] (paper, equations 10, 17, 18, appendix C).
 
-    Training normalises with the batch statistics of the unquantised filter, folds them into the weights, quantises
+    Training normalizes with the batch statistics of the unquantized filter, folds them into the weights, quantizes
     those to powers of two, and fires; gradients flow through mean and variance. Evaluation uses the running
     statistics: shifts, additions, one comparison with the threshold −b_f.
 
@@ -42,10 +42,10 @@ class MulFreePSN(nn.Module):
         order: k, the number of taps. ``weight[:, k−1]`` meets the present step.
         dilation: d, the distance of taps in steps. Taps that reach before t = 0 read zeros.
         surrogate: what stands for the derivative of Θ in backward.
-        gradient: of the quantiser: ``"straight-through"`` (16), ``"round-only"`` (15) or ``"none"`` (no quantiser).
+        gradient: of the quantizer: ``"straight-through"`` (16), ``"round-only"`` (15) or ``"none"`` (no quantizer).
         layout: of the input where the call does not say: ``"time_first"`` (T, N, C, *) or ``"time_last"`` (N, C, *, T).
         eps, momentum: as in ``torch.nn.BatchNorm1d``.
-        min_exponent, max_exponent: bounds on the exponents of the quantised weights, within −126 … 127.
+        min_exponent, max_exponent: bounds on the exponents of the quantized weights, within −126 … 127.
         channel_dims: the dims of the input that hold its channels, counted in time-first order: 2, or others, or
             several that are channels together, such as (2, 3) of (T, N, heads, width, L).
 
@@ -98,7 +98,7 @@ class MulFreePSN(nn.Module):
         self.source: SourceNeuron | None = None
         self.calibrated: Calibrated | None = None  # what calibration found, if there was one
         self.ranks: Group | None = None  # over whose values batch statistics are taken; None: this process's
-        self._reruns = Reruns()
+        self._recompute_guard = RecomputeGuard()
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
         self.gamma = nn.Parameter(torch.ones(channels, **factory))
@@ -145,7 +145,7 @@ class MulFreePSN(nn.Module):
             RuntimeError: a checkpointed layer is run again, and perhaps not with the mask that it had.
         """
         mask = current_mask() if mask is None else mask
-        again = self._reruns.again(mask, self.training, self.path or "MulFreePSN")
+        recompute = self._recompute_guard.is_recompute(mask, self.training, self.path or "MulFreePSN")
         chosen = (
             (self.kernel if kernel is None else kernel)
             if self.training
@@ -154,7 +154,7 @@ class MulFreePSN(nn.Module):
         layout = self.layout if layout is None else layout
         shape = x.shape
         x = self.channels_together(x, layout)
-        spikes = self._fired(x, scale, shift, mask, self.training and not again, self.constants(layout, chosen))
+        spikes = self._fired(x, scale, shift, mask, self.training and not recompute, self.constants(layout, chosen))
         if self.channel_dims != DEFAULT_DIMS:
             spikes = channels_back(spikes, self.channel_dims, layout, shape)
         return spikes

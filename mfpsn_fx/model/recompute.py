@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Reruns"]
+__all__ = ["RecomputeGuard"]
 
 
-class Reruns:
+class RecomputeGuard:
     """Belongs to one layer; copies and pickles of the layer start afresh.
 
     Checkpointing keeps neither the mask of a run nor a number for it, so that a rerun has the right mask is known only
@@ -20,13 +20,13 @@ class Reruns:
         self._over = False
 
     def __reduce__(self):
-        return Reruns, ()
+        return RecomputeGuard, ()
 
     def __deepcopy__(self, memo):
-        return Reruns()
+        return RecomputeGuard()
 
-    def again(self, mask: Tensor | None, training: bool, layer: str) -> bool:
-        """Whether this run is a second one, whose statistics have been counted already.
+    def is_recompute(self, mask: Tensor | None, training: bool, layer: str) -> bool:
+        """Return True if this run is a second one, whose statistics have been counted already.
 
         Raises:
             RuntimeError: it is, and may have had another mask before.

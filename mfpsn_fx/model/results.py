@@ -130,7 +130,7 @@ class Calibrated:
         agreement_before, agreement_after: share of steps at which both fired or neither did.
         spikes_before, spikes_after: share of all spikes, the source's or ours, that both fired (Jaccard's index; 1
             where neither ever fires), which says more where spikes are few.
-        fit: R² of the quantised filter against what it was fitted to, the source's membrane; mean over channels.
+        fit: R² of the quantized filter against what it was fitted to, the source's membrane; mean over channels.
         steps: how many values of the membrane, per channel, it was fitted to.
     """
 

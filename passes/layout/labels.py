@@ -13,7 +13,7 @@ from ..neurons import input_meta
 from .graph import LayoutGraph
 from .min_cut import Costs, Tensor, best_labels, crossings, total_cost
 
-__all__ = ["Conversion", "Labelling", "conversions_for", "one_layout", "solve", "tensor_bytes", "uncosted"]
+__all__ = ["Conversion", "Labeling", "conversions_for", "one_layout", "solve", "tensor_bytes", "uncosted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Conversion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelling:
+class Labeling:
     """The layout of each node that has one, what it costs, and the conversions that it needs; costs in nanoseconds."""
 
     labels: dict[fx.Node, Layout]
@@ -56,7 +56,7 @@ def solve(
     graph: LayoutGraph,
     costs: Mapping[fx.Node, Costs],
     conversion_costs: Mapping[fx.Node, tuple[int, int]],
-) -> Labelling:
+) -> Labeling:
     """The labels that cost least.
 
     Args:
@@ -81,7 +81,7 @@ def solve(
         tensors.append(Tensor(own, others, *conversion_costs.get(producer, (0, 0))))
     sites = best_labels(nodes, tensors)
     labels = {node: sites[graph.site(node)] for node in graph.operators}
-    return Labelling(
+    return Labeling(
         labels,
         total_cost(nodes, tensors, sites),
         sum(tensors[c.index].cost_to(c.target) for c in crossings(tensors, sites)),
@@ -102,7 +102,7 @@ def conversions_for(graph: LayoutGraph, labels: Mapping[fx.Node, Layout]) -> tup
 def one_layout(graph: LayoutGraph, costs: Mapping[fx.Node, Costs], layout: Layout) -> dict[fx.Node, Costs]:
     """``costs`` with every neuron and every layer that can held to ``layout``.
 
-    Functions and elementwise nodes are left free: they go with their neighbours.
+    Functions and elementwise nodes are left free: they go with their neighbors.
     """
     if layout is Layout.TIME_FIRST:
         return {node: Costs(costs.get(node, Costs()).time_first, None) for node in graph.operators}
@@ -114,7 +114,7 @@ def one_layout(graph: LayoutGraph, costs: Mapping[fx.Node, Costs], layout: Layou
     return held
 
 
-def uncosted(graph: LayoutGraph, layout: Layout) -> Labelling:
+def uncosted(graph: LayoutGraph, layout: Layout) -> Labeling:
     """All in ``layout``, nothing measured: of the places where conversions may stand, those with the fewest bytes."""
     size = {producer: (tensor_bytes(producer),) * 2 for producer in graph.tensors}
     return solve(graph, one_layout(graph, {}, layout), size)

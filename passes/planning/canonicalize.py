@@ -6,7 +6,7 @@ from torch import fx
 
 from ..base import Pass, Result
 from ..context import PassContext
-from ..fuse_norms import unfold_norms
+from ..fuse_norms import unfuse_norms
 from ..layout.graph import LayoutGraph, layout_graph
 from ..layout.regions import remove_conversions
 
@@ -24,7 +24,7 @@ class Canonicalize(Pass):
     gives = ("canonical",)
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
-        unfused = unfold_norms(gm)
+        unfused = unfuse_norms(gm)
         context.norms_unfused = bool(unfused)
         context.layout_graph = None
         changes = [f"{path}: a layer again" for path in unfused]

@@ -26,7 +26,7 @@ from ..layout.graph import LayoutGraph
 from ..neurons import input_meta, input_strides
 from ..op_traits import aten_name
 
-__all__ = ["AS_IS", "Times", "stateless_times"]
+__all__ = ["AS_IS", "Times", "measure_layers"]
 
 _log = logging.getLogger("mfpsn_fx")
 _NEVER = 1e6  # ms
@@ -58,7 +58,7 @@ class Times:
     results: Results
 
 
-def stateless_times(
+def measure_layers(
     gm: fx.GraphModule,
     graph: LayoutGraph,
     repeats: int,

@@ -11,7 +11,7 @@ from mfpsn_fx.model.results import Plan, keep_record, record_of
 
 from ..base import Pass, Result
 from ..context import PassContext
-from ..fuse_norms import fold_norms
+from ..fuse_norms import fuse_norms
 from ..layout.conversions import cancel_conversions, insert_conversions
 from ..layout.graph import LayoutGraph, layout_graph
 from ..layout.regions import remove_conversions
@@ -49,7 +49,7 @@ def apply(plan: Plan, gm: fx.GraphModule, graph: LayoutGraph | None = None) -> l
         if before != (kernel, eval_kernel):
             changes.append(f"{name}: {kernel or '-'} / {eval_kernel or '-'}")
     if plan.fuse_norms:  # of a norm the planner knows both forms; folded, it takes its neuron's layout
-        changes += fold_norms(gm)
+        changes += fuse_norms(gm)
     gm.recompile()
     return changes
 

@@ -15,12 +15,12 @@ from mfpsn_fx.model.results import Candidate, Measured, Plan
 from ..base import Pass, Result
 from ..context import PassContext
 from ..layout.graph import LayoutGraph
-from ..layout.labels import Labelling, one_layout, solve
+from ..layout.labels import Labeling, one_layout, solve
 from ..layout.min_cut import Costs
 from ..neurons import Neuron, neurons
 from ..options import ConvertOptions
 from .canonicalize import layouts_in
-from .measure_layers import AS_IS, stateless_times
+from .measure_layers import AS_IS, measure_layers
 from .measure_neurons import cost_of, fastest, forced_kernel, neurons_share, spread_of
 
 __all__ = ["PlanLayout", "keep_layouts"]
@@ -99,7 +99,7 @@ class PlanLayout(Pass):
         found = _measured_neurons(gm, context)
         rule, choice = context.options.layout, context.options.kernels
         times = self._times(gm, context, found)
-        ways: dict[str, Labelling] = {}
+        ways: dict[str, Labeling] = {}
         for layout in Layout:
             if rule in ("auto", "uniform", layout) and (uniform := self._uniform(times, layout)) is not None:
                 ways[str(layout)] = uniform
@@ -149,7 +149,7 @@ class PlanLayout(Pass):
         if options.layout == Layout.TIME_FIRST:  # no other form and no conversion is in question
             return _Times(graph, costs, {}, methods, fixed, spreads, {})
         share = (1 - neurons_share(options)) * options.budget_s
-        times = stateless_times(gm, graph, options.repeats, options.progress, share, context.cache)
+        times = measure_layers(gm, graph, options.repeats, options.progress, share, context.cache)
         context.stats = context.stats.plus(0.0, times.results)
         for node, ways in times.layers.items():
             first = ways.get((Layout.TIME_FIRST, AS_IS))
@@ -168,7 +168,7 @@ class PlanLayout(Pass):
         return _Times(graph, costs, conversions, methods, fixed, spreads, moved)
 
     @staticmethod
-    def _clear(times: _Times, first: Labelling | None, way: Labelling) -> Labelling:
+    def _clear(times: _Times, first: Labeling | None, way: Labeling) -> Labeling:
         """``way``, unless it is faster than all time-first by less than the spread of what differs."""
         if first is None:
             return way
@@ -180,14 +180,14 @@ class PlanLayout(Pass):
         return way if first.cost - way.cost > math.hypot(*spreads) else first
 
     @staticmethod
-    def _uniform(times: _Times, layout: Layout) -> Labelling | None:
+    def _uniform(times: _Times, layout: Layout) -> Labeling | None:
         try:
             return solve(times.graph, one_layout(times.graph, times.costs, layout), times.conversion_costs)
         except ValueError:
             return None
 
     @staticmethod
-    def _solved(times: _Times, choice: str | Mapping[str, str]) -> Labelling:
+    def _solved(times: _Times, choice: str | Mapping[str, str]) -> Labeling:
         for node, neuron in times.graph.neurons.items():
             costs = times.costs.get(node, Costs())
             if costs.time_first is None and costs.time_last is None:  # measured by an earlier call, for other kernels
@@ -195,14 +195,14 @@ class PlanLayout(Pass):
         return solve(times.graph, times.costs, times.conversion_costs)
 
     @staticmethod
-    def _time_last(times: _Times, way: Labelling) -> dict[str, str]:
+    def _time_last(times: _Times, way: Labeling) -> dict[str, str]:
         """The time-last nodes by name, with the forms of layers."""
         return {
             node.name: times.methods.get(node, AS_IS) for node, label in way.labels.items() if label is Layout.TIME_LAST
         }
 
     @staticmethod
-    def _neurons_cost(times: _Times, way: Labelling) -> int:
+    def _neurons_cost(times: _Times, way: Labeling) -> int:
         own = (times.costs.get(node, Costs()).under(way.labels[node]) for node in times.graph.neurons)
         return times.fixed + sum(cost or 0 for cost in own)
 
@@ -246,7 +246,7 @@ def _ns(candidate: Candidate | None) -> int | None:
     return None if candidate is None else round(cost_of(candidate) * 1e6)
 
 
-def _name_of(graph: LayoutGraph, way: Labelling) -> str:
+def _name_of(graph: LayoutGraph, way: Labeling) -> str:
     """The layout's name if all neurons and layers that have a choice are in one, else ``"mixed"``."""
     met = {way.labels[node] for node, operator in graph.operators.items() if operator.kind in ("neuron", "layer")}
     if len(met) == 2:

@@ -123,13 +123,13 @@ def _step(gm: fx.GraphModule, run: Callable, example: Example, devices: set[torc
         bound = bind_arguments(gm, example.args, dict(example.kwargs))
         given = pytree.tree_map_only(Tensor, torch.clone, bound)
         with torch.enable_grad():
-            _synchronise(devices)
+            _synchronize(devices)
             started = time.perf_counter()
             result = run(*given)
             wanted = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
             if wanted:
                 sum(t.sum() for t in wanted).backward()
-            _synchronise(devices)
+            _synchronize(devices)
             yield (time.perf_counter() - started) * 1e3
 
 
@@ -140,7 +140,7 @@ def _fresh(gm: nn.Module) -> None:
             module.reset()  # what SpikingJelly's layers remember of the last step
 
 
-def _synchronise(devices: set[torch.device]) -> None:
+def _synchronize(devices: set[torch.device]) -> None:
     for device in devices:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)

@@ -49,7 +49,7 @@ class FusedAxis:
         )
 
     def mixes_in_training(self, node: fx.Node) -> bool:
-        """Whether in training, where it normalises, a layer's output for a sample depends on the other samples.
+        """Whether in training, where it normalizes, a layer's output for a sample depends on the other samples.
 
         The layer runs twice on the fused axis, with the same draws, and with its first sample changed: outputs for the
         others must stay.

@@ -182,12 +182,12 @@ class Legality:
                 found += self._with_batch_statistics(group, indices[number])
         if found:
             raise RollUpError(
-                f"{', '.join(dict.fromkeys(found))}: normalised with the statistics of one step's batch of N, and "
+                f"{', '.join(dict.fromkeys(found))}: normalized with the statistics of one step's batch of N, and "
                 "would be with those of all T·N samples; pass accept=('batch_statistics',) to convert if that is meant"
             )
 
     def _with_batch_statistics(self, group: Group, indices: list[int]) -> list[str]:
-        """The layers of a group that, in training, normalise with the statistics of what they see."""
+        """The layers of a group that, in training, normalize with the statistics of what they see."""
         if group.node.op != "call_module":
             return []
         modules = dict(self.gm.get_submodule(group.node.target).named_modules())

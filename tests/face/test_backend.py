@@ -66,7 +66,7 @@ class Told(Pass):
 
 
 def planner(**times):
-    """A backend's passes, with times that favour one way: ``planner(time_last="shifted-add")``."""
+    """A backend's passes, with times that favor one way: ``planner(time_last="shifted-add")``."""
     told = {(Layout(layout), kernel): 1e-4 for layout, kernel in times.items()}
     return [PropagateShapes(), Told(told), PlanLayout(), InsertConversions(), BindKernels(), LowerConversions()]
 
@@ -84,12 +84,12 @@ def chain(*kernels, width=4):
 
 def train(model, call, batches, lr=0.05):
     """Losses of SGD steps."""
-    optimiser, losses = torch.optim.SGD(model.parameters(), lr), []
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr), []
     for x in batches:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = (call(x) - 0.3).square().mean()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses)
 

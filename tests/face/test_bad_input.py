@@ -1,4 +1,4 @@
-"""Each wrong thing gives one clear error, or defined behaviour."""
+"""Each wrong thing gives one clear error, or defined behavior."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_integer_example():
         ({"order": 0}, "order must be an integer of at least 1, found 0"),
         ({"order": 2.0}, "order must be an integer"),
         ({"init": "zero"}, "unknown init 'zero'"),
-        ({"gradient": "guess"}, "unknown quantiser gradient"),
+        ({"gradient": "guess"}, "unknown quantizer gradient"),
         (
             {"layout": "time_first", "kernels": "conv2d"},
             r"(?s)features\.2: no kernel can serve.*conv2d.*serves time_last",

@@ -56,7 +56,7 @@ def fills(text):
 
 
 class TestDot:
-    def test_layouts_are_colours(self, late):
+    def test_layouts_are_colors(self, late):
         text = to_dot(late)
         found = fills(text)
         last = {found[name] for name in ("c1", "norm_affine", "s1", "c2", "s2", "add", "head", "s3")}

@@ -158,7 +158,7 @@ def through_a_file_unchecked(graph, tmp_path):
 
 
 def test_spikingjellys_export_runs_as_spikingjelly(tmp_path):
-    """The discretisation: its own networks, exported and read, fire as they do there."""
+    """The discretization: its own networks, exported and read, fire as they do there."""
     net = nn.Sequential(
         layer.Conv2d(2, 3, 3, padding=1),
         neuron.LIFNode(tau=3.0, decay_input=False, v_threshold=0.8),
@@ -336,7 +336,7 @@ def test_conversion(rng):
 
 
 def test_converted_neurons_fire_as_their_source_without_reset(rng):
-    """All taps in reach, no quantiser: LIF, CubaLIF and IF agree with their equations, reset left out."""
+    """All taps in reach, no quantizer: LIF, CubaLIF and IF agree with their equations, reset left out."""
     shape = (40,)
     for node in neurons(shape)[:3]:
         net = mfpsn_fx.from_nir(nir.NIRGraph.from_list(node), dtype=torch.float64)

@@ -623,7 +623,7 @@ class TestRefusals:
              r"lif1: its membrane feeds 'li', but with its reset gone"),
             (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
             (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
-            (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalised with .* pass accept=\('batch_statistics',\)"),
+            (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalized with .* pass accept=\('batch_statistics',\)"),
             (norm_of_each_step, {"norms": nn.ModuleList(map(nn.BatchNorm1d, [3] * 4))},
              r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
             (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),

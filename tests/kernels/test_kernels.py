@@ -102,7 +102,7 @@ def test_spikes_given_the_same_taps(name, layout, integers):
         assert spikes.shape == x.shape
         assert spikes.stride() == torch.empty_like(x).stride()
         one = torch.ones(p["channels"], dtype=torch.float64)
-        # running statistics (0, 1 − ε), γ = 1 and no quantiser: the reference fires with these taps and this bias
+        # running statistics (0, 1 − ε), γ = 1 and no quantizer: the reference fires with these taps and this bias
         found = reference.forward(
             x, taps, one, bias, 0 * one, one, eps=0.0, dilation=p["dilation"], gradient="none", layout=layout,
             scale=scale, shift=shift, mask=mask,
@@ -173,7 +173,7 @@ def test_training_and_gradients(name, layout, dtype):
 
     check()
     assert flipped <= 0.02 * total, (
-        f"{flipped} of {total} channels within rounding of a quantiser step: too many to tell"
+        f"{flipped} of {total} channels within rounding of a quantizer step: too many to tell"
     )
 
 

@@ -60,7 +60,7 @@ def outcome(run, x, others, grad):
 
 
 def test_results_do_not_depend_on_where_memory_lies():
-    """A loop of the fold, vectorised up to an aligned address, rounded otherwise beyond: some runs differed."""
+    """A loop of the fold, vectorized up to an aligned address, rounded otherwise beyond: some runs differed."""
     stored = leaf(6, 6, 2, 10, 6, dtype=torch.float64)
     x = stored.permute(3, 0, 2, 4, 1)[::2, ::2, ::2, ::2, ::2]
     grad = leaf(*x.shape, dtype=torch.float64, seed=9)

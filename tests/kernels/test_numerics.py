@@ -1,4 +1,4 @@
-"""Layouts, surrogates, the quantiser, and the reference itself."""
+"""Layouts, surrogates, the quantizer, and the reference itself."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mfpsn_fx.kernels import (
     Rational,
     Sigmoid,
     Surrogate,
-    dequantise,
+    dequantize,
     exponents,
     power_of_two,
-    quantise,
+    quantize,
     reference,
     register_surrogate,
     spike,
@@ -115,16 +115,16 @@ def bits(value: int) -> float:
     return struct.unpack("<f", struct.pack("<I", value))[0]
 
 
-class TestQuantiser:
+class TestQuantizer:
     @settings(max_examples=300, deadline=None)
     @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
     def test_float32_is_exact(self, w):
-        assert power_of_two(torch.tensor([w])).item() == reference.quantised(w)
+        assert power_of_two(torch.tensor([w])).item() == reference.quantized(w)
 
     @settings(max_examples=300, deadline=None)
     @given(st.floats(allow_nan=False, allow_infinity=False))
     def test_float64_is_exact(self, w):
-        assert power_of_two(torch.tensor([w], dtype=torch.float64)).item() == reference.quantised(w)
+        assert power_of_two(torch.tensor([w], dtype=torch.float64)).item() == reference.quantized(w)
 
     @pytest.mark.parametrize("exponent", [-126, -60, -1, 0, 1, 77, 126])
     def test_at_the_turn(self, exponent):
@@ -147,22 +147,22 @@ class TestQuantiser:
         w = torch.tensor([100.0, -1.0, 0.001, 0.0])
         assert power_of_two(w, -3, 2).tolist() == [4.0, -1.0, 0.125, 0.0]
         with pytest.raises(ValueError, match="exponent bounds"):
-            quantise(w, min_exponent=3, max_exponent=2)
+            quantize(w, min_exponent=3, max_exponent=2)
         with pytest.raises(ValueError, match="exponent bounds"):
             exponents(w, min_exponent=-200)
 
     def test_gradients(self):
         w = torch.tensor([0.3, -1.7, 0.0, 6.0], dtype=torch.float64, requires_grad=True)
-        quantise(w).sum().backward()
+        quantize(w).sum().backward()
         assert w.grad.tolist() == [1, 1, 1, 1]
         w.grad = None
-        q = quantise(w, "round-only")
+        q = quantize(w, "round-only")
         assert torch.equal(q, power_of_two(w.detach()))
         q.sum().backward()
         torch.testing.assert_close(w.grad, torch.tensor([0.25 / 0.3, 2 / 1.7, 0.0, 8 / 6], dtype=torch.float64))
-        assert quantise(w, "none") is w
-        with pytest.raises(ValueError, match="unknown quantiser gradient"):
-            quantise(w, "magic")
+        assert quantize(w, "none") is w
+        with pytest.raises(ValueError, match="unknown quantizer gradient"):
+            quantize(w, "magic")
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8))
@@ -170,7 +170,7 @@ class TestQuantiser:
         w = torch.tensor(values)
         exponent, sign = exponents(w)
         assert exponent.dtype is sign.dtype is torch.int8
-        assert torch.equal(dequantise(exponent, sign), power_of_two(w))
+        assert torch.equal(dequantize(exponent, sign), power_of_two(w))
 
     def test_exponents_refuse_what_has_none(self):
         with pytest.raises(ValueError, match="2 of 3 weights are NaN or infinite"):
@@ -210,7 +210,7 @@ class TestReference:
             used_mean = chosen.mean(dim=(1, 2))
             used_var = chosen.var(dim=(1, 2), correction=0)
         std = torch.sqrt(used_var + eps)
-        taps = quantise((gamma / std)[:, None] * weight, gradient)
+        taps = quantize((gamma / std)[:, None] * weight, gradient)
         u = convolve(taps) + (beta - gamma * used_mean / std)[:, None]
         expected = spike(u, ATan(2.0)) * valid[:, :, None, None]
         grad = draw(*expected.shape)

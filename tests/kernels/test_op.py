@@ -264,7 +264,7 @@ class TestFaults:
             ({"dilation": 0}, "dilation must be at least 1"),
             ({"layout": "sideways"}, "unknown layout"),
             ({"surrogate": "none"}, "unknown surrogate"),
-            ({"gradient": "guess"}, "unknown quantiser gradient"),
+            ({"gradient": "guess"}, "unknown quantizer gradient"),
             ({"min_exponent": 5, "max_exponent": 1}, "exponent bounds"),
             ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask must be bool of shape \(T, N\) = \(5, 2\)"),
             ({"mask": torch.ones(5, 2)}, "mask must be bool"),

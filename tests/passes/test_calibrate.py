@@ -167,7 +167,7 @@ class TestFit:
         assert (fit.least <= u.amin((0, 1, 3))).all()
         assert (fit.most >= u.amax((0, 1, 3))).all()
 
-    def test_no_quantised_taps_correlate_better(self):
+    def test_no_quantized_taps_correlate_better(self):
         """Two taps: against every pair of exponents within four octaves."""
         x = torch.randn(30, 20, 4, dtype=torch.float64)
         target = simulate(SourceNeuron("LIF", Geometric(ONE * 0.3, ONE * 0.7), ONE * 0.5, reset="zero"), x)[0]
@@ -480,7 +480,7 @@ def test_neurons_that_stay_forget_between_batches(example):
 def test_the_pass_states_its_needs(hot, example):
     pipeline = mfpsn_fx.conversion_pipeline(calibrate=[example])
     names = [p.name for p in pipeline]
-    assert names.index("calibrate") == names.index("initialise_neurons") + 1
+    assert names.index("calibrate") == names.index("initialize_neurons") + 1
     with pytest.raises(mfpsn_fx.PipelineError, match="calibrate needs 'neurons'"):
         Pipeline([Calibrate([example])])
 

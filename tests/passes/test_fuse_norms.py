@@ -17,13 +17,13 @@ from mfpsn_fx.kernels.registry import get_kernel, unregister_kernel
 from mfpsn_fx.model.norms.affine import norm_affine
 from mfpsn_fx.passes import (
     Example,
-    FoldNorms,
+    FuseNorms,
     PassContext,
     Pipeline,
     PropagateShapes,
-    folded_norms,
+    fused_norms,
     neurons,
-    unfold_norms,
+    unfuse_norms,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ def converted(net, x, **options):
 
 def folded(model, *x):
     """A copy of ``model`` with its norms folded."""
-    pipeline = Pipeline([PropagateShapes(), FoldNorms()], given=("neurons",))
+    pipeline = Pipeline([PropagateShapes(), FuseNorms()], given=("neurons",))
     return pipeline(copy.deepcopy(model), PassContext(Example(x)))
 
 
@@ -121,7 +121,7 @@ def test_it_computes_what_the_layers_did(x, options):
         nn.init.uniform_(net[1].bias, -1, 1)
     model = converted(net, x)
     twin = folded(model, x)
-    assert [node.args[0].target for node in folded_norms(twin)] == ["1", "5"]
+    assert [node.args[0].target for node in fused_norms(twin)] == ["1", "5"]
     assert not [n for n in twin.graph.nodes if n.op == "call_module" and n.target in ("1", "5")]
     assert_alike(model, twin, x)
 
@@ -138,7 +138,7 @@ APART = {
 def test_views_between_norm_and_neuron_stay(x, apart):
     model = converted(OverTime(apart).double(), x)
     twin = folded(model, x)
-    assert [node.args[0].target for node in folded_norms(twin)] == ["bn"]
+    assert [node.args[0].target for node in fused_norms(twin)] == ["bn"]
     assert_alike(model, twin, x)
     more = torch.randn(5, 2, 2, 3, 3, dtype=torch.float64)
     assert torch.equal(model(more), twin(more))
@@ -153,7 +153,7 @@ def test_kernels_and_layouts(x, kernel, layout):
     options = {"kernels": kernel, "layout": layout}
     model = converted(copy.deepcopy(net), x, **options)
     twin = converted(net, x, fold_norms=True, **options)
-    assert len(folded_norms(twin)) == 2
+    assert len(fused_norms(twin)) == 2
     assert {(n.kernel, str(n.layout)) for n in neurons(twin)} == {(kernel, layout)}
     assert all(n.affine and n.problem().affine for n in neurons(twin))
     assert_alike(model, twin, x)
@@ -229,9 +229,9 @@ class TestMasks:
         twin = folded(model, x)
         if masked:
             assert mfpsn_fx.mask_batch_norms(model) == mfpsn_fx.mask_batch_norms(twin) > 0
-            assert folded_norms(twin)
+            assert fused_norms(twin)
             again = folded(model, x)  # masked first, folded then
-            assert len(folded_norms(again)) == len(folded_norms(twin))
+            assert len(fused_norms(again)) == len(fused_norms(twin))
             assert_alike(copy.deepcopy(model), again, x, self.mask)
         assert_alike(model, twin, x, self.mask)
 
@@ -264,7 +264,7 @@ class TestLeftAlone:
         model = converted(net, x, fold_norms=True)
         out = run(model, x)[0]
         assert out.shape[0] == x.shape[0]
-        return len(folded_norms(model))
+        return len(fused_norms(model))
 
     def test_read_elsewhere(self, x):
         class Both(OverTime):
@@ -283,7 +283,7 @@ class TestLeftAlone:
                 return self.sn(self.apart(y, x))
 
         model = converted(Altered(APART["view"]).double().eval(), x, fold_norms=True)
-        assert len(folded_norms(model)) == 0
+        assert len(fused_norms(model)) == 0
 
     def test_hooks(self, x):
         net, seen = conv_net().double(), []
@@ -316,15 +316,15 @@ class TestAfterwards:
         model, twin = pair
         again = folded(twin, x)
         assert str(again.graph) == str(twin.graph)
-        assert unfold_norms(again) == ["1", "5"]
-        assert not folded_norms(again)
+        assert unfuse_norms(again) == ["1", "5"]
+        assert not fused_norms(again)
         assert_alike(model, again, x)
 
     @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_and_pickles(self, pair, x, way):
         model, twin = pair
         other = way(twin)
-        assert len(folded_norms(other)) == 2
+        assert len(fused_norms(other)) == 2
         assert_alike(model, other, x)
 
     def test_state_dicts_go_both_ways(self, pair, x):
@@ -337,7 +337,7 @@ class TestAfterwards:
     def test_planned_again(self, pair, x):
         model, twin = pair
         mfpsn_fx.plan(twin, x, layout="time_last", kernels="shifted-add", repeats=1, progress=False)
-        assert len(folded_norms(twin)) == 2
+        assert len(fused_norms(twin)) == 2
         assert_alike(model, twin, x)
         assert len(mfpsn_fx.selection(twin).rows) == 2
 
@@ -409,10 +409,10 @@ def test_statistics_come_from_the_kernel_of_highest_rank_that_reads_once(x):
     register(names[2], rank=80)(parts)
     try:
         model = converted(conv_net().double(), x)
-        kernels = [node.kwargs["kernel"] for node in folded_norms(folded(model, x))]
+        kernels = [node.kwargs["kernel"] for node in fused_norms(folded(model, x))]
         assert set(kernels) == {names[1]}
         unregister_kernel(names.pop(1))
-        kernels = {node.kwargs["kernel"] for node in folded_norms(folded(model, x))}
+        kernels = {node.kwargs["kernel"] for node in fused_norms(folded(model, x))}
         assert kernels <= {"fused-cpp", "reads-once"}
         torch.testing.assert_close(folded(model, x).train()(x), copy.deepcopy(model).train()(x))
     finally:

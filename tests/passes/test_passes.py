@@ -21,7 +21,7 @@ from mfpsn_fx.passes import (
     CancelConversions,
     ConvertOptions,
     Example,
-    InitialiseNeurons,
+    InitializeNeurons,
     InsertConversions,
     ObserveInputs,
     PassContext,
@@ -68,7 +68,7 @@ class TestOneByOne:
         told = {one.name: one(gm, context).changes for one in conversion_pipeline()}
         assert told["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
         assert told["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
-        assert "100%" not in told["initialise_neurons"][0]
+        assert "100%" not in told["initialize_neurons"][0]
         assert told["observe_inputs"] == (
             "features.2: (6, 5, 4, 8)",
             "features.4: (6, 5, 4, 8)",
@@ -208,7 +208,7 @@ class TestAutoselect:
                 assert kernel == max(close, key=lambda name: get_kernel(name).rank)
 
     def test_the_smaller_total_wins(self, gm, example, distorted):
-        """With costs that favour it, time-last is chosen, conversions counted."""
+        """With costs that favor it, time-last is chosen, conversions counted."""
 
         def fake(problem, name):
             return [1.0] * 3 if problem.layout == "time_last" and name == "conv2d" else [50.0] * 3
@@ -278,7 +278,7 @@ class TestSnap:
 class TestPipeline:
     def test_all_violations_in_one_error(self):
         with pytest.raises(PipelineError) as error:
-            Pipeline([AssignDilations(), Autoselect(), ReplaceNeurons(), InitialiseNeurons()])
+            Pipeline([AssignDilations(), Autoselect(), ReplaceNeurons(), InitializeNeurons()])
         text = str(error.value)
         assert (
             "0: assign_dilations needs 'neurons', which nothing before it gives; move it behind replace_neurons" in text
@@ -294,7 +294,7 @@ class TestPipeline:
         names = [p.name for p in pipeline]
         assert names[:2] == ["check_sources", "observe_inputs"]
         assert [p.name for p in pipeline.without("verify_plan")] == [n for n in names if n != "verify_plan"]
-        longer = pipeline.inserted(SnapWeights(), after="initialise_neurons")
+        longer = pipeline.inserted(SnapWeights(), after="initialize_neurons")
         assert longer[6].name == "snap_weights"
         assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
         assert pipeline.inserted(SnapWeights(), before="autoselect")[9].name == "snap_weights"

@@ -58,7 +58,7 @@ def test_a_kernel_of_ones_own(distorted, capsys):
         wanted = reference.backward(grad, *arguments, surrogate=mfpsn_fx.ATan(2.0), **options)
         for ours, theirs in zip(found[:4], wanted[:4], strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
-        # nothing but the measurement decides: a clock that favours it makes autoselect bind it
+        # nothing but the measurement decides: a clock that favors it makes autoselect bind it
         distorted(lambda problem, name: [0.1 if name == "two-taps" else 1.0] * 3)
         model = mfpsn_fx.convert(names["net"], torch.randn(8, 4, 3), progress=False)
         assert [row.kernel for row in mfpsn_fx.selection(model).rows] == ["two-taps"]

@@ -202,7 +202,7 @@ class TestCommandLine:
 
     def test_build(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-        compiler = tmp_path / "c++"  # not optimised, in a third of the time
+        compiler = tmp_path / "c++"  # not optimized, in a third of the time
         compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
         compiler.chmod(0o755)
         monkeypatch.setenv("CXX", str(compiler))

@@ -44,7 +44,7 @@ def example(_small):
 
 # ---- the format
 
-LABELLED = """#Nine speakers.
+LABELED = """#Nine speakers.
 #
 @problemName Two Vowels
 @timeStamps false
@@ -67,8 +67,8 @@ def written(tmp_path, text):
     return tmp_path / "small.ts"
 
 
-def test_labelled_series_of_varying_lengths(ts, tmp_path):
-    found = ts.read_ts(written(tmp_path, LABELLED))
+def test_labeled_series_of_varying_lengths(ts, tmp_path):
+    found = ts.read_ts(written(tmp_path, LABELED))
     assert found.name == "Two Vowels"
     assert found.classes == ("a", "b")
     assert found.labels.tolist() == [0, 1, 0]
@@ -80,7 +80,7 @@ def test_labelled_series_of_varying_lengths(ts, tmp_path):
     assert all(case.dtype is torch.float64 for case in found.cases)
 
 
-def test_unlabelled_series_with_gaps(ts, tmp_path):
+def test_unlabeled_series_with_gaps(ts, tmp_path):
     text = "@PROBLEMNAME gaps\n@univariate TRUE\n@equalLength true\n@seriesLength 3\n@classLabel false\n@DATA\n"
     found = ts.read_ts(written(tmp_path, text + "1,?,3\n 4 , 5,NaN\n"))
     assert found.labels is None
@@ -105,7 +105,7 @@ def test_unlabelled_series_with_gaps(ts, tmp_path):
         ("@missing false", "@missing", "line 5: @missing takes true or false, found nothing"),
         ("@timeStamps false", "@timeStamps true", "line 4: @timeStamps true is not read here"),
         ("@missing false", "@targetLabel true", "line 5: @targetLabel true is not read here"),
-        ("@missing false", "@colour red", "line 5: unknown tag @colour"),
+        ("@missing false", "@color red", "line 5: unknown tag @color"),
         ("@classLabel true a b", "@classLabel true", "line 10: @classLabel true names no classes"),
         ("@equalLength false", "@equalLength true", "line 13: 1 steps, but @equalLength is true and the first"),
         ("@univariate false", "@univariate true", "line 11: 2 dimensions, but @univariate is true"),
@@ -115,10 +115,10 @@ def test_unlabelled_series_with_gaps(ts, tmp_path):
     ],
 )
 def test_what_is_no_such_file(ts, tmp_path, old, new, message):
-    path = written(tmp_path, LABELLED.replace(old, new, 1))
+    path = written(tmp_path, LABELED.replace(old, new, 1))
     if message is None:  # dimensions need not be declared, but must agree
         assert len(ts.read_ts(path).cases) == 3
-        path = written(tmp_path, LABELLED.replace(old, new, 1).replace("5:6:b", "5:b"))
+        path = written(tmp_path, LABELED.replace(old, new, 1).replace("5:6:b", "5:b"))
         message = "line 12: 1 dimensions, but the cases before have 2"
     with pytest.raises(ts.TsFormatError) as error:
         ts.read_ts(path)
@@ -126,7 +126,7 @@ def test_what_is_no_such_file(ts, tmp_path, old, new, message):
 
 
 def test_files_without_data(ts, tmp_path):
-    header = LABELLED.split("@data")[0]
+    header = LABELED.split("@data")[0]
     with pytest.raises(ts.TsFormatError, match="there is no @data tag"):
         ts.read_ts(written(tmp_path, header))
     with pytest.raises(ts.TsFormatError, match="there is no case behind @data"):

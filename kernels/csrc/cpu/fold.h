@@ -12,13 +12,13 @@ namespace mfpsn {
 
 struct Folding {
   double eps;
-  int64_t gradient;  // 0 straight-through, 1 round-only, 2 none (no quantiser)
+  int64_t gradient;  // 0 straight-through, 1 round-only, 2 none (no quantizer)
   int64_t min_exponent, max_exponent;
   int64_t training;  // μ and σ² are the batch's, so gradients flow through them
 };
 
 // Kept from being contracted with what follows: a fused multiply-add rounds once, the tensor operations twice. And where a
-// compiler vectorises a loop up to an aligned address, it may contract the rest alone: then results depend on addresses.
+// compiler vectorizes a loop up to an aligned address, it may contract the rest alone: then results depend on addresses.
 template <typename acc>
 inline acc rounded(acc value) {
   volatile acc kept = value;

@@ -1,5 +1,5 @@
-// A register's worth of lanes as a type of the compiler's (GCC and Clang vector extensions): the sweeps are vectorised
-// by construction, whatever the optimiser thinks of their loops.
+// A register's worth of lanes as a type of the compiler's (GCC and Clang vector extensions): the sweeps are vectorized
+// by construction, whatever the optimizer thinks of their loops.
 #pragma once
 
 #include <cmath>

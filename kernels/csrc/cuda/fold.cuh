@@ -1,4 +1,4 @@
-// Per-channel work: partial sums to totals, the fold of the normalisation into the taps, the quantiser, and the chain
+// Per-channel work: partial sums to totals, the fold of the normalization into the taps, the quantizer, and the chain
 // rule back through both. A warp takes a channel. Totals are taken in float64, in an order that depends on nothing but
 // how many partials there are.
 #pragma once
@@ -39,7 +39,7 @@ struct Folded {
   __device__ sum fused(sum w) const { return times(w, gain); }
   __device__ sum tap(const Arguments& a, sum w) const {
     const sum f = fused(w);
-    if (a.quantiser == 0) return f;
+    if (a.quantizer == 0) return f;
     return power_of_two(f, static_cast<int>(a.min_exponent), static_cast<int>(a.max_exponent));
   }
 };
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kBlock) finish_reductions_kernel(const Argumen
     for (int64_t i = 0; i < a.order; ++i) {
       const sum w = entry<sum>(a.weight, c * a.order + i), fused = folded.fused(w);
       double dfused = total<sum>(a, i, c);
-      if (a.quantiser == 2) dfused *= fused == 0 ? 0.0 : fabs(static_cast<double>(folded.tap(a, w)) / fused);
+      if (a.quantizer == 2) dfused *= fused == 0 ? 0.0 : fabs(static_cast<double>(folded.tap(a, w)) / fused);
       dgain += dfused * w;
       if (first) static_cast<sum*>(a.dweight)[c * a.order + i] = static_cast<sum>(dfused * folded.gain);
     }

@@ -45,7 +45,7 @@ struct Arguments {
   int64_t grid_limit;
   // Constants
   int64_t surrogate;  // 0 arctan, 1 rational, 2 sigmoid
-  int64_t quantiser;  // 0 none, 1 straight-through, 2 round-only
+  int64_t quantizer;  // 0 none, 1 straight-through, 2 round-only
   int64_t min_exponent, max_exponent;
   int64_t chain;      // backward of the whole op: the reductions are followed by the chain rule through the fold
   int64_t training;   // the statistics are those of this batch
@@ -107,7 +107,7 @@ __device__ inline double quotient(double a, double b) { return a / b; }
 __device__ inline float exponential(float a) { return expf(a); }
 __device__ inline double exponential(double a) { return exp(a); }
 
-// V neighbours in one load or store
+// V neighbors in one load or store
 template <typename scalar, int V>
 struct alignas(sizeof(scalar) * V) Pack {
   scalar v[V];

@@ -1,6 +1,6 @@
 // How threads are placed, and how they walk time.
 //
-// A column is the time series of one (n, c, position). A thread takes V neighbouring columns along the dim that is dense
+// A column is the time series of one (n, c, position). A thread takes V neighboring columns along the dim that is dense
 // in memory (positions or channels), `width` threads side by side are a group, and a group walks its columns over T with
 // the last K values of X' in registers, so each value is read once. A dilation d needs no wider window: the steps
 // t ≡ r (mod d) only ever meet each other, so the walk takes one residue (phase) after the other, each as if d were 1.
@@ -74,7 +74,7 @@ struct Column {
   __device__ int64_t at(const View& v) const { return n * v.batch + channel * v.channel + position * v.position; }
 };
 
-// Calls body(column) equally often in all threads; neighbouring groups meet neighbouring columns at the same time
+// Calls body(column) equally often in all threads; neighboring groups meet neighboring columns at the same time
 template <typename Body>
 __device__ inline void for_columns(const Arguments& a, const Unit& unit, Body body) {
   const int64_t columns = a.lanes ? a.batch * a.positions : a.batch;
@@ -167,7 +167,7 @@ __device__ inline int walk_start(int order, int dilation, int first) {
   return first - (back < order - 1 ? back : order - 1) * dilation;
 }
 
-// Copies steps [lo, hi) of a warp's 32 columns between global memory and its tile, neighbouring lanes on neighbouring
+// Copies steps [lo, hi) of a warp's 32 columns between global memory and its tile, neighboring lanes on neighboring
 // steps. R elements at a time; 4 loads in flight.
 template <typename scalar, int R, bool STORE>
 __device__ inline void copy_tile(scalar* tile, int pitch, scalar* column, int64_t step, int lo, int hi,

@@ -22,7 +22,7 @@ from ..time_axis import fold_time, unfold_time
 from ..time_last import has_hooks as _has_hooks
 from ..time_last import has_own_forms
 
-__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "said_of", "sharing_copy", "user_path"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "sharing_copy", "user_path", "value_for_path"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
@@ -371,7 +371,7 @@ def user_path(gm: fx.GraphModule, path: str) -> str:
     return path.removeprefix(f"{ROOT_LEAF}.") if calls == {ROOT_LEAF} else path
 
 
-def said_of(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
+def value_for_path(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
     """What ``by_path`` says of the module at ``path`` in the graph, by that path or by its own in the model."""
     return by_path.get(path, by_path.get(user_path(gm, path)))
 

@@ -213,7 +213,7 @@ def _attribute(root: nn.Module, path: str) -> object:
 
 
 def has_batch_statistics(m: nn.Module) -> bool:
-    """Whether the layer normalises with, or keeps, statistics over the batch."""
+    """Whether the layer normalizes with, or keeps, statistics over the batch."""
     if isinstance(m, nn.modules.instancenorm._InstanceNorm):
         return m.track_running_stats
     return isinstance(m, nn.modules.batchnorm._NormBase)
@@ -335,7 +335,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                     f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
                     "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
                 )
-    _drop_specialisations(graph, concrete)
+    _drop_specializations(graph, concrete)
     gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
     # a fact of the graph as a whole stands at its output
     gm.graph.output_node().meta[BATCH_LAYERS] = tuple(tracers[0].batch_layers)
@@ -369,7 +369,7 @@ def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
     return concrete
 
 
-def _drop_specialisations(graph: fx.Graph, concrete: Mapping) -> None:
+def _drop_specializations(graph: fx.Graph, concrete: Mapping) -> None:
     """FX asserts that what was traced as a constant stays one; such arguments are gone from the new network."""
     for node in reversed(list(graph.nodes)):
         if node.users:

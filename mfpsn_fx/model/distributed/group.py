@@ -24,7 +24,7 @@ class Group:
     def __reduce__(self):
         if self.process_group is not None:
             raise TypeError(
-                "a layer that synchronises over a process group of its own cannot be pickled; save its state_dict"
+                "a layer that synchronizes over a process group of its own cannot be pickled; save its state_dict"
             )
         return Group, ()
 

@@ -63,7 +63,7 @@ def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Ten
     masked = isinstance(norm, MaskedBatchNorm)
     mask = current_mask() if masked else None
     # a checkpointed layer that is run again: like the layer itself, only a masked norm knows
-    counts = norm.training and not (masked and norm._reruns.again(mask, True, "MaskedBatchNorm"))
+    counts = norm.training and not (masked and norm._recompute_guard.is_recompute(mask, True, "MaskedBatchNorm"))
     steps = _by_step(norm, x, mask)
     group = joined(norm)
     with torch.no_grad():

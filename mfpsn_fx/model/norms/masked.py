@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..padding_mask import current_mask
-from ..recompute import Reruns
+from ..recompute import RecomputeGuard
 from ..sources.description import qualified_name
 from ..time_last import has_hooks
 
@@ -47,19 +47,19 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.register_parameter(name, getattr(norm, name))
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(norm, name))
-        self._reruns = Reruns()
+        self._recompute_guard = RecomputeGuard()
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalised; ``ValueError`` if the mask does not fit."""
+        """``x`` normalized; ``ValueError`` if the mask does not fit."""
         if self.time_first:
-            return self._normalised(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return self._normalised(x)
+            return self._normalized(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self._normalized(x)
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor) -> Tensor:
         mask = current_mask()
         batch_statistics = self.training or self.running_mean is None
-        counts = self.training and not self._reruns.again(mask, self.training, "MaskedBatchNorm")
+        counts = self.training and not self._recompute_guard.is_recompute(mask, self.training, "MaskedBatchNorm")
         if mask is None or not batch_statistics:
             momentum = self._momentum() if counts else 0.0
             return F.batch_norm(

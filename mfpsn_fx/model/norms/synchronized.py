@@ -10,10 +10,10 @@ from ..neuron import MulFreePSN
 from .affine import affine_of
 from .masked import MaskedBatchNorm, is_batch_norm, replace_batch_norms
 
-__all__ = ["SynchronisedBatchNorm", "synchronise_statistics"]
+__all__ = ["SynchronizedBatchNorm", "synchronize_statistics"]
 
 
-class SynchronisedBatchNorm(MaskedBatchNorm):
+class SynchronizedBatchNorm(MaskedBatchNorm):
     """A batch norm whose statistics in training are those of the values on all ranks.
 
     On any device, and of any rank of tensor, which ``torch.nn.SyncBatchNorm`` is not. Like :class:`MaskedBatchNorm` it
@@ -34,11 +34,11 @@ class SynchronisedBatchNorm(MaskedBatchNorm):
         self.ranks = Group(process_group)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalised; ``ValueError`` if its rank, its channels or the mask do not fit."""
+        """``x`` normalized; ``ValueError`` if its rank, its channels or the mask do not fit."""
         channel = 2 if self.time_first else 1
         if x.ndim <= channel or x.shape[channel] != self.num_features:
             raise ValueError(
-                f"SynchronisedBatchNorm: expected {self.num_features} channels in dim {channel}, found shape "
+                f"SynchronizedBatchNorm: expected {self.num_features} channels in dim {channel}, found shape "
                 f"{tuple(x.shape)}"
             )
         scale, shift = affine_of(self, x)
@@ -46,7 +46,7 @@ class SynchronisedBatchNorm(MaskedBatchNorm):
         return (x * scale.view(view) + shift.view(view)).to(x.dtype)
 
 
-def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
+def synchronize_statistics(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
     """Let neurons and batch norms of ``model`` take their batch statistics over all ranks, in place.
 
     As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does for batch norms: a network that is trained so on W ranks,
@@ -55,12 +55,12 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
     model is wrapped or compiled and before anything is sharded; calling it again changes the group.
 
     Args:
-        model: a network with :class:`MulFreePSN` neurons. Its batch norms become :class:`SynchronisedBatchNorm`;
+        model: a network with :class:`MulFreePSN` neurons. Its batch norms become :class:`SynchronizedBatchNorm`;
             parameters stay the same objects, so optimizers keep holding them.
         process_group: the ranks; None for the default group, whichever that is at the time of a step.
 
     Returns:
-        How many layers were synchronised.
+        How many layers were synchronized.
 
     Raises:
         TypeError: a batch norm is of a class that is not known, or has hooks or a forward of its own; nothing is
@@ -69,10 +69,10 @@ def synchronise_statistics(model: nn.Module, process_group: dist.ProcessGroup | 
     model = getattr(model, "_orig_mod", model)
     count = replace_batch_norms(
         model,
-        lambda norm: SynchronisedBatchNorm(norm, process_group),
+        lambda norm: SynchronizedBatchNorm(norm, process_group),
         (nn.SyncBatchNorm,),
         lambda norm: isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm),
-        "synchronised",
+        "synchronized",
     )
     neurons = [module for module in model.modules() if isinstance(module, MulFreePSN)]
     for neuron in neurons:

@@ -162,7 +162,7 @@ def resonate_and_fire(m: nn.Module) -> SourceNeuron:
 
 
 @register_source(*class_names("MPBNLIFNode", "mpbn"))
-def membrane_normalised_leaky(m: nn.Module) -> SourceNeuron:
+def membrane_normalized_leaky(m: nn.Module) -> SourceNeuron:
     """LIF whose batch norm on the membrane has been turned into a threshold a channel, or that has none."""
     if not isinstance(m.vbn, nn.Identity):
         raise NotAFilterError(
@@ -170,7 +170,7 @@ def membrane_normalised_leaky(m: nn.Module) -> SourceNeuron:
             "turns the norm into thresholds"
         )
     if m.normalize_residual:
-        raise NotAFilterError("it normalises the membrane of silent steps (normalize_residual), which is no filter")
+        raise NotAFilterError("it normalizes the membrane of silent steps (normalize_residual), which is no filter")
     (tau,) = finite(m, tau=m.tau)
     source = reset_neuron(m, 1 / tau if m.decay_input else _one(), 1 - 1 / tau)
     if m.learnable_vth:

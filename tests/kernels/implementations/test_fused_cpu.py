@@ -15,7 +15,7 @@ from mfpsn_fx import MulFreePSN
 from mfpsn_fx.kernels import ATan, Layout, fire, get_kernel, neuron, power_of_two, reference
 from mfpsn_fx.kernels.build import cpu as cpu_build
 from mfpsn_fx.kernels.constants import NeuronConstants
-from mfpsn_fx.kernels.kernel import Call, Parts
+from mfpsn_fx.kernels.kernel import Call, NeuronKernel
 from mfpsn_fx.kernels.registry import Problem
 
 OPS = torch.ops.mfpsn
@@ -239,7 +239,7 @@ def test_whole_equals_its_parts_however_the_work_is_cut(shape, memory, gradient)
     )
     call = Call(constants, torch.float32)
     whole = kernel.forward(call, x, weight, gamma, beta, None, None)
-    for ours, parts in zip(whole, Parts.forward(kernel, call, x, weight, gamma, beta, None, None), strict=True):
+    for ours, parts in zip(whole, NeuronKernel.forward(kernel, call, x, weight, gamma, beta, None, None), strict=True):
         assert torch.equal(ours, parts)
     _, mean, var = whole
     exact = reference.forward(x, weight, gamma, beta, mean, var, dilation=2, layout=layout, training=True)
@@ -250,7 +250,7 @@ def test_whole_equals_its_parts_however_the_work_is_cut(shape, memory, gradient)
     for training in (True, False):
         call = Call(dataclasses.replace(constants, training=training), torch.float32)
         ours = kernel.backward(call, *arguments)
-        parts = Parts.backward(kernel, call, *arguments)
+        parts = NeuronKernel.backward(kernel, call, *arguments)
         for a, b in zip(ours[:4], parts[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 

@@ -37,7 +37,7 @@ from mfpsn_fx.kernels import (
 from mfpsn_fx.kernels.build import cuda as cuda_build
 from mfpsn_fx.kernels.constants import NeuronConstants
 from mfpsn_fx.kernels.implementations import fused_cuda, fused_cuda_plan
-from mfpsn_fx.kernels.kernel import Call, Parts
+from mfpsn_fx.kernels.kernel import Call, NeuronKernel
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
 OPS = torch.ops.mfpsn
@@ -106,7 +106,7 @@ def place(request):
 MEMORY = ["contiguous", "channels_last", "batch_first", "other_layout", "sliced", "shifted", "permuted", "expanded"]
 
 
-def laid_out(shape, layout, memory, dtype, device):
+def format_table(shape, layout, memory, dtype, device):
     """Values of ``shape`` = (T, N, C, *) in ``layout``, in memory as its name says."""
     wanted = layout.shape_from(shape, Layout.TIME_FIRST)
 
@@ -165,7 +165,7 @@ def drawn(case, place):
     machine = get_kernel(method).parts.device
     if device == "cpu":
         machine.count, machine.grid_limit = case["processors"], case["blocks"]
-    x = laid_out(case["shape"], case["layout"], case["memory"], case["dtype"], device)
+    x = format_table(case["shape"], case["layout"], case["memory"], case["dtype"], device)
     c, k = case["shape"][2], case["order"]
     kept = torch.float64 if case["dtype"] is torch.float64 else torch.float32
     weight, gamma, beta, mean = (torch.randn(*s, dtype=kept, device=device) for s in ((c, k), (c,), (c,), (c,)))
@@ -237,7 +237,7 @@ def test_training_and_gradients(place):
         given = (None, None) if training else tuple(rest[3:5])
         spikes, mean, var = parts.forward(call, x, *rest[:3], *given)
         found = parts.backward(call, grad, x, *rest[:3], mean, var, True)
-        apart = Parts.forward(parts, call, x, *rest[:3], *given)
+        apart = NeuronKernel.forward(parts, call, x, *rest[:3], *given)
         assert all(torch.equal(a, b) for a, b in zip((spikes, mean, var), apart, strict=True))
         options = {"eps": 1e-2, "gradient": gradient, "dilation": case["dilation"], "layout": layout,
                    "training": training}  # fmt: skip
@@ -254,7 +254,7 @@ def test_training_and_gradients(place):
         torch.testing.assert_close(mean.cpu().double(), expected.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(var.cpu().double(), expected.var, rtol=1e-4, atol=1e-5)
         whole = [v for v in found if v is not None]
-        pieces = [v for v in Parts.backward(parts, call, grad, x, *rest[:3], mean, var, True)
+        pieces = [v for v in NeuronKernel.backward(parts, call, grad, x, *rest[:3], mean, var, True)
                   if v is not None]  # fmt: skip
         for value, piece, want in zip(whole, pieces, [w for w in wanted if w is not None], strict=True):
             channel = layout.channel_dim if value.ndim > 2 else 0
@@ -297,7 +297,7 @@ SIZES = [(8, 3, 32, 32), (4, 5, 130), (33, 2, 5, 9), (130, 2, 3, 4), (100, 1, 1,
 def test_sizes_past_a_block_and_bit_equal_runs(place, layout, shape):
     """More than a block of everything; runs agree to the bit, whatever the grid; poisoned memory changes nothing."""
     method, device = place
-    x = laid_out(shape, layout, "contiguous", torch.float32, device)
+    x = format_table(shape, layout, "contiguous", torch.float32, device)
     grad = torch.randn_like(x)
     weight, one = torch.randn(shape[2], 3, device=device), torch.ones(shape[2], device=device)
     options = {"dilation": 2, "training": True, "layout": str(layout), "method": method}
@@ -346,7 +346,7 @@ def test_variance_is_stable_at_a_large_mean(place, layout, first):
 @pytest.mark.parametrize("layout", list(Layout))
 def test_what_stands_in_padding_is_never_read(place, layout):
     method, device = place
-    x = laid_out((5, 2, 4, 8), layout, "contiguous", torch.float32, device)
+    x = format_table((5, 2, 4, 8), layout, "contiguous", torch.float32, device)
     mask = torch.rand(5, 2, device=device) < 0.6
     dead = ~mask if layout is Layout.TIME_FIRST else ~mask.t()
     spoilt, grad = x.clone(), torch.randn_like(x)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mfpsn_fx.kernels import ATan, Layout, Rational, Sigmoid, fire, get_kernel, neuron, power_of_two, reference
 from mfpsn_fx.kernels.constants import NeuronConstants
-from mfpsn_fx.kernels.kernel import Call, Parts
+from mfpsn_fx.kernels.kernel import Call, NeuronKernel
 from mfpsn_fx.kernels.registry import FLOATS, Problem
 
 NAME = "fused-triton"
@@ -92,7 +92,7 @@ def test_spikes_equal_the_default_kernels_to_the_bit():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("surrogate", [ATan(2.0), Rational(10.0), Sigmoid(4.0)], ids=lambda s: s.name)
 def test_whole_against_the_reference(training, surrogate):
-    """Forward and backward, affine and mask; where quantisers agree, and that is nearly everywhere."""
+    """Forward and backward, affine and mask; where quantizers agree, and that is nearly everywhere."""
     compared = total = 0
 
     @settings(OPTIONS, max_examples=10)
@@ -155,13 +155,13 @@ def test_whole_equals_its_parts(layout):
     )
     call, kernel = Call(constants, torch.float32), get_kernel(NAME).parts
     whole = kernel.forward(call, x, weight, gamma, beta, None, None)
-    parts = Parts.forward(kernel, call, x, weight, gamma, beta, None, None)
+    parts = NeuronKernel.forward(kernel, call, x, weight, gamma, beta, None, None)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     arguments = (torch.randn_like(x), x, weight, gamma, beta, *whole[1:], True)
     for training in (True, False):
         call = Call(dataclasses.replace(constants, training=training), torch.float32)
         ours = kernel.backward(call, *arguments)
-        theirs = Parts.backward(kernel, call, *arguments)
+        theirs = NeuronKernel.backward(kernel, call, *arguments)
         for a, b in zip(ours[:4], theirs[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 

@@ -48,7 +48,7 @@ def test_alone_it_changes_nothing(net, fold):
     model = mfpsn_fx.convert(net, x, **options)
     twin = copy.deepcopy(model)
     held = dict(twin.named_parameters())
-    assert mfpsn_fx.synchronise_statistics(twin) == mfpsn_fx.synchronise_statistics(twin) == 3
+    assert mfpsn_fx.synchronize_statistics(twin) == mfpsn_fx.synchronize_statistics(twin) == 3
     assert all(held[name] is p for name, p in twin.named_parameters())
     for one in (model, twin):
         one(x).sum().backward()
@@ -90,13 +90,13 @@ def test_norms_that_are_not_known(net):
         model = nn.Sequential(layer.Linear(3, 4), bad, mfpsn_fx.MulFreePSN(4))
         net[1].register_forward_hook(lambda *_: None)
         with pytest.raises(TypeError, match=found):
-            mfpsn_fx.synchronise_statistics(model)
+            mfpsn_fx.synchronize_statistics(model)
         assert model[2].ranks is None
 
 
 def test_copies_and_pickles():
     neuron = mfpsn_fx.MulFreePSN(3)
-    mfpsn_fx.synchronise_statistics(neuron)
+    mfpsn_fx.synchronize_statistics(neuron)
     assert pickle.loads(pickle.dumps(neuron)).ranks.process_group is None
     neuron.ranks = Group(process_group := object())
     assert copy.deepcopy(neuron).ranks.process_group is process_group
@@ -104,7 +104,7 @@ def test_copies_and_pickles():
         pickle.dumps(neuron)
 
 
-def test_a_synchronised_norm_says_what_does_not_fit():
-    norm = mfpsn_fx.SynchronisedBatchNorm(nn.BatchNorm1d(3))
+def test_a_synchronized_norm_says_what_does_not_fit():
+    norm = mfpsn_fx.SynchronizedBatchNorm(nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match=r"expected 3 channels in dim 1, found shape \(5, 4\)"):
         norm(torch.randn(5, 4))

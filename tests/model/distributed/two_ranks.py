@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 import mfpsn_fx
-from mfpsn_fx.passes import folded_norms
+from mfpsn_fx.passes import fused_norms
 
 STEPS = 3
 
@@ -45,7 +45,7 @@ def network(x, **options) -> nn.Module:
     model = mfpsn_fx.convert(
         net, x, kernels="shifted-add", layout="time_first", init="random", repeats=1, progress=False, **options
     )
-    assert [node.args[0].target for node in folded_norms(model)] == ["bn"]
+    assert [node.args[0].target for node in fused_norms(model)] == ["bn"]
     return model
 
 
@@ -80,10 +80,10 @@ def check_training(x, y, rank: int) -> None:
     mine = slice(rank * share, (rank + 1) * share)
 
     model = network(x)
-    assert mfpsn_fx.synchronise_statistics(model) == 4
-    assert folded_norms(model)
+    assert mfpsn_fx.synchronize_statistics(model) == 4
+    assert fused_norms(model)
     assert list(model.state_dict()) == list(alone.state_dict())
-    sharded, not_synchronised = copy.deepcopy(model), network(x)
+    sharded, not_synchronized = copy.deepcopy(model), network(x)
     wrapped = DistributedDataParallel(model)
     losses = train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     for loss, one in zip(losses, wanted, strict=True):
@@ -96,16 +96,16 @@ def check_training(x, y, rank: int) -> None:
     check_state(sharded.state_dict(), alone, "FSDP2")
 
     compiled = network(x)
-    mfpsn_fx.synchronise_statistics(compiled)
+    mfpsn_fx.synchronize_statistics(compiled)
     wrapped = DistributedDataParallel(torch.compile(compiled, backend="eager", fullgraph=True))
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     check_state(compiled.state_dict(), alone, "DDP, compiled")
 
     wrapped = DistributedDataParallel(
-        not_synchronised
+        not_synchronized
     )  # what it is for: each rank's own statistics give another network
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
-    difference = parameters_to_vector(alone.parameters()) - parameters_to_vector(not_synchronised.parameters())
+    difference = parameters_to_vector(alone.parameters()) - parameters_to_vector(not_synchronized.parameters())
     assert difference.abs().max() > 1e-3
 
 
@@ -115,7 +115,7 @@ def check_uneven(x, rank: int, first: int) -> None:
     mine = slice(0, first) if rank == 0 else slice(first, None)
     alone, model = network(x), network(x)
     mfpsn_fx.mask_batch_norms(alone)
-    mfpsn_fx.synchronise_statistics(model)
+    mfpsn_fx.synchronize_statistics(model)
     whole, part = x.clone().requires_grad_(), x[:, mine].clone().requires_grad_()
     with mfpsn_fx.valid_steps(mask):
         alone(whole).square().sum().backward()

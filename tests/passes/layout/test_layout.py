@@ -45,7 +45,7 @@ from mfpsn_fx.passes import (
 from mfpsn_fx.passes.layout.graph import layout_graph
 from mfpsn_fx.passes.layout.min_cut import Costs, Tensor, best_labels, crossings, total_cost
 from mfpsn_fx.passes.layout.regions import remove_conversions
-from mfpsn_fx.passes.planning import measure_layers as stateless_times
+from mfpsn_fx.passes.planning import measure_layers as measure_layers
 from mfpsn_fx.passes.planning import measure_neurons as autoselect
 from mfpsn_fx.passes.planning import verify_plan
 
@@ -197,7 +197,7 @@ def engine_time(monkeypatch):
             return engine.run_races(slow, **{**options, "cache": None}, clock=lambda: now[0])
 
         monkeypatch.setattr(engine, "time", types.SimpleNamespace(monotonic=lambda: now[0] / 1e9))
-        for module in (autoselect, stateless_times):
+        for module in (autoselect, measure_layers):
             monkeypatch.setattr(module, "run_races", run_races)
 
     return use
@@ -223,7 +223,7 @@ def training_step(gm, x):
 
 class TestPlan:
     def test_a_mixed_plan_stands_inside_and_computes_the_same(self, converted, distorted):
-        """Issue's own: with costs that favour it, conversions stand inside; outputs and gradients are uniform's."""
+        """Issue's own: with costs that favor it, conversions stand inside; outputs and gradients are uniform's."""
         gm, x = converted
         gm, x = gm.double().train(), x.double()
         uniform = twin(gm)

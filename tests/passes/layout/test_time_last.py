@@ -113,7 +113,7 @@ def test_methods_by_kind():
     assert time_last_methods(layer.Conv2d(2, 2, 3)) == ()  # step mode 's' knows no T
     assert time_last_methods(nn.Conv2d(2, 2, 3)) == ()
     assert time_last_methods(layer.MaxPool2d(2, return_indices=True, step_mode="m")) == ()
-    assert time_last_methods(nn.Flatten()) == ()  # it would fuse T's neighbour, the batch
+    assert time_last_methods(nn.Flatten()) == ()  # it would fuse T's neighbor, the batch
 
 
 def test_a_layer_that_lost_its_form_is_called_as_it_is():

@@ -53,7 +53,7 @@ class Behind(nn.Module):
 
 def test_a_batch_norm_of_ones_own():
     x = torch.randn(4, 2, 3)
-    with pytest.raises(RollUpError, match=r"layer: normalised with .* pass accept=\('batch_statistics',\)"):
+    with pytest.raises(RollUpError, match=r"layer: normalized with .* pass accept=\('batch_statistics',\)"):
         mfpsn_fx.convert(Behind(OwnNorm(4)), x, **QUICK)
     ours = mfpsn_fx.convert(Behind(OwnNorm(4)), x, accept=("batch_statistics",), **QUICK)
     assert ours(x).shape == (4, 2, 4)
