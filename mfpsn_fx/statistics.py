@@ -81,7 +81,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
             m.training = training
         for m, momentum in momenta.items():
             m.momentum = momentum
-            if hasattr(m, "_reruns"):
-                m._reruns = RecomputeGuard()  # none of these runs is run again
+            if hasattr(m, "_recompute_guard"):
+                m._recompute_guard = RecomputeGuard()  # none of these runs is run again
         reset_states(model)
     return count
