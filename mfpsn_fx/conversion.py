@@ -273,8 +273,13 @@ def _check_model(model: nn.Module) -> None:
             "mfpsn_fx.register_source"
         )
     for name, tensor in model.named_parameters():
-        if not isinstance(tensor, nn.parameter.UninitializedParameter) and bool(tensor.isnan().any()):
+        if not isinstance(tensor, nn.parameter.UninitializedParameter) and _has_nan(tensor):
             raise ValueError(f"{name}: the weights contain NaN; train or reinitialize this layer before converting")
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Return True if a value is NaN; unlike ``isnan().any()`` this takes no memory, and the minimum of NaN is NaN."""
+    return tensor.numel() > 0 and tensor.is_floating_point() and bool(tensor.detach().amin().isnan())
 
 
 @contextlib.contextmanager

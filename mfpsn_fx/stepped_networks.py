@@ -74,7 +74,7 @@ def rolled_loop(
         ConversionError: its steps cannot be read, are not alike, or cannot run at once.
     """
     _check_known(model)
-    work = copied(model)
+    work = copied(model, share=True)
     wrap_dropouts(work)
     if layers := memory_layers(work):
         path, kind = next(iter(layers.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import logging
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from mfpsn_fx.kernels.bn_fold import deviation
 from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 from mfpsn_fx.model.batch import Batch, reset_states
-from mfpsn_fx.model.capturing.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.padding_mask import current_mask
 from mfpsn_fx.model.results import Calibrated
@@ -155,7 +154,7 @@ class _Twins:
 
     def __init__(self, gm: fx.GraphModule, batches: Iterable) -> None:
         self.batches = batches
-        self.student, self.teacher = copy.deepcopy(gm), copy.deepcopy(gm)
+        self.student, self.teacher = copied(gm, share=True, but=MulFreePSN), copied(gm, share=True)
         for twin in (self.student, self.teacher):
             unfuse_norms(twin)  # what a neuron meets is then what it is called with
         self.uses: dict[str, int] = {}  # calls of each neuron in one run

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from mfpsn_fx.model.capturing.capture import preserved_rng, sharing_copy
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import source_paths
 
@@ -83,7 +83,7 @@ def run_copy(gm: fx.GraphModule, example: Example, prepare: Callable[[nn.Module]
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    return sharing_copy(gm, but=MulFreePSN)  # what prepares a copy sets its neurons' parameters
+    return copied(gm, share=True, but=MulFreePSN)  # what prepares a copy sets its neurons' parameters
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
@@ -19,7 +18,7 @@ from mfpsn_fx.kernels.autotune.environment import source_of
 from mfpsn_fx.kernels.autotune.neuron_race import conversion_race
 from mfpsn_fx.kernels.autotune.race import Race, Results, Variant, run_races
 from mfpsn_fx.kernels.layout import Layout
-from mfpsn_fx.model.capturing.capture import preserved_rng
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 
 from ..layout.graph import LayoutGraph
@@ -137,7 +136,7 @@ def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.No
     """The ways to compute ``node``, the one that it was written in first."""
     operator = graph.operators[node]
     if operator.kind == "layer":
-        layer = copy.deepcopy(gm.get_submodule(node.target))
+        layer = copied(gm.get_submodule(node.target), share=True)
         source = node.args[0]
         first = _data(source, Layout.TIME_FIRST, source in grads)
         yield _way(Layout.TIME_FIRST, AS_IS, lambda: layer(first), [first, *layer.parameters()])

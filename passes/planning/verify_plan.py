@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from mfpsn_fx.model.capturing.capture import preserved_rng, sharing_copy
+from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.results import Plan
 
@@ -111,7 +111,7 @@ class VerifyPlan(Pass):
 
 
 def _variant(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    variant = sharing_copy(gm)
+    variant = copied(gm, share=True)
     apply(plan, variant)
     return variant
 

@@ -147,7 +147,7 @@ def _difference(
     except Exception as error:  # not in float64, or not at this size: it cannot be asked
         _log.debug("%s does not run beside its rolled-up graph: %s", type(model).__name__, error)
         return None
-    whole = copied(rolled).eval().double()
+    whole = copied(rolled, share=True).eval().double()
     try:
         with _inputs_of(whole, (OverTime, LeakyIntegrator)) as met:
             found = whole(**{k: _cloned(v) for k, v in inputs.items() if k in given})
@@ -190,7 +190,7 @@ def _run_source(
     model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None
 ) -> tuple[object, dict[str, list]]:
     """What the source returns, at each step if it is called for each, and what each neuron was fed, call by call."""
-    source = copied(model).eval().double()
+    source = copied(model, share=True).eval().double()
     kinds = []
     for m in source.modules():
         if (stepping := stepping_of(m)) is not None:

@@ -64,7 +64,7 @@ class FusedAxis:
                 results = []
                 for args, kwargs in (fused, changed):
                     torch.manual_seed(1)
-                    module = copied(self.gm.get_submodule(node.target)).train()
+                    module = copied(self.gm.get_submodule(node.target), share=True).train()
                     results.append(_tensors(module(*args, **kwargs)))
         except Exception:  # in evaluation it ran; in training it cannot be asked
             return False
@@ -123,7 +123,7 @@ class FusedAxis:
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         args, kwargs = map_aggregate((args, kwargs), lambda a: a.clone() if isinstance(a, Tensor) else a)
         if node.op == "call_module":
-            return copied(self.gm.get_submodule(node.target)).eval()(*args, **kwargs)
+            return copied(self.gm.get_submodule(node.target), share=True).eval()(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)

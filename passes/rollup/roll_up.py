@@ -159,7 +159,7 @@ def _record(gm: fx.GraphModule, chains: Chains, args: tuple, kwargs: dict) -> di
         if isinstance(value, Tensor):
             value = (value[0] if chains.one_step else value).clone()
         inputs.append(value)
-    recorder = _Recorder(copied(gm).eval(), chains)
+    recorder = _Recorder(copied(gm, share=True).eval(), chains)
     with torch.no_grad(), preserved_rng():
         try:
             recorder.run(*inputs)

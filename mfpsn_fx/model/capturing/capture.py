@@ -22,7 +22,7 @@ from ..time_axis import fold_time, unfold_time
 from ..time_last import has_hooks as _has_hooks
 from ..time_last import has_own_forms
 
-__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "sharing_copy", "user_path", "value_for_path"]
+__all__ = ["ROOT_LEAF", "capture", "copied", "preserved_rng", "user_path", "value_for_path"]
 
 # The name of the one child of a graph whose source's own forward cannot be traced.
 ROOT_LEAF = "model"
@@ -271,9 +271,9 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
         while True:
             # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
             # not be met again.
-            scratch = copied(model)
+            scratch = copied(model, share=True)
             try:
-                evaluation = _trace(copied(model).eval(), leaves)
+                evaluation = _trace(copied(model, share=True).eval(), leaves)
                 training = _trace(scratch.train(), leaves)
                 owner = _differing_owner(training, evaluation)
                 if owner is None:
@@ -296,9 +296,26 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     return gm, leaves
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, or ``ValueError`` saying what stands in its way."""
+def copied(
+    model: nn.Module, *, share: bool = False, but: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+) -> nn.Module:
+    """Return a deep copy of ``model``.
+
+    Args:
+        model: left as it is.
+        share: let the copy's parameters have the model's memory: for trying a network. Buffers, hooks, flags and
+            gradients are the copy's own; the weights, nearly all of its memory, are not copied.
+        but: with ``share``, modules of these types have parameters of their own.
+
+    Raises:
+        ValueError: it cannot be copied; the message says what stands in the way.
+    """
     memo: dict[int, object] = {}
+    if share:
+        own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
+        for p in model.parameters():
+            if type(p) is nn.Parameter and id(p) not in own:
+                memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
     if any(is_stepping(m) for m in model.modules()):
         # The states that stepping neurons keep after a batch hang on that batch's graph. They start afresh anyway.
         for m in model.modules():
@@ -312,20 +329,6 @@ def copied(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied with copy.deepcopy, which is needed to leave it untouched: "
             f"{_first_line(error)}. Detach tensors that are kept as attributes (reset the network's state) and retry"
         ) from error
-
-
-def sharing_copy(model: nn.Module, but: type[nn.Module] | tuple[type[nn.Module], ...] = ()) -> nn.Module:
-    """Return a deep copy of ``model`` whose parameters share their memory with the model's.
-
-    For trying a network: buffers, hooks, flags and gradients are the copy's own, the weights, nearly all of its
-    memory, are not copied. Modules of type ``but`` have parameters of their own.
-    """
-    own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
-    memo: dict[int, object] = {}
-    for p in model.parameters():
-        if type(p) is nn.Parameter and id(p) not in own:
-            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 def _with_constants(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> nn.Module:

@@ -166,7 +166,7 @@ def _wide(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
 
 def _fresh(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
-    fresh = copied(model).eval().double()
+    fresh = copied(model, share=True).eval().double()
     for m in fresh.modules():
         if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
             m.reset()

@@ -296,7 +296,7 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
             owner = None
             try:
                 for training in (True, False):
-                    scratch = copied(model).train(training)
+                    scratch = copied(model, share=True).train(training)
                     for m in scratch.modules():  # states of earlier batches are none of this one's
                         if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
                             stepping.reset(m)
