@@ -416,7 +416,7 @@ cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
   constexpr int half = sizeof(scalar) == 2 ? 2 : 1;
   if (a.order < 1 || a.order > 32) return cudaErrorInvalidValue;
   if constexpr (sizeof(scalar) == 8) {
-    if (a.vector != 1 || a.order > 8) return cudaErrorInvalidValue;  // MOST_ORDER_FLOAT64 says why
+    if (a.vector != 1 || a.order > 8) return cudaErrorInvalidValue;  // MAX_ORDER_FLOAT64 says why
     return walk<scalar, 8, 1, true>(a, stage, stream);
   } else {
     if (a.vector == 1) {

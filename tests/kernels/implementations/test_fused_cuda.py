@@ -137,7 +137,7 @@ def format_table(shape, layout, memory, dtype, device):
 @st.composite
 def cases(draw):
     dtype = draw(st.sampled_from(FLOATS))
-    most = fused_cuda_plan.MOST_ORDER_FLOAT64 if dtype is torch.float64 else fused_cuda_plan.MOST_ORDER
+    most = fused_cuda_plan.MAX_ORDER_FLOAT64 if dtype is torch.float64 else fused_cuda_plan.MAX_ORDER
     return {
         "shape": (
             draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17, 64, 97])),
