@@ -20,7 +20,7 @@ from .fused_cuda_plan import LIMIT, MAX_ORDER, MAX_ORDER_FLOAT64, Geometry, Plan
 _SURROGATES = {"atan": 0, "rational": 1, "sigmoid": 2}
 _QUANTIZERS = {Gradient.NONE: 0, Gradient.STRAIGHT_THROUGH: 1, Gradient.ROUND_ONLY: 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_MAX_STEPS = 2**24  # the kernels count steps in 32 bits
+_MAX_STEPS = 2**24  # the kernels count steps, and dilations up to their number, in 32 bits
 _STATISTICS, _FINISH_STATISTICS, _FOLD, _FIRE = 1, 2, 4, 8
 _REDUCTIONS, _FINISH_REDUCTIONS, _INPUT, _FINISH_INPUT = 16, 32, 64, 128
 
