@@ -250,6 +250,7 @@ def _neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants,
 ):  # fmt: skip
+    """Implement ``mfpsn::neuron`` on real tensors."""
     parts, call = _prepare_call(
         x, weight, scale, shift, mask, constants,
         gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var,
@@ -273,6 +274,7 @@ def _neuron_backward(
     grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants, input_grad=True,
 ):  # fmt: skip
+    """Implement ``mfpsn::neuron_backward`` on real tensors."""
     parts, call = _prepare_call(
         x, weight, scale, shift, mask, constants, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var
     )
@@ -361,6 +363,7 @@ def _backward_input(
     grad, x, taps, bias, weight, offset=None, slope=None, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants, input_grad=True,
 ):  # fmt: skip
+    """Implement ``mfpsn::backward_input`` on real tensors; results that were not requested are empty."""
     parts, call = _prepare_call(
         x, weight, scale, shift, mask, constants, grad=grad, taps=taps, bias=bias, offset=offset, slope=slope
     )
@@ -394,6 +397,7 @@ def _fake_neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants,
 ):  # fmt: skip
+    """Implement ``mfpsn::neuron`` on fake tensors: shapes, dtypes and checks."""
     _check_fake(x, weight, mask, constants)
     if constants.training:
         _check_training(x, weight, constants.layer)

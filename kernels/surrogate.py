@@ -104,6 +104,8 @@ class Sigmoid(Surrogate):
 
 
 class _Spike(torch.autograd.Function):
+    """Θ in forward, the surrogate's derivative in backward."""
+
     @staticmethod
     def forward(x, surrogate):
         return (x >= 0).to(x.dtype)

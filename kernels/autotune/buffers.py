@@ -83,6 +83,7 @@ class Pool:
         self._buffer(dtype, elements)
 
     def _buffer(self, dtype: torch.dtype, elements: int) -> Tensor:
+        """Return the buffer of ``dtype``, allocated or enlarged to hold at least ``elements``."""
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < elements:
             size = max(min(2 * last_level_cache(self.device), _MAX_POOL_BYTES) // dtype.itemsize, elements)

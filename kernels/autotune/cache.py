@@ -142,10 +142,12 @@ class SelectionCache:
         return len(found)
 
     def _path(self, kind: str, full_key: dict) -> pathlib.Path:
+        """Return the path of the file of ``kind``, ``"times"`` or ``"started"``, for a key."""
         digest = hashlib.sha256(json.dumps(full_key, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / f"{kind}-{digest}.json"
 
     def _write(self, path: pathlib.Path, data: Mapping) -> None:
+        """Write ``data`` atomically; after the first failure warn and write nothing more."""
         if not self._writable:
             return
         scratch = None
@@ -169,4 +171,5 @@ class SelectionCache:
 
 
 def _full_key(key: object, device: torch.device) -> dict:
+    """Return ``key`` together with the machine."""
     return {"what": key, "machine": machine(device)}

@@ -13,7 +13,7 @@ _MAX_ATTEMPTS = 100
 
 
 class ClockError(RuntimeError):
-    """The clock does not advance."""
+    """Raised if the clock of a device does not advance."""
 
 
 def sample(

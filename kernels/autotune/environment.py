@@ -26,6 +26,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 @functools.cache
 def _constant_facts(device: torch.device) -> dict[str, object]:
+    """Return the facts that do not change while the process runs."""
     found: dict[str, object] = {
         "device": device.type,
         "cpu": _cpu_model(),
@@ -63,6 +64,7 @@ def _current_settings(device: torch.device) -> dict[str, object]:
 
 
 def _cpu_model() -> str:
+    """Return the CPU's model, family and stepping, from /proc/cpuinfo if there is one."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -77,6 +77,7 @@ def _reserve(pool: Pool, shape: tuple[int, ...], strides: tuple[int, ...], dtype
 def _prepare_parts(
     problem: Problem, constants: NeuronConstants, strides: tuple[int, ...], pool: Pool
 ) -> Mapping[str, Callable[[], object]]:
+    """Return the parts of a kernel's variant as callables on random data; on GPUs each has run once."""
     device = pool.device
     parameter_dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
     inputs = pool.windows(problem.shape, strides, problem.dtype)

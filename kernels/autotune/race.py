@@ -188,6 +188,7 @@ def run_races(
 
 
 def _run(races, budget_s, repeats, progress, cache, clock) -> Results:
+    """Measure ``races`` in this process; see :func:`run_races`."""
     texts = [json.dumps([race.key, str(race.device)], sort_keys=True) for race in races]
     groups: dict[Hashable, dict[str, Race]] = {}
     trials: dict[str, list[_Trial]] = {}

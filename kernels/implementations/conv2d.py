@@ -18,7 +18,7 @@ def _to_ncpt(x: Tensor) -> Tensor:
 
 @register_kernel("conv2d", layouts=[Layout.TIME_LAST])
 class Conv2d(FilterKernel):
-    """Depthwise Conv2d with a (1, k) kernel on (N, C, P, T)."""
+    """Depthwise Conv2d with a (1, k) filter on (N, C, P, T)."""
 
     def filter(self, call, x, w):
         reach = (w.shape[1] - 1) * call.dilation

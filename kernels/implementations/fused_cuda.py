@@ -57,7 +57,7 @@ class Device:
 
     def library(self, device: torch.device) -> ctypes.CDLL:
         """Return the compiled kernels for ``device``."""
-        return _checked(cuda_build.library(torch.cuda.get_device_capability(device)))
+        return _declare_functions(cuda_build.library(torch.cuda.get_device_capability(device)))
 
     def processors(self, device: torch.device) -> int:
         """Return the number of multiprocessors of ``device``."""
@@ -73,7 +73,7 @@ class Device:
 
 
 @functools.cache
-def _checked(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declare_functions(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the types of the library's functions; ``RuntimeError`` if its arguments differ from ``_Arguments``."""
     library.mfpsn_cuda_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.mfpsn_cuda_run.restype = ctypes.c_int
@@ -102,7 +102,7 @@ class _Run:
     """One call of the library: its arguments and plan, and references that keep its tensors alive."""
 
     def __init__(self, device: Device, call: Call, x: Tensor, order: int, grad: Tensor | None, out: Tensor | None):
-        self.machine, self.device, self.given, self.alive = device, x.device, out, []
+        self.machine, self.device, self.result, self.references = device, x.device, out, []
         layout, a = call.layout, _Arguments()
         self.arguments, self.out, geometries = a, out, []
         for name, tensor in (("x", x), ("grad", grad), ("out", out)):
@@ -113,7 +113,7 @@ class _Run:
                 tensor = torch.empty(x.shape, dtype=x.dtype, device=x.device) if name == "out" else tensor.contiguous()
                 geometry = _geometry(tensor, layout)
                 self.out = tensor if name == "out" else self.out
-            self.alive.append(tensor)
+            self.references.append(tensor)
             geometries.append(geometry)
             setattr(a, name, tensor.data_ptr())
             setattr(a, f"{name}_view", _View(*geometry.strides))
@@ -133,18 +133,18 @@ class _Run:
         a.steps, a.batch, a.channels, a.positions, a.order, a.dilation = *shape, order, dilation
         a.grid_limit, a.surrogate, a.alpha = device.grid_limit, _SURROGATES[call.surrogate.name], call.surrogate.alpha
         if call.mask is not None:
-            self.alive.append(call.mask.contiguous())
-            a.mask = self.alive[-1].data_ptr()
+            self.references.append(call.mask.contiguous())
+            a.mask = self.references[-1].data_ptr()
         self.dtype, self.channels, self.order = call.dtype, channels, order
-        self.give(scale=call.scale, shift=call.shift)
+        self.set_vectors(scale=call.scale, shift=call.shift)
 
-    def give(self, **vectors: Tensor | None) -> None:
+    def set_vectors(self, **vectors: Tensor | None) -> None:
         """Set vectors as arguments; None leaves a null pointer."""
         for name, vector in vectors.items():
             if vector is None:
                 continue
             vector = vector.to(self.dtype).contiguous()
-            self.alive.append(vector)
+            self.references.append(vector)
             setattr(self.arguments, name, vector.data_ptr())
 
     def fold(self, constants: NeuronConstants, weight: Tensor, gamma: Tensor, beta: Tensor) -> None:
@@ -152,20 +152,20 @@ class _Run:
         a = self.arguments
         a.eps, a.quantizer = constants.eps, _QUANTIZERS[Gradient.parse(constants.gradient)]
         a.min_exponent, a.max_exponent = constants.min_exponent, constants.max_exponent
-        self.give(weight=weight, gamma=gamma, beta=beta)
-        self.make("taps", self.order)
-        self.make("bias")
+        self.set_vectors(weight=weight, gamma=gamma, beta=beta)
+        self.allocate("taps", self.order)
+        self.allocate("bias")
 
-    def make(self, name: str, *more: int) -> Tensor:
+    def allocate(self, name: str, *more: int) -> Tensor:
         """Allocate a result (C, *more) that the kernels write, and set it as an argument."""
         vector = torch.empty(self.channels, *more, dtype=self.dtype, device=self.device)
-        self.give(**{name: vector})
+        self.set_vectors(**{name: vector})
         return vector
 
     def partials(self, quantities: int) -> None:
         """Allocate the partial sums of the first stage."""
         count = (quantities, self.channels, self.arguments.partials)
-        self.give(partial=torch.empty(count, dtype=self.dtype, device=self.device))
+        self.set_vectors(partial=torch.empty(count, dtype=self.dtype, device=self.device))
 
     def __call__(self, stages: int) -> None:
         """Launch the stages given as bits."""
@@ -175,11 +175,11 @@ class _Run:
         if code:
             text = (library.mfpsn_cuda_error(code) or b"unknown error").decode()
             raise RuntimeError(f"fused-cuda: a launch on {self.device} failed with CUDA error {code} ({text})")
-        if self.out is not self.given:
-            self.given.copy_(self.out)
+        if self.out is not self.result:
+            self.result.copy_(self.out)
 
 
-def _wide(call: Call, x: Tensor) -> Tensor:
+def _to_sum_dtype(call: Call, x: Tensor) -> Tensor:
     """Return ``x``, cast to float64 if the sums are float64."""
     return x.double() if call.dtype is torch.float64 else x
 
@@ -213,38 +213,38 @@ class FusedCuda(NeuronKernel):
         return _Run(self.device, call, x, order, grad, out)
 
     def statistics(self, call, x, weight):
-        run = self._run(call, _wide(call, x), weight.shape[1])
-        run.give(weight=weight)
-        mean, var = run.make("mean"), run.make("var")
+        run = self._run(call, _to_sum_dtype(call, x), weight.shape[1])
+        run.set_vectors(weight=weight)
+        mean, var = run.allocate("mean"), run.allocate("var")
         run.partials(3)
         run(_STATISTICS | _FINISH_STATISTICS)
         return mean, var
 
     def fire(self, call, x, taps, bias):
-        given, x = x, _wide(call, x)
+        original, x = x, _to_sum_dtype(call, x)
         run = self._run(call, x, taps.shape[1], out=torch.empty_like(x))
-        run.give(taps=taps, bias=bias)
+        run.set_vectors(taps=taps, bias=bias)
         run(_FIRE)
-        return _narrow(run.given, given)
+        return _to_input_dtype(run.result, original)
 
     def forward(self, call, x, weight, gamma, beta, mean, var):
-        given, x = x, _wide(call, x)
+        original, x = x, _to_sum_dtype(call, x)
         run = self._run(call, x, weight.shape[1], out=torch.empty_like(x))
         run.fold(call.constants, weight, gamma, beta)
         if mean is None:
-            mean, var = run.make("mean"), run.make("var")
+            mean, var = run.allocate("mean"), run.allocate("var")
             run.partials(3)
             run(_STATISTICS | _FINISH_STATISTICS | _FIRE)
         else:
-            run.give(mean=mean, var=var)
+            run.set_vectors(mean=mean, var=var)
             run(_FOLD | _FIRE)
-        return _narrow(run.given, given), mean, var
+        return _to_input_dtype(run.result, original), mean, var
 
     def backward_reductions(self, call, grad, x, taps, bias):
-        x, grad = _wide(call, x), _wide(call, grad.to(x.dtype))
+        x, grad = _to_sum_dtype(call, x), _to_sum_dtype(call, grad.to(x.dtype))
         run = self._run(call, x, taps.shape[1], grad)
-        run.give(taps=taps, bias=bias)
-        dtaps, dbias = run.make("dtaps", run.order), run.make("dbias")
+        run.set_vectors(taps=taps, bias=bias)
+        dtaps, dbias = run.allocate("dtaps", run.order), run.allocate("dbias")
         run.partials(run.order + 2)
         run(_REDUCTIONS | _FINISH_REDUCTIONS)
         return dtaps, dbias, None
@@ -253,45 +253,45 @@ class FusedCuda(NeuronKernel):
         affine = call.scale is not None or call.shift is not None
         if not (input_grad or affine or offset is not None):
             return None, None, None, None
-        given, x = x, _wide(call, x)
-        run = self._run(call, x, taps.shape[1], _wide(call, grad.to(given.dtype)),
+        original, x = x, _to_sum_dtype(call, x)
+        run = self._run(call, x, taps.shape[1], _to_sum_dtype(call, grad.to(original.dtype)),
                         torch.empty_like(x) if input_grad else None)  # fmt: skip
-        run.give(taps=taps, bias=bias, weight=weight, offset=offset, slope=slope)
+        run.set_vectors(taps=taps, bias=bias, weight=weight, offset=offset, slope=slope)
         run.arguments.training, run.arguments.input_grad = offset is not None, input_grad
-        dweight = None if offset is None else run.make("dweight", run.order)
+        dweight = None if offset is None else run.allocate("dweight", run.order)
         dscale, dshift = _affine_gradients(run, call)
         run.partials(run.order + 2)
         run(_INPUT | _FINISH_INPUT)
-        return _narrow(run.given, given) if input_grad else None, dweight, dscale, dshift
+        return _to_input_dtype(run.result, original) if input_grad else None, dweight, dscale, dshift
 
     def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
         training = call.constants.training
-        given, x = x, _wide(call, x)
-        run = self._run(call, x, weight.shape[1], _wide(call, grad.to(given.dtype)),
+        original, x = x, _to_sum_dtype(call, x)
+        run = self._run(call, x, weight.shape[1], _to_sum_dtype(call, grad.to(original.dtype)),
                         torch.empty_like(x) if input_grad else None)  # fmt: skip
         run.fold(call.constants, weight, gamma, beta)
-        run.give(mean=mean, var=var)
+        run.set_vectors(mean=mean, var=var)
         run.arguments.chain, run.arguments.training, run.arguments.input_grad = True, training, input_grad
-        dweight, dgamma, dbeta = run.make("dweight", run.order), run.make("dgamma"), run.make("dbeta")
+        dweight, dgamma, dbeta = run.allocate("dweight", run.order), run.allocate("dgamma"), run.allocate("dbeta")
         dscale, dshift = _affine_gradients(run, call)
         stages = _FOLD | _REDUCTIONS | _FINISH_REDUCTIONS
         if training:
-            run.make("offset"), run.make("slope")
+            run.allocate("offset"), run.allocate("slope")
         if training or input_grad or dscale is not None or dshift is not None:
             stages |= _INPUT | _FINISH_INPUT
         run.partials(run.order + 2)
         run(stages)
-        return _narrow(run.given, given) if input_grad else None, dweight, dgamma, dbeta, dscale, dshift
+        return _to_input_dtype(run.result, original) if input_grad else None, dweight, dgamma, dbeta, dscale, dshift
 
 
 def _affine_gradients(run: _Run, call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Allocate dscale and dshift, None where the call has no scale or shift."""
     return (
-        None if call.scale is None else run.make("dscale"),
-        None if call.shift is None else run.make("dshift"),
+        None if call.scale is None else run.allocate("dscale"),
+        None if call.shift is None else run.allocate("dshift"),
     )
 
 
-def _narrow(result: Tensor, like: Tensor) -> Tensor:
+def _to_input_dtype(result: Tensor, like: Tensor) -> Tensor:
     """Return ``result`` in the dtype and with the strides of ``like``."""
     return result if result.dtype is like.dtype else torch.empty_like(like).copy_(result)

@@ -15,7 +15,7 @@ _FUNCTORCH = (
 
 
 def vmap(function, in_dims=0, out_dims=0):
-    """``torch.vmap`` of ``function``, for use inside an op.
+    """Return ``torch.vmap`` of ``function``, usable inside a custom op.
 
     Compiled graphs call ops with functorch's dispatch keys excluded, and batched tensors would then reach kernels that
     access their storage ("Cannot access storage of BatchedTensorImpl", torch 2.13). So the keys are enabled again for

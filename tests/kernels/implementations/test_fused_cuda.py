@@ -51,7 +51,7 @@ class Emulation(fused_cuda.Device):
     """A device of few multiprocessors whose library runs on the host."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._library = fused_cuda._checked(ctypes.CDLL(str(path)))
+        self._library = fused_cuda._declare_functions(ctypes.CDLL(str(path)))
         self.count, self.runs = 2, 0
 
     def library(self, device):
@@ -460,7 +460,7 @@ class TestFaults:
             mfpsn_cuda_arguments_size = Size()
 
         with pytest.raises(RuntimeError, match="takes 8 bytes of arguments"):
-            fused_cuda._checked.__wrapped__(Other)
+            fused_cuda._declare_functions.__wrapped__(Other)
 
     def test_what_it_refuses(self):
         problem = Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, "cuda", 2, 1)
