@@ -1,6 +1,6 @@
-"""Floor 1: the numerics of the neuron, its custom op and the kernels that compute it.
+"""The numerics of the neuron, its custom op and the kernels that compute it: the lowest layer of the package.
 
-The folder stands at the root of the repository and is installed as ``mfpsn_fx.kernels``.
+This folder is at the root of the repository and is installed as ``mfpsn_fx.kernels``.
 """
 
 if __name__ != "mfpsn_fx.kernels":

@@ -1,4 +1,4 @@
-"""Fold the normalization into the taps and quantize them, and the chain rule back through that (appendix C)."""
+"""Fold the normalization into the taps and quantize them, and the backward of both (appendix C)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ __all__ = ["Fold", "FoldGrads", "deviation", "fold", "fold_backward"]
 
 
 class Fold(NamedTuple):
-    """W_f = a·W with a = γ/√(σ²+ε), b_f = β − a·μ, W_q = Q(W_f) (appendix C); std = √(σ²+ε)."""
+    """Result of :func:`fold`: W_f = a·W with a = γ/√(σ²+ε), b_f = β − a·μ, W_q = Q(W_f) (appendix C).
+
+    ``taps`` is W_q (C, k), ``bias`` b_f, ``unquantized`` W_f (C, k), ``gain`` a, ``std`` √(σ²+ε); the others (C,).
+    """
 
     taps: Tensor
     bias: Tensor
-    fused: Tensor
+    unquantized: Tensor
     gain: Tensor
     std: Tensor
 
 
 def deviation(var: Tensor, eps: float) -> Tensor:
-    """√(σ²+ε), correctly rounded in float32: torch.sqrt need not be (on a CPU with AVX-512 a fifth of 512 roots were an
-    ulp off), and what the C++, CUDA and Triton kernels take is. float64 is torch's own."""
+    """Return √(σ²+ε), correctly rounded in float32 as in the C++, CUDA and Triton kernels.
+
+    torch.sqrt need not be (on a CPU with AVX-512 a fifth of 512 roots were an ulp off). float64 uses torch.sqrt.
+    """
     return torch.sqrt((var + eps).double()).to(var.dtype)
 
 
@@ -45,20 +50,22 @@ def fold(
     """
     std = deviation(var, eps)
     gain = gamma / std
-    fused = weight * gain.unsqueeze(1)
-    quantized = fused if gradient == Gradient.NONE else power_of_two(fused, min_exponent, max_exponent)
-    return Fold(quantized, beta - gain * mean, fused, gain, std)
+    unquantized = weight * gain.unsqueeze(1)
+    taps = unquantized if gradient == Gradient.NONE else power_of_two(unquantized, min_exponent, max_exponent)
+    return Fold(taps, beta - gain * mean, unquantized, gain, std)
 
 
 class FoldGrads(NamedTuple):
-    """What :func:`fold_backward` gives: dW without its share through the statistics (C, k), dγ, dβ (C,); offset and
-    inner (C,), or None in eval: the statistics' share of dL/dH is offset + inner · H."""
+    """Result of :func:`fold_backward`: dW without its share through the statistics (C, k), dγ, dβ (C,), offset, slope.
+
+    The statistics' share of dL/dH is offset + slope · H; both are (C,), or None in eval.
+    """
 
     weight: Tensor
     gamma: Tensor
     beta: Tensor
     offset: Tensor | None
-    inner: Tensor | None
+    slope: Tensor | None
 
 
 def fold_backward(
@@ -71,16 +78,16 @@ def fold_backward(
     gradient: str,
     count: Tensor | int | None,
 ) -> FoldGrads:
-    """The chain rule through :func:`fold`: dtaps (C, k), dbias (C,).
+    """Return the gradients of the inputs of :func:`fold`, given dtaps (C, k) and dbias (C,).
 
-    ``count`` is how many values of H per channel the statistics were taken over; None if they were given (eval).
+    ``count`` is the number of values of H per channel that the statistics were taken over; None in eval.
     """
-    slope = quantizer_slope(folded.fused, folded.taps, gradient)
-    dfused = dtaps if slope is None else dtaps * slope
-    dgain = (dfused * weight).sum(1) - dbias * mean
-    offset = inner = None
+    through_quantizer = quantizer_slope(folded.unquantized, folded.taps, gradient)
+    dunquantized = dtaps if through_quantizer is None else dtaps * through_quantizer
+    dgain = (dunquantized * weight).sum(1) - dbias * mean
+    offset = slope = None
     if count is not None:
-        # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + inner·H
-        inner = dgain * gamma / (-folded.std.pow(3) * count)
-        offset = -folded.gain * dbias / count - inner * mean
-    return FoldGrads(dfused * folded.gain.unsqueeze(1), dgain / folded.std, dbias, offset, inner)
+        # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + slope·H
+        slope = dgain * gamma / (-folded.std.pow(3) * count)
+        offset = -folded.gain * dbias / count - slope * mean
+    return FoldGrads(dunquantized * folded.gain.unsqueeze(1), dgain / folded.std, dbias, offset, slope)

@@ -1,4 +1,4 @@
-"""The constants of the neuron's op as one value, from which its schema, its calls and cache keys are made."""
+"""The constants of the neuron op as one dataclass, from which its schema, its calls and cache keys are made."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from .layout import Layout
 from .quantizer import MAX_EXPONENT, MIN_EXPONENT, Gradient, check_exponent_bounds
 from .surrogate import get_surrogate
 
-__all__ = ["ALL", "FOLDING", "PLACE", "SURROGATE", "NeuronConstants", "bind"]
+__all__ = ["ALL", "COMMON", "FOLDING", "SURROGATE", "NeuronConstants", "bind"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuronConstants:
-    """The keyword arguments of ``mfpsn::neuron``, in the order of its schema; the other ops take some of them.
+    """The keyword arguments of ``mfpsn::neuron``, in the order of its schema; the other ops take a subset.
 
-    A field that is added here is in the ops' schemas, in every call that is made from a value, and in the keys under
-    which measurements are kept. Nothing is checked when a value is made, since Dynamo makes some with symbolic numbers;
-    :meth:`checked` checks.
+    A field added here becomes part of the ops' schemas, of every call made by :meth:`arguments`, and of the keys of
+    cached measurements. The constructor checks nothing, since Dynamo passes it symbolic numbers; :meth:`checked` does.
     """
 
     eps: float = 1e-5
@@ -34,20 +33,20 @@ class NeuronConstants:
     training: bool = False
     dilation: int = 1
     layout: str = "time_first"
-    # The kernel's name travels as "method": Inductor's fallback for custom ops has a parameter of its own called
-    # "kernel". "" stands for the kernel of highest rank, which is found when the op runs: a graph that was compiled or
-    # exported on one machine says nothing of the kernels of another.
+    # The bound kernel's name; not called "kernel", a name that Inductor's fallback for custom ops uses for a parameter.
+    # "" stands for the kernel of highest rank, selected when the op runs, so that a graph compiled or exported on one
+    # machine does not depend on the kernels of that machine.
     method: str = ""
-    # for messages alone: neither results nor times depend on it
+    # for error messages only: neither results nor times depend on it
     layer: str = dataclasses.field(default="", metadata={"label": True})
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def checked(**fields: object) -> NeuronConstants:
-        """Return the constants with these fields, the same object for the same fields.
+        """Return the checked constants with these fields; equal fields give the same object.
 
         Raises:
-            ValueError: a field is out of range or names what is unknown.
+            ValueError: a field is out of range or an unknown name.
         """
         found = NeuronConstants(**fields)
         check_exponent_bounds(found.min_exponent, found.max_exponent)
@@ -61,13 +60,13 @@ class NeuronConstants:
 
     @classmethod
     def schema(cls, names: Iterable[str]) -> str:
-        """Return the fields ``names`` as a schema has arguments: type, name and default of each."""
+        """Return the fields ``names`` as arguments of an op schema: type, name and default of each."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         return ", ".join(f"{fields[name].type} {name}={fields[name].default!r}" for name in names)
 
     @classmethod
     def of_call(cls, op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> NeuronConstants:
-        """Return the constants of a call of one of the ops; of those that it does not take, the defaults."""
+        """Return the constants of a call of one of the ops; those that the op does not take have their defaults."""
         bound = bind(op, args, kwargs)
         return cls(**{field.name: bound[field.name] for field in dataclasses.fields(cls) if field.name in bound})
 
@@ -76,32 +75,32 @@ class NeuronConstants:
         return {name: getattr(self, name) for name in names}
 
     def key(self) -> dict[str, object]:
-        """Return every field that results or times depend on, for JSON."""
+        """Return all fields that results or times depend on, as JSON-able data."""
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields if not field.metadata.get("label")}
 
     @property
-    def place(self) -> Layout:
-        """The layout, parsed."""
-        return _LAYOUTS.get(self.layout) or Layout.parse(self.layout)  # parsing takes eight times as long
+    def parsed_layout(self) -> Layout:
+        """The layout as an enum member."""
+        return _LAYOUTS.get(self.layout) or Layout.parse(self.layout)  # parse takes eight times as long
 
 
 _LAYOUTS = {layout.value: layout for layout in Layout}
 ALL = tuple(field.name for field in dataclasses.fields(NeuronConstants))
 FOLDING = ("eps", "gradient", "min_exponent", "max_exponent")
 SURROGATE = ("surrogate", "alpha")
-PLACE = ("dilation", "layout", "method", "layer")
+COMMON = ("dilation", "layout", "method", "layer")
 
 
 def bind(op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the arguments of a call of ``op`` by the names of its schema, defaults included.
 
     Args:
-        op: an overload, or a packet whose default overload is called.
+        op: an ``OpOverload``, or an ``OpOverloadPacket`` whose default overload is called.
         args, kwargs: of the call.
 
     Raises:
-        TypeError: they do not fit the schema.
+        TypeError: the arguments do not fit the schema.
     """
     bound = _signature(getattr(op, "default", op)).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -110,6 +109,7 @@ def bind(op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> di
 
 @functools.cache
 def _signature(overload: torch._ops.OpOverload) -> inspect.Signature:
+    """Return the schema of ``overload`` as a Python signature."""
     return inspect.Signature(
         [
             inspect.Parameter(

@@ -1,4 +1,4 @@
-"""Where time stands in a tensor: time-first ``(T, N, C, *)`` or time-last ``(N, C, *, T)``."""
+"""Tensor layouts: time-first ``(T, N, C, *)`` and time-last ``(N, C, *, T)``, conversions and broadcasts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["Layout", "per_channel", "to_layout", "uniform_stride", "valid_steps"
 class Layout(enum.StrEnum):
     """The logical order of dims at an edge of the graph (paper, section 4.3).
 
-    ``TIME_FIRST`` is ``(T, N, C, *)``, the habit of SpikingJelly, snnTorch and Norse;
-    ``TIME_LAST`` is ``(N, C, *, T)``, the habit of Lava.
+    ``TIME_FIRST`` is ``(T, N, C, *)``, used by SpikingJelly, snnTorch and Norse; ``TIME_LAST`` is ``(N, C, *, T)``,
+    used by Lava.
     """
 
     TIME_FIRST = "time_first"
@@ -48,7 +48,7 @@ class Layout(enum.StrEnum):
         return Layout.TIME_LAST if self is Layout.TIME_FIRST else Layout.TIME_FIRST
 
     def shape_from(self, shape: tuple[int, ...], source: Layout | str) -> tuple[int, ...]:
-        """The shape that a tensor of ``shape`` in layout ``source`` has in this one."""
+        """Return the shape in this layout of a tensor that has ``shape`` in layout ``source``."""
         if self is Layout.parse(source):
             return tuple(shape)
         if self is Layout.TIME_LAST:
@@ -57,15 +57,15 @@ class Layout(enum.StrEnum):
 
 
 def to_layout(x: Tensor, source: str, target: str) -> Tensor:
-    """Bring ``x`` from layout ``source`` to ``target``: same values, dims reordered, memory contiguous.
+    """Convert ``x`` from layout ``source`` to ``target``: the same values, dims permuted, memory contiguous.
 
-    The copy is made here, once, so that every reader finds its innermost dim dense. A tensor that
-    is in the target already is returned as it is.
+    It is copied here, once, so that the innermost dim is dense for every consumer. A tensor that is in ``target``
+    already is returned as is.
 
     Raises:
         ValueError: a layout is unknown.
     """
-    if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again
+    if has_torch_function_unary(x):  # an fx.Proxy: stay one node when the graph is traced again
         return handle_torch_function(to_layout, (x,), x, source, target)
     source, target = Layout.parse(source), Layout.parse(target)
     if source is target:
@@ -88,9 +88,9 @@ def valid_steps(mask: Tensor, ndim: int, layout: Layout) -> Tensor:
 
 
 def uniform_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride by which the elements of these dims, in row-major order, follow each other.
+    """Return the constant stride between consecutive elements of these dims, in row-major order.
 
-    0 for a single element, None where there is no such stride.
+    0 for a single element, None where the stride is not constant.
     """
     step = expected = None
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):

@@ -1,7 +1,8 @@
-"""The canonical op ``mfpsn::neuron``, its backward, and its parts, on the kernel that is bound or of highest rank.
+"""Define the op ``mfpsn::neuron``, its backward and its parts, and dispatch them to kernels.
 
-Every neuron of every graph is one call of this op, whatever computes it. Appendix C of the paper: the temporal
-filter runs once with W for the batch statistics and once with W_q = Q(γ/√(σ²+ε)·W) for the spikes.
+Every neuron of a graph is one call of this op, computed by the kernel bound to it, else by the one of highest rank.
+Appendix C of the paper: the temporal filter runs once with W for the batch statistics and once with
+W_q = Q(γ/√(σ²+ε)·W) for the spikes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .constants import ALL, PLACE, SURROGATE, NeuronConstants
+from .constants import ALL, COMMON, SURROGATE, NeuronConstants
 from .kernel import Call
 from .layout import Layout
 from .registry import FALLBACK_KERNEL, Kernel, Problem, default_kernel, get_kernel, version
@@ -27,12 +28,13 @@ _warned: set[tuple[str, str, str]] = set()
 
 _AFFINE = "Tensor? scale=None, Tensor? shift=None, Tensor? mask=None"
 
-# Kernels take X with any strides, and results have X's. Without the tag Inductor copies what it has laid out otherwise
-# (channels last, say) to the strides that tracing saw: 7 copies in a training step of SEW-ResNet-18.
+# Kernels accept X with any strides and return results with the strides of X. Without flexible_layout Inductor copies an
+# input in another memory format (such as channels-last) to the strides seen in tracing: 7 copies in a training step of
+# SEW-ResNet-18.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-# define/impl, not custom_op: beyond the work itself a call then costs about 0.8 of what it costs through the
-# convenience (14 against 18 us, benchmarks/op_overhead.py)
+# Library.define and impl instead of torch.library.custom_op: a call then has about 0.8 times the overhead (14 against
+# 18 us, benchmarks/op_overhead.py)
 _lib = torch.library.Library("mfpsn", "DEF")
 for _name, _tensors, _constants, _results in (
     (
@@ -50,26 +52,26 @@ for _name, _tensors, _constants, _results in (
     (
         "statistics",
         f"Tensor x, Tensor weight, {_AFFINE}",
-        NeuronConstants.schema(PLACE),
+        NeuronConstants.schema(COMMON),
         "(Tensor mean, Tensor var)",
     ),
     (
         "fire",
         f"Tensor x, Tensor taps, Tensor bias, {_AFFINE}",
-        NeuronConstants.schema(PLACE),
+        NeuronConstants.schema(COMMON),
         "Tensor",
     ),
     (
         "backward_reductions",
         f"Tensor grad, Tensor x, Tensor taps, Tensor bias, {_AFFINE}",
-        NeuronConstants.schema(SURROGATE + PLACE),
+        NeuronConstants.schema(SURROGATE + COMMON),
         "(Tensor dtaps, Tensor dbias)",
     ),
     (
         "backward_input",
         "Tensor grad, Tensor x, Tensor taps, Tensor bias, Tensor weight, Tensor? offset=None, Tensor? slope=None, "
         f"{_AFFINE}",
-        f"{NeuronConstants.schema(SURROGATE + PLACE)}, bool input_grad=True",
+        f"{NeuronConstants.schema(SURROGATE + COMMON)}, bool input_grad=True",
         "(Tensor dx, Tensor dweight, Tensor dscale, Tensor dshift)",
     ),
 ):
@@ -82,89 +84,96 @@ backward_reductions = torch.ops.mfpsn.backward_reductions
 backward_input = torch.ops.mfpsn.backward_input
 
 
-def _named(layer: str) -> str:
+def _prefix(layer: str) -> str:
+    """Return the start of an error message: the layer's name, if it has one."""
     return f"{layer}: " if layer else ""
 
 
 def _sum_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of sums and statistics: float64 if an operand is, else float32."""
     return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
 
 
-def _check(shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...], constants: NeuronConstants) -> None:
-    """Raise unless ``shape`` and ``weight``, those of the input and of W, fit each other and the layout."""
-    place, layer = constants.place, constants.layer
+def _check_shapes(
+    shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...], constants: NeuronConstants
+) -> None:
+    """Raise unless the shapes of the input and of W fit each other and the layout, and ``dtype`` is floating point."""
+    layout, layer = constants.parsed_layout, constants.layer
     if not dtype.is_floating_point:
         raise TypeError(
-            f"{_named(layer)}the input must be floating point, found {dtype}; convert it, e.g. with x.float()"
+            f"{_prefix(layer)}the input must be floating point, found {dtype}; convert it, e.g. with x.float()"
         )
     if len(shape) < 3:
         raise ValueError(
-            f"{_named(layer)}the input must have at least 3 dims, "
-            f"{'(T, N, C, *)' if place is Layout.TIME_FIRST else '(N, C, *, T)'}, found shape {tuple(shape)}"
+            f"{_prefix(layer)}the input must have at least 3 dims, "
+            f"{'(T, N, C, *)' if layout is Layout.TIME_FIRST else '(N, C, *, T)'}, found shape {tuple(shape)}"
         )
     if len(weight) != 2 or weight[1] < 1:
-        raise ValueError(f"{_named(layer)}the weight must be (C, k) with k >= 1, found {tuple(weight)}")
-    if shape[place.channel_dim] != weight[0]:
+        raise ValueError(f"{_prefix(layer)}the weight must be (C, k) with k >= 1, found {tuple(weight)}")
+    if shape[layout.channel_dim] != weight[0]:
         raise ValueError(
-            f"{_named(layer)}expected {weight[0]} channels in dim {place.channel_dim} of the {place} input, "
-            f"found {shape[place.channel_dim]} in shape {tuple(shape)}"
+            f"{_prefix(layer)}expected {weight[0]} channels in dim {layout.channel_dim} of the {layout} input, "
+            f"found {shape[layout.channel_dim]} in shape {tuple(shape)}"
         )
 
 
 def _check_mask(mask: Tensor, x: Tensor, constants: NeuronConstants) -> None:
-    place, layer = constants.place, constants.layer
-    wanted = (x.shape[place.time_dim], x.shape[place.batch_dim])
-    if tuple(mask.shape) != wanted or mask.dtype != torch.bool:
+    """Raise unless ``mask`` is bool, of shape (T, N) and on the device of ``x``."""
+    layout, layer = constants.parsed_layout, constants.layer
+    expected = (x.shape[layout.time_dim], x.shape[layout.batch_dim])
+    if tuple(mask.shape) != expected or mask.dtype != torch.bool:
         raise ValueError(
-            f"{_named(layer)}the mask must be bool of shape (T, N) = {wanted}, "
+            f"{_prefix(layer)}the mask must be bool of shape (T, N) = {expected}, "
             f"found {mask.dtype} of shape {tuple(mask.shape)}"
         )
     if mask.device != x.device:
-        raise ValueError(f"{_named(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
+        raise ValueError(f"{_prefix(layer)}the mask must be on {x.device} as the input is, found {mask.device}")
 
 
 def _check_fake(x: Tensor, weight: Tensor, mask: Tensor | None, constants: NeuronConstants) -> None:
-    _check(x.shape, x.dtype, weight.shape, constants)
+    """Check what fake tensors have: shapes, dtypes and devices of input, weight and mask."""
+    _check_shapes(x.shape, x.dtype, weight.shape, constants)
     if mask is not None:
         _check_mask(mask, x, constants)
 
 
 def _check_operands(x: Tensor, weight: Tensor, grad: Tensor | None, layer: str, vectors: dict) -> None:
-    """Shapes and devices of what a kernel reads through bare pointers, for all kernels alike."""
-    device, whole, channels = x.device, weight.shape, weight.shape[:1]
+    """Raise unless all tensors have the shape and device that kernels assume, which read them through raw pointers."""
+    device, per_tap, per_channel = x.device, weight.shape, weight.shape[:1]
     for name, other in vectors.items():
         if other is None:
             continue
-        wanted = whole if name == "taps" else channels
-        if other.shape != wanted or other.device != device:
+        expected = per_tap if name == "taps" else per_channel
+        if other.shape != expected or other.device != device:
             raise ValueError(
-                f"{_named(layer)}{name} must have shape {tuple(wanted)} on {device} as weight and input have, "
+                f"{_prefix(layer)}{name} must have shape {tuple(expected)} on {device} as weight and input have, "
                 f"found {tuple(other.shape)} on {other.device}"
             )
     if weight.device != device:
-        raise ValueError(f"{_named(layer)}the input is on {device}, the neuron on {weight.device}; move one of them")
+        raise ValueError(f"{_prefix(layer)}the input is on {device}, the neuron on {weight.device}; move one of them")
     if grad is not None and (grad.shape != x.shape or grad.device != device):
         raise ValueError(
-            f"{_named(layer)}the gradient must be shaped as the input, {tuple(x.shape)} on {device}, "
+            f"{_prefix(layer)}the gradient must be shaped as the input, {tuple(x.shape)} on {device}, "
             f"found {tuple(grad.shape)} on {grad.device}"
         )
 
 
 def _check_training(x: Tensor, weight: Tensor, layer: str) -> None:
+    """Raise if a channel has a single value, whose batch variance would be 0."""
     if x.numel() <= weight.shape[0]:
         raise ValueError(
-            f"{_named(layer)}expected more than 1 value per channel when training, found input of shape "
+            f"{_prefix(layer)}expected more than 1 value per channel when training, found input of shape "
             f"{tuple(x.shape)}; give a larger batch or call .eval()"
         )
 
 
-def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
-    """The kernel that is bound; else, and with one warning a layer where it cannot serve, the default kernel."""
+def _select_kernel(name: str, problem: Problem, layer: str) -> Kernel:
+    """Return the kernel ``name``, or the default kernel for ``""`` and, with a warning, where ``name`` cannot serve."""
     if not name:
         return default_kernel(problem)
     try:
         kernel = get_kernel(name)
-        # the fallback is not asked: whoever names it gets it
+        # the fallback serves every problem, so its predicate need not run
         refusal = None if name == FALLBACK_KERNEL else kernel.refusal(problem)
     except ValueError as error:
         kernel, refusal = None, str(error)
@@ -175,7 +184,7 @@ def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
         _warned.add((layer, name, refusal))
         _log.warning(
             "%skernel %r gives way to %r for input %s: %s",
-            _named(layer),
+            _prefix(layer),
             name,
             default.name,
             tuple(problem.shape),
@@ -184,35 +193,36 @@ def _kernel(name: str, problem: Problem, layer: str) -> Kernel:
     return default
 
 
-# What follows from shapes and constants is found once for all calls that have them: found in each call it took a fifth
-# of a training step's time in Python
+# Cached, since the result depends on shapes, dtypes and constants only: computed in each call it took a fifth of a
+# training step's time in Python
 @functools.lru_cache(maxsize=1024)
 def _resolve_kernel(
-    registered: int,  # changes with the registry, and with it the answer
+    registry_version: int,  # part of the cache key
     shape: torch.Size,
     weight: torch.Size,
     dtype: torch.dtype,
-    wide: bool,
-    device: torch.device,  # not its type alone: GPUs of one machine may differ in what they can run
+    float64_weight: bool,
+    device: torch.device,  # not only its type: GPUs of one machine may differ in the kernels that they can run
     masked: bool,
     affine: bool,
     constants: NeuronConstants,
 ) -> tuple[object, torch.dtype]:
-    """Return the parts that serve such a call, and the dtype of its weights and sums."""
-    _check(shape, dtype, weight, constants)
-    sums = torch.float64 if wide or dtype is torch.float64 else torch.float32
-    # with float64 weights it is a kernel for float64 that has to serve, whatever the input
-    problem = Problem.of(constants, shape, sums if wide else dtype, device.type, weight[1], masked, affine)
+    """Return the ``parts`` of the kernel that serves such a call, and the dtype of its weights and sums."""
+    _check_shapes(shape, dtype, weight, constants)
+    sums = torch.float64 if float64_weight or dtype is torch.float64 else torch.float32
+    # float64 weights need a kernel that supports float64 even if the input is narrower
+    problem = Problem.of(constants, shape, sums if float64_weight else dtype, device.type, weight[1], masked, affine)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return _kernel(constants.method, problem, constants.layer).parts, sums
+        return _select_kernel(constants.method, problem, constants.layer).parts, sums
 
 
-def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # asked first: a call of Tensor.to that has nothing to do takes ten times as long as the question
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return ``x`` in ``dtype``; None stays None."""
+    # compared first: a call of Tensor.to that changes nothing takes ten times as long as the comparison
     return x if x is None or x.dtype is dtype else x.to(dtype)
 
 
-def _bind(
+def _prepare_call(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -222,6 +232,7 @@ def _bind(
     grad: Tensor | None = None,
     **vectors: Tensor | None,
 ) -> tuple[object, Call]:
+    """Check all operands and return the ``parts`` of the kernel to call, and its first argument."""
     affine = scale is not None or shift is not None
     parts, dtype = _resolve_kernel(
         version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, mask is not None, affine,
@@ -232,26 +243,28 @@ def _bind(
     _check_operands(x, weight, grad, constants.layer, vectors)
     if mask is not None:
         _check_mask(mask, x, constants)
-    return parts, Call(constants, dtype, _to(scale, dtype), _to(shift, dtype), mask)
+    return parts, Call(constants, dtype, _cast(scale, dtype), _cast(shift, dtype), mask)
 
 
 def _neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants,
 ):  # fmt: skip
-    parts, call = _bind(
+    """Implement ``mfpsn::neuron`` on real tensors."""
+    parts, call = _prepare_call(
         x, weight, scale, shift, mask, constants,
         gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
     dtype, training = call.dtype, constants.training
     if training:
         _check_training(x, weight, constants.layer)
-        used = None, None
+        given_statistics = None, None
     else:
-        used = _to(running_mean, dtype), _to(running_var, dtype)
+        given_statistics = _cast(running_mean, dtype), _cast(running_var, dtype)
     if x.numel() == 0:
         return torch.empty_like(x), weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
-    spikes, mean, var = parts.forward(call, x, _to(weight, dtype), _to(gamma, dtype), _to(beta, dtype), *used)
+    parameters = (_cast(weight, dtype), _cast(gamma, dtype), _cast(beta, dtype))
+    spikes, mean, var = parts.forward(call, x, *parameters, *given_statistics)
     if not training:
         mean, var = weight.new_empty(0, dtype=dtype), weight.new_empty(0, dtype=dtype)
     return spikes, mean, var
@@ -261,7 +274,10 @@ def _neuron_backward(
     grad, x, weight, gamma, beta, mean, var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants, input_grad=True,
 ):  # fmt: skip
-    parts, call = _bind(x, weight, scale, shift, mask, constants, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var)
+    """Implement ``mfpsn::neuron_backward`` on real tensors."""
+    parts, call = _prepare_call(
+        x, weight, scale, shift, mask, constants, grad=grad, gamma=gamma, beta=beta, mean=mean, var=var
+    )
     dtype, given = call.dtype, (weight, gamma, beta)
     if x.numel() == 0:
         return (
@@ -274,14 +290,14 @@ def _neuron_backward(
         call,
         grad,
         x,
-        *(_to(p, dtype) for p in (weight, gamma, beta, mean, var)),
+        *(_cast(p, dtype) for p in (weight, gamma, beta, mean, var)),
         input_grad,
     )
     return (
         x.new_empty(0) if dx is None else dx,
-        _to(dweight, given[0].dtype),
-        _to(dgamma, given[1].dtype),
-        _to(dbeta, given[2].dtype),
+        _cast(dweight, given[0].dtype),
+        _cast(dgamma, given[1].dtype),
+        _cast(dbeta, given[2].dtype),
         x.new_empty(0) if scale is None else dscale.to(scale.dtype),
         x.new_empty(0) if shift is None else dshift.to(shift.dtype),
     )
@@ -298,7 +314,7 @@ def resolve_layer(
     shift: Tensor | None,
     constants: NeuronConstants,
 ) -> Callable[..., Tensor] | None:
-    """Return ``NeuronKernel.layer`` of the kernel that serves this call, all checks done; None if there is none."""
+    """Check all operands and return ``NeuronKernel.layer`` of the kernel that serves this call; None if it has none."""
     affine = scale is not None or shift is not None
     parts, dtype = _resolve_kernel(
         version(), x.shape, weight.shape, x.dtype, weight.dtype is torch.float64, x.device, False, affine, constants
@@ -311,7 +327,7 @@ def resolve_layer(
     _check_operands(x, weight, None, constants.layer, vectors)
     if constants.training:
         _check_training(x, weight, constants.layer)
-    # what has to be cast goes through the op: float32 sums for a float32 or narrower input, float64 for float64
+    # operands that need a cast go through the op: sums are float32 for float32 and narrower inputs, else float64
     if (x.dtype is torch.float64) is not (dtype is torch.float64):
         return None
     if weight.dtype is not dtype or any(v is not None and v.dtype is not dtype for v in vectors.values()):
@@ -320,26 +336,26 @@ def resolve_layer(
 
 
 def _statistics(x, weight, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
-    parts, call = _bind(x, weight, scale, shift, mask, constants)
+    parts, call = _prepare_call(x, weight, scale, shift, mask, constants)
     if x.numel() == 0:
         return tuple(weight.new_zeros(weight.shape[0], dtype=call.dtype) for _ in range(2))
-    return parts.statistics(call, x, _to(weight, call.dtype))
+    return parts.statistics(call, x, _cast(weight, call.dtype))
 
 
 def _fire(x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants):
-    parts, call = _bind(x, taps, scale, shift, mask, constants, bias=bias)
+    parts, call = _prepare_call(x, taps, scale, shift, mask, constants, bias=bias)
     if x.numel() == 0:
         return torch.empty_like(x)
-    return parts.fire(call, x, _to(taps, call.dtype), _to(bias, call.dtype))
+    return parts.fire(call, x, _cast(taps, call.dtype), _cast(bias, call.dtype))
 
 
 def _backward_reductions(
     grad, x, taps, bias, scale=None, shift=None, mask=None, *, constants: NeuronConstants
 ):  # fmt: skip
-    parts, call = _bind(x, taps, scale, shift, mask, constants, grad=grad, bias=bias)
+    parts, call = _prepare_call(x, taps, scale, shift, mask, constants, grad=grad, bias=bias)
     if x.numel() == 0:
         return taps.new_zeros(taps.shape, dtype=call.dtype), taps.new_zeros(taps.shape[0], dtype=call.dtype)
-    dtaps, dbias, _ = parts.backward_reductions(call, grad, x, _to(taps, call.dtype), _to(bias, call.dtype))
+    dtaps, dbias, _ = parts.backward_reductions(call, grad, x, _cast(taps, call.dtype), _cast(bias, call.dtype))
     return dtaps, dbias
 
 
@@ -347,7 +363,8 @@ def _backward_input(
     grad, x, taps, bias, weight, offset=None, slope=None, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants, input_grad=True,
 ):  # fmt: skip
-    parts, call = _bind(
+    """Implement ``mfpsn::backward_input`` on real tensors; results that were not requested are empty."""
+    parts, call = _prepare_call(
         x, weight, scale, shift, mask, constants, grad=grad, taps=taps, bias=bias, offset=offset, slope=slope
     )
     if x.numel() == 0:
@@ -359,14 +376,14 @@ def _backward_input(
             none if scale is None else zero,
             none.clone() if shift is None else zero.clone(),
         )
-    offset, slope = _to(offset, call.dtype), _to(slope, call.dtype)
+    offset, slope = _cast(offset, call.dtype), _cast(slope, call.dtype)
     results = parts.backward_input(
         call,
         grad,
         x,
-        _to(taps, call.dtype),
-        _to(bias, call.dtype),
-        _to(weight, call.dtype),
+        _cast(taps, call.dtype),
+        _cast(bias, call.dtype),
+        _cast(weight, call.dtype),
         offset,
         slope,
         None,
@@ -380,6 +397,7 @@ def _fake_neuron(
     x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, *,
     constants: NeuronConstants,
 ):  # fmt: skip
+    """Implement ``mfpsn::neuron`` on fake tensors: shapes, dtypes and checks."""
     _check_fake(x, weight, mask, constants)
     if constants.training:
         _check_training(x, weight, constants.layer)
@@ -433,8 +451,8 @@ def _fake_backward_input(
     )
 
 
-def _with_value(function: Callable, **implied: object) -> Callable:
-    """``function`` as the dispatcher calls it: with keyword arguments, defaults left out, in place of their value."""
+def _with_constants(function: Callable, **implied: object) -> Callable:
+    """Return ``function`` with the dispatcher's signature: constants as keywords, instead of one NeuronConstants."""
     make = functools.partial(NeuronConstants.checked, **implied) if implied else NeuronConstants.checked
 
     def call(*tensors, **keywords):
@@ -454,46 +472,46 @@ for _name, _run, _fake, _implied in (
     ("backward_reductions", _backward_reductions, _fake_backward_reductions, {"training": True}),
     ("backward_input", _backward_input, _fake_backward_input, {"training": True}),
 ):
-    _lib.impl(_name, _with_value(_run, **_implied), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mfpsn::{_name}", _with_value(_fake, **_implied), lib=_lib)
+    _lib.impl(_name, _with_constants(_run, **_implied), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfpsn::{_name}", _with_constants(_fake, **_implied), lib=_lib)
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Return True if no dispatch mode, tensor subclass or profiler is active, so that the dispatcher can be bypassed.
 
-    For neurons with a mask, and kernels without a layer (see eager.py): through it once more, forward and backward,
-    a training step takes 1.13 times as long on the least input, 1.02 times at T = 2 of ``benchmarks/neuron.py``, and at
-    T = 4 no longer.
+    This is for the inner calls of neurons with a mask and of kernels without ``layer`` (see eager.py). If these went
+    through the dispatcher, forward and backward, a training step would take 1.13 times as long on the smallest input of
+    ``benchmarks/neuron.py``, 1.02 times at T = 2, and the same at T = 4.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
+        and _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
 class _Neuron(torch.autograd.Function):
-    """Autograd of ``mfpsn::neuron``.
+    """Autograd function of ``mfpsn::neuron``.
 
-    Not through torch.library.register_autograd: for each call it walks the schema's arguments in Python, in quadratic
-    time, which at twenty arguments takes three times as long as the call itself (140 us against 50 us).
+    torch.library.register_autograd is not used: in each call it walks the schema's arguments in Python, in quadratic
+    time, which for twenty arguments takes three times as long as the call itself (140 us against 50 us).
     """
 
     @staticmethod
     def forward(ctx, constants, *tensors):
         x, weight, gamma, beta, running_mean, running_var, scale, shift, mask = tensors
         with torch._C._AutoDispatchBelowAutograd():
-            if unwatched(x, weight):
+            if can_bypass_dispatcher(x, weight):
                 spikes, mean, var = _neuron(*tensors, constants=constants)
             else:
                 spikes, mean, var = neuron(*tensors, **constants.arguments(ALL))
         ctx.constants = constants
-        # in training the running statistics are not saved: the caller updates them in place afterwards
-        used = (mean, var) if constants.training else (running_mean, running_var)
-        ctx.save_for_backward(x, weight, gamma, beta, *used, scale, shift, mask)
+        # in training the running statistics are not saved, since the caller updates them in place afterwards
+        statistics = (mean, var) if constants.training else (running_mean, running_var)
+        ctx.save_for_backward(x, weight, gamma, beta, *statistics, scale, shift, mask)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return spikes, mean, var
@@ -503,32 +521,33 @@ class _Neuron(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         constants = ctx.constants
-        if torch.is_grad_enabled():  # create_graph=True: what would come of it is a gradient of zero, without a word
+        if torch.is_grad_enabled():  # create_graph=True would silently give a second derivative of zero
             raise RuntimeError(
-                f"{_named(constants.layer)}a surrogate gradient has no derivative; take gradients without create_graph"
+                f"{_prefix(constants.layer)}a surrogate gradient has no derivative; take gradients without create_graph"
             )
         _, *needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        if unwatched(grad, *saved[:2]):
+        if can_bypass_dispatcher(grad, *saved[:2]):
             found = _neuron_backward(grad, *saved, constants=constants, input_grad=needs[0])
         else:
             found = torch.ops.mfpsn.neuron_backward(grad, *saved, **constants.arguments(ALL), input_grad=needs[0])
         dx, dweight, dgamma, dbeta, dscale, dshift = found
         grads = (dx, dweight, dgamma, dbeta, None, None, dscale, dshift, None)
-        return None, *(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
+        return None, *(g if needed else None for g, needed in zip(grads, needs, strict=True))
 
 
-def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **keywords):
+def _autograd_neuron(x, weight, gamma, beta, running_mean, running_var, scale=None, shift=None, mask=None, **keywords):
+    """Implement ``mfpsn::neuron`` for the Autograd key; raise for forward mode and torch.func, which it lacks."""
     tensors = (x, weight, gamma, beta, running_mean, running_var, scale, shift, mask)
-    # a dual tensor requires no grad: without this its tangent would be dropped, and zero stand for the derivative
+    # a dual tensor need not require grad: unchecked, its tangent would silently be dropped
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise RuntimeError(f"{_named(keywords.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
+        raise RuntimeError(f"{_prefix(keywords.get('layer', ''))}the neuron has no forward-mode derivative: Θ has none")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # it would want the derivative's derivative, too
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # it needs second derivatives, too
             raise RuntimeError(
-                f"{_named(keywords.get('layer', ''))}a neuron cannot be differentiated by torch.func; "
+                f"{_prefix(keywords.get('layer', ''))}a neuron cannot be differentiated by torch.func; "
                 "call backward(), or torch.autograd.grad"
             )
         return _Neuron.apply(NeuronConstants.checked(**keywords), *tensors)
@@ -536,13 +555,15 @@ def _differentiable(x, weight, gamma, beta, running_mean, running_var, scale=Non
         return neuron(*tensors, **keywords)
 
 
-_lib.impl("neuron", _differentiable, "Autograd")
+_lib.impl("neuron", _autograd_neuron, "Autograd")
 
 
 def _autocast(device: str, key: str):
+    """Return the implementation of ``mfpsn::neuron`` for the autocast key of ``device``."""
+
     def cast(x, *args, **constants):
-        # X alone takes the autocast dtype; weights, statistics and fold stay as they are. float64 stays, as
-        # autocast itself leaves it.
+        # Only X is cast; weights, statistics and the fold keep their dtypes. A float64 X is left alone, as autocast
+        # does elsewhere.
         if x.is_floating_point() and x.dtype is not torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):

@@ -1,4 +1,4 @@
-"""Powers of two: the quantizer of equation (13), exact on exponent and mantissa, and its gradients."""
+"""Power-of-two quantizer of equation (13), computed exactly from exponent and mantissa, and its gradients."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = [
     "quantizer_slope",
 ]
 
-# Every power in these bounds is a normal float32, and every exponent an int8.
+# Within these bounds every power is a normal float32 and every exponent fits int8
 MIN_EXPONENT = -126
 MAX_EXPONENT = 127
 
-# round(log2 m) turns at m = √½. No float equals √½, so "m ≥ the first float above it" is exact.
-_TURN = {
+# round(log2 m) jumps at m = √½. No float equals √½, so the comparison with the next float above it is exact.
+_SQRT_HALF = {
     torch.float64: math.sqrt(0.5),  # the nearest float64 lies above √½
     torch.float32: 0.70710682868957519531,  # the nearest float32 lies below it; this is the next one up
 }
 
 
 class Gradient(enum.StrEnum):
-    """How a gradient passes the quantizer.
+    """The gradient of the quantizer.
 
     ``STRAIGHT_THROUGH``: Q'(w) = 1 (16), the paper's choice and the default. ``ROUND_ONLY``: Q'(w) = |Q(w)|/|w|
     (15), 0 at w = 0. ``NONE``: there is no quantizer, Q(w) = w.
@@ -44,7 +44,7 @@ class Gradient(enum.StrEnum):
 
     @classmethod
     def parse(cls, value: Gradient | str) -> Gradient:
-        """Return the gradient called ``value``; raise ``ValueError`` naming those that exist."""
+        """Return the gradient called ``value``; raise ``ValueError`` naming the gradients that exist."""
         try:
             return cls(value)
         except ValueError:
@@ -62,25 +62,25 @@ def check_exponent_bounds(min_exponent: int, max_exponent: int) -> None:
 
 
 def power_of_two(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> Tensor:
-    """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13); not differentiable (see :func:`quantize`).
+    """Return Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13); not differentiable (see :func:`quantize`).
 
-    Exponents are clamped to the bounds. NaN stays NaN. float16 and bfloat16 are computed in float32
-    and rounded back, so there the bounds should be ones that the dtype can hold.
+    Exponents are clamped to the bounds. NaN stays NaN. float16 and bfloat16 are computed in float32 and rounded back,
+    so for them the bounds should be representable in the dtype.
     """
-    if w.dtype not in _TURN:
+    if w.dtype not in _SQRT_HALF:
         return power_of_two(w.float(), min_exponent, max_exponent).to(w.dtype)
     mantissa, _ = torch.frexp(w)  # w = mantissa · 2^e, |mantissa| in [½, 1), the sign is the mantissa's
     mantissa = mantissa.abs()
     # w / 2m is ±2^(e−1) exactly; halving first keeps the largest floats from overflowing
     low = w / (mantissa * 2)
-    q = torch.where(mantissa >= _TURN[w.dtype], low * 2, low)
+    q = torch.where(mantissa >= _SQRT_HALF[w.dtype], low * 2, low)
     least, most = math.ldexp(1.0, min_exponent), math.ldexp(1.0, max_exponent)
     q = torch.copysign(q.abs().clamp(least, most), w)
     return torch.where(w == 0, w, q)
 
 
 def quantizer_slope(w: Tensor, q: Tensor, gradient: Gradient | str) -> Tensor | None:
-    """Q'(w) given q = Q(w); None where it is 1 everywhere. Shapes as ``w``."""
+    """Return Q'(w), shaped as ``w``, given q = Q(w); None if it is 1 everywhere."""
     if Gradient.parse(gradient) is not Gradient.ROUND_ONLY:
         return None
     return torch.where(w == 0, torch.zeros_like(w), (q / w).abs())
@@ -92,7 +92,7 @@ def quantize(
     min_exponent: int = MIN_EXPONENT,
     max_exponent: int = MAX_EXPONENT,
 ) -> Tensor:
-    """Q(w) with a gradient: (13) forward, (16) or (15) backward. Any shape.
+    """Return Q(w) with a gradient: (13) forward, (16) or (15) backward. Any shape.
 
     Raises:
         ValueError: unknown gradient, or exponent bounds outside -126 … 127.
@@ -101,17 +101,17 @@ def quantize(
     check_exponent_bounds(min_exponent, max_exponent)
     if gradient is Gradient.NONE:
         return w
-    fixed = w.detach()
-    q = power_of_two(fixed, min_exponent, max_exponent)
-    slope = quantizer_slope(fixed, q, gradient)
-    through = w - fixed  # 0 in value, 1 in gradient
-    return q + (through if slope is None else slope * through)
+    detached = w.detach()
+    q = power_of_two(detached, min_exponent, max_exponent)
+    slope = quantizer_slope(detached, q, gradient)
+    identity_gradient = w - detached  # 0 in value, 1 in gradient
+    return q + (identity_gradient if slope is None else slope * identity_gradient)
 
 
 def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = MAX_EXPONENT) -> tuple[Tensor, Tensor]:
-    """What a chip stores of Q(w): int8 exponents and int8 signs (−1, 0, 1), shaped as ``w``.
+    """Return Q(w) as neuromorphic hardware stores it: int8 exponents and int8 signs (−1, 0, 1), shaped as ``w``.
 
-    The exponent of a zero is 0 and its sign 0; :func:`dequantize` gives Q(w) back.
+    Both are 0 for a zero. :func:`dequantize` returns Q(w).
 
     Raises:
         ValueError: ``w`` has a NaN or infinite entry, or the bounds are not within -126 … 127.
@@ -120,7 +120,7 @@ def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = M
     if not bool(torch.isfinite(w).all()):
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"{bad} of {w.numel()} weights are NaN or infinite and have no power of two")
-    wide = w if w.dtype in _TURN else w.float()
+    wide = w if w.dtype in _SQRT_HALF else w.float()
     q = power_of_two(wide, min_exponent, max_exponent)
     _, exponent = torch.frexp(q)  # q = ±½ · 2^e
     exponent = torch.where(q == 0, torch.zeros_like(exponent), exponent - 1)
@@ -128,5 +128,5 @@ def exponents(w: Tensor, min_exponent: int = MIN_EXPONENT, max_exponent: int = M
 
 
 def dequantize(exponent: Tensor, sign: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights sign · 2^exponent that :func:`exponents` took apart."""
+    """Return the weights sign · 2^exponent, the inverse of :func:`exponents`."""
     return torch.ldexp(sign.to(torch.float64), exponent.to(torch.int32)).to(dtype)

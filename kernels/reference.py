@@ -1,7 +1,7 @@
-"""The neuron in float64, plainly: what every kernel is tested against.
+"""Reference implementation of the neuron in float64, which every kernel is tested against.
 
-Loops over steps and taps, no autograd, its own quantizer. Layout is undone at the door: inside, everything is
-(T, N, C, P).
+It loops over steps and taps, without autograd, and has its own quantizer. Inputs are converted from either layout to
+(T, N, C, P), P being the product of all other dims, and results back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Forward", "Gradients", "backward", "filtered", "forward", "quantized
 
 
 class Forward(NamedTuple):
-    """Spikes and membrane (U = W_q ∗ X' + b_f) in the input's layout; mean and variance of H; W_q and b_f."""
+    """Result of :func:`forward`: S and U = W_q ∗ X' + b_f in the input's layout; μ and σ² of H; W_q and b_f."""
 
     spikes: Tensor
     membrane: Tensor
@@ -30,7 +30,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the loss, by argument; dscale and dshift None where there is no scale or shift."""
+    """Gradients of the loss by argument; those of scale and shift are None where there is none."""
 
     x: Tensor
     weight: Tensor
@@ -41,7 +41,7 @@ class Gradients(NamedTuple):
 
 
 def quantized(w: float, min_exponent: int = -126, max_exponent: int = 127) -> float:
-    """Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13), exponent clamped to the bounds; one float."""
+    """Return Q(w) = sign(w)·2^round(log2|w|), Q(0) = 0 (13), of one float, the exponent clamped to the bounds."""
     if w == 0 or math.isnan(w):
         return w
     mantissa, exponent = math.frexp(abs(w))  # in [½, 1)
@@ -52,7 +52,7 @@ def quantized(w: float, min_exponent: int = -126, max_exponent: int = 127) -> fl
 
 
 def filtered(x: Tensor, w: Tensor, dilation: int) -> Tensor:
-    """H[t][c] = Σ_{i=0}^{k−1} W[c][i]·X[t − (k−1−i)·d][c], X[j] = 0 for j < 0 (10); x is (T, N, C, P)."""
+    """Return H[t][c] = Σ_{i=0}^{k−1} W[c][i]·X[t − (k−1−i)·d][c], X[j] = 0 for j < 0 (10); x is (T, N, C, P)."""
     steps, order = x.shape[0], w.shape[1]
     h = torch.zeros_like(x)
     for t in range(steps):
@@ -64,7 +64,7 @@ def filtered(x: Tensor, w: Tensor, dilation: int) -> Tensor:
 
 
 def _filtered_backward(dh: Tensor, x: Tensor, w: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """(dx, dw) of :func:`filtered`."""
+    """Return (dx, dw) of :func:`filtered` given dh."""
     steps, order = x.shape[0], w.shape[1]
     dx, dw = torch.zeros_like(x), torch.zeros_like(w)
     for t in range(steps):
@@ -76,35 +76,42 @@ def _filtered_backward(dh: Tensor, x: Tensor, w: Tensor, dilation: int) -> tuple
     return dx, dw
 
 
-def _enter(x: Tensor, layout: Layout) -> Tensor:
+def _to_time_first(x: Tensor, layout: Layout) -> Tensor:
+    """Return ``x`` as float64 (T, N, C, P)."""
     x = x.to(torch.float64)
     x = x if layout is Layout.TIME_FIRST else x.movedim(-1, 0)
     return x.reshape(*x.shape[:3], -1) if x.numel() else x.reshape(*x.shape[:3], math.prod(x.shape[3:]))
 
 
-def _leave(h: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+def _from_time_first(h: Tensor, shape: torch.Size, layout: Layout) -> Tensor:
+    """Return ``h`` (T, N, C, P) as a tensor of ``shape`` in ``layout``."""
     if layout is Layout.TIME_FIRST:
         return h.reshape(shape)
     return h.reshape(shape[-1], *shape[:-1]).movedim(0, -1)
 
 
-class _Prepared(NamedTuple):
+class _Input(NamedTuple):
+    """The input X (raw), X' = mask · (scale · X + shift), the mask, all (T, N, C, P), and valid values per channel."""
+
     raw: Tensor
     x: Tensor
     valid: Tensor
     count: float
 
 
-def _prepare(x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, layout: Layout) -> _Prepared:
-    raw = _enter(x, layout)
-    lifted = raw
+def _prepare_input(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, layout: Layout
+) -> _Input:
+    """Return the input with its affine and mask applied."""
+    raw = _to_time_first(x, layout)
+    affine = raw
     if scale is not None:
-        lifted = lifted * scale.double()[:, None]
+        affine = affine * scale.double()[:, None]
     if shift is not None:
-        lifted = lifted + shift.double()[:, None]
+        affine = affine + shift.double()[:, None]
     valid = torch.ones(raw.shape[:2], dtype=torch.bool) if mask is None else mask
     valid = valid[:, :, None, None].expand_as(raw)
-    return _Prepared(raw, lifted.masked_fill(~valid, 0), valid, max(float(valid[:, :, 0].sum()), 1.0))
+    return _Input(raw, affine.masked_fill(~valid, 0), valid, max(float(valid[:, :, 0].sum()), 1.0))
 
 
 def forward(
@@ -126,27 +133,29 @@ def forward(
     shift: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Forward:
-    """Appendix C: μ, σ² of H from W (training) or the running ones, folded, quantized (13), fired (17, 18)."""
+    """Compute the neuron (appendix C): μ, σ² of H from W (training) or running, fold, quantize (13), fire (17, 18)."""
     layout = Layout.parse(layout)
     weight, gamma, beta = weight.double(), gamma.double(), beta.double()
-    inside = _prepare(x, scale, shift, mask, layout)
+    prepared = _prepare_input(x, scale, shift, mask, layout)
     if training:
-        h = filtered(inside.x, weight, dilation) * inside.valid
-        mean = h.sum(dim=(0, 1, 3)) / inside.count
-        var = (((h - mean[:, None]) * inside.valid) ** 2).sum(dim=(0, 1, 3)) / inside.count
+        h = filtered(prepared.x, weight, dilation) * prepared.valid
+        mean = h.sum(dim=(0, 1, 3)) / prepared.count
+        var = (((h - mean[:, None]) * prepared.valid) ** 2).sum(dim=(0, 1, 3)) / prepared.count
     else:
         mean, var = running_mean.double(), running_var.double()
     std = torch.sqrt(var + eps)
-    fused = (gamma / std)[:, None] * weight
-    taps = fused
+    folded = (gamma / std)[:, None] * weight
+    taps = folded
     if gradient != "none":
         taps = torch.tensor(
-            [[quantized(w, min_exponent, max_exponent) for w in row] for row in fused.tolist()], dtype=torch.float64
+            [[quantized(w, min_exponent, max_exponent) for w in row] for row in folded.tolist()], dtype=torch.float64
         )
     bias = beta - gamma * mean / std
-    membrane = filtered(inside.x, taps, dilation) + bias[:, None]
-    spikes = ((membrane >= 0) & inside.valid).double()
-    return Forward(_leave(spikes, x.shape, layout), _leave(membrane, x.shape, layout), mean, var, taps, bias)
+    membrane = filtered(prepared.x, taps, dilation) + bias[:, None]
+    spikes = ((membrane >= 0) & prepared.valid).double()
+    return Forward(
+        _from_time_first(spikes, x.shape, layout), _from_time_first(membrane, x.shape, layout), mean, var, taps, bias
+    )
 
 
 def backward(
@@ -170,7 +179,7 @@ def backward(
     shift: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Gradients:
-    """The chain rule through all of :func:`forward`: surrogate for Θ', (15) or (16) for Q', μ and σ² in training."""
+    """Compute the gradients of :func:`forward`: surrogate for Θ', (15) or (16) for Q', through μ and σ² in training."""
     layout = Layout.parse(layout)
     found = forward(
         x, weight, gamma, beta, running_mean, running_var, eps=eps, dilation=dilation, gradient=gradient,
@@ -178,35 +187,35 @@ def backward(
         shift=shift, mask=mask,
     )  # fmt: skip
     weight, gamma = weight.double(), gamma.double()
-    inside = _prepare(x, scale, shift, mask, layout)
+    prepared = _prepare_input(x, scale, shift, mask, layout)
     mean, var = found.mean, found.var
     std = torch.sqrt(var + eps)
-    fused = (gamma / std)[:, None] * weight
+    folded = (gamma / std)[:, None] * weight
     # S = Θ(U)
-    du = _enter(grad, layout) * surrogate.derivative(_enter(found.membrane, layout)) * inside.valid
-    dx, dtaps = _filtered_backward(du, inside.x, found.taps, dilation)
+    du = _to_time_first(grad, layout) * surrogate.derivative(_to_time_first(found.membrane, layout)) * prepared.valid
+    dx, dtaps = _filtered_backward(du, prepared.x, found.taps, dilation)
     dbias = du.sum(dim=(0, 1, 3))
     # W_q = Q(W_f)
-    dfused = dtaps
+    dfolded = dtaps
     if gradient == "round-only":
-        slope = torch.zeros_like(fused)
-        slope[fused != 0] = (found.taps[fused != 0] / fused[fused != 0]).abs()
-        dfused = dtaps * slope
+        slope = torch.zeros_like(folded)
+        slope[folded != 0] = (found.taps[folded != 0] / folded[folded != 0]).abs()
+        dfolded = dtaps * slope
     # W_f = γ/√(σ²+ε)·W and b_f = β − γμ/√(σ²+ε)
-    dweight = (gamma / std)[:, None] * dfused
-    dgain = (dfused * weight).sum(1) - dbias * mean
+    dweight = (gamma / std)[:, None] * dfolded
+    dgain = (dfolded * weight).sum(1) - dbias * mean
     dgamma = dgain / std
     if training:
         dmean = -dbias * gamma / std
         dvar = dgain * gamma * (-0.5) * (var + eps) ** -1.5
-        h = filtered(inside.x, weight, dilation)
-        dh = (dmean[:, None] + 2 * dvar[:, None] * (h - mean[:, None])) / inside.count * inside.valid
-        through, dw = _filtered_backward(dh, inside.x, weight, dilation)
+        h = filtered(prepared.x, weight, dilation)
+        dh = (dmean[:, None] + 2 * dvar[:, None] * (h - mean[:, None])) / prepared.count * prepared.valid
+        through, dw = _filtered_backward(dh, prepared.x, weight, dilation)
         dx, dweight = dx + through, dweight + dw
     # X' = mask·(scale·X + shift)
-    dx = dx * inside.valid
-    dscale = None if scale is None else (dx * inside.raw.masked_fill(~inside.valid, 0)).sum(dim=(0, 1, 3))
+    dx = dx * prepared.valid
+    dscale = None if scale is None else (dx * prepared.raw.masked_fill(~prepared.valid, 0)).sum(dim=(0, 1, 3))
     dshift = None if shift is None else dx.sum(dim=(0, 1, 3))
     if scale is not None:
         dx = dx * scale.double()[:, None]
-    return Gradients(_leave(dx, x.shape, layout), dweight, dgamma, dbias, dscale, dshift)
+    return Gradients(_from_time_first(dx, x.shape, layout), dweight, dgamma, dbias, dscale, dshift)

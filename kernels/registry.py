@@ -1,4 +1,4 @@
-"""The kernels that can compute the neuron's op: data plus a function, open to users."""
+"""Registry of the kernels that can compute the neuron op, extensible by users."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ __all__ = [
 
 _log = logging.getLogger("mfpsn_fx")
 
-# Runs wherever torch runs, in both layouts, on every dtype, and needs no compiler: what is left if nothing else can.
+# Runs wherever PyTorch runs, in both layouts, on every dtype, without a compiler: used where no other kernel can serve
 FALLBACK_KERNEL = "shifted-add"
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _KERNELS: dict[str, Kernel] = {}
-_changes = 0
-_availability: dict[str, str | None] = {}  # why a kernel cannot run on this machine, of those that were asked
+_version = 0
+_availability: dict[str, str | None] = {}  # by name: why a kernel cannot run on this machine, None if it can
 _reported: set[tuple[str, str]] = set()
 
 
 class Problem(NamedTuple):
-    """What a kernel is asked to compute; its predicate decides on this.
+    """What a kernel is to compute: the facts by which it accepts or refuses a call.
 
-    ``shape`` is the input's, in ``layout``; ``device`` a device type such as ``"cpu"``; ``surrogate`` a name.
+    ``shape`` is that of the input, in ``layout``; ``device`` a device type such as ``"cpu"``; ``surrogate`` a name;
+    ``masked`` and ``affine`` are True if the call has a mask, or a scale or shift.
     """
 
     shape: tuple[int, ...]
@@ -68,14 +69,14 @@ class Problem(NamedTuple):
         masked: bool = False,
         affine: bool = False,
     ) -> Problem:
-        """Return what a call with these constants asks of its kernel."""
-        shared = {name: getattr(constants, name) for name in _SHARED}
-        shared |= {"layout": constants.place, "gradient": str(constants.gradient)}
+        """Return the problem that a call with these constants poses."""
+        shared = {name: getattr(constants, name) for name in _SHARED_WITH_CONSTANTS}
+        shared |= {"layout": constants.parsed_layout, "gradient": str(constants.gradient)}
         return cls(shape=tuple(shape), dtype=dtype, device=device, order=order, masked=masked, affine=affine, **shared)
 
     def constants(self, others: NeuronConstants | None = None) -> NeuronConstants:
-        """Return the constants of such a call; what a problem leaves open is as in ``others`` (default: the op's)."""
-        shared = {name: getattr(self, name) for name in _SHARED} | {"layout": str(self.layout)}
+        """Return the constants of such a call; the others are those of ``others``, by default the op's defaults."""
+        shared = {name: getattr(self, name) for name in _SHARED_WITH_CONSTANTS} | {"layout": str(self.layout)}
         return dataclasses.replace(NeuronConstants() if others is None else others, **shared)
 
     @property
@@ -91,18 +92,18 @@ class Problem(NamedTuple):
         return self.shape[self.layout.channel_dim]
 
 
-_SHARED = tuple(name for name in Problem._fields if name in ALL)
+_SHARED_WITH_CONSTANTS = tuple(name for name in Problem._fields if name in ALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A way to compute the op: what it serves, and the object whose methods do the work.
+    """A registered implementation of the op: the problems that it supports, and the object whose methods compute it.
 
-    ``parts`` gives ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
-    ``backward``, which put them together (:class:`mfpsn_fx.kernels.kernel.NeuronKernel` documents their shapes).
-    ``supports(problem)`` returns None or the reason why not; ``unavailable()`` returns None or the reason why the
-    kernel cannot run on this machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs.
-    ``one_read``: its ``statistics`` read the input once and write no tensor of its size.
+    ``parts`` has the methods ``statistics``, ``fire``, ``backward_reductions``, ``backward_input``, and ``forward`` and
+    ``backward``, which combine them (see :class:`mfpsn_fx.kernels.kernel.NeuronKernel`). ``supports(problem)`` returns
+    None or the reason for a refusal; ``unavailable()`` returns None or the reason why the kernel cannot run on this
+    machine. Where no kernel is bound, the one of highest ``rank`` that can serve runs. ``one_read`` is True if its
+    ``statistics`` read the input once and write no tensor of its size.
     """
 
     name: str
@@ -117,12 +118,12 @@ class Kernel:
     one_read: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this kernel cannot serve ``problem`` here, or None if it can."""
+        """Return why this kernel cannot serve ``problem`` on this machine, or None if it can."""
         reason = self.unsupported(problem)
         return self.missing() if reason is None else reason
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why this kernel cannot serve ``problem`` on any machine, or None if it can."""
+        """Return why this kernel cannot serve ``problem`` on any machine, or None if it can."""
         if problem.layout not in self.layouts:
             return f"serves {' and '.join(map(str, self.layouts))}, not {problem.layout}"
         if self.devices is not None and problem.device not in self.devices:
@@ -133,7 +134,7 @@ class Kernel:
         return self.supports(problem) if self.supports is not None else None
 
     def missing(self) -> str | None:
-        """Why this kernel cannot run on this machine, or None if it can; may compile it to find out."""
+        """Return why this kernel cannot run on this machine, or None if it can; may compile it to find out."""
         reason = _availability[self.name] = self.unavailable() if self.unavailable is not None else None
         return reason
 
@@ -150,27 +151,28 @@ def register_kernel(
     one_read: bool = False,
     replace: bool = False,
 ):
-    """Class decorator: offer a kernel to the op and to autoselect.
+    """Class decorator: register a kernel for the op and for autoselect.
 
     Args:
-        name: what users and selection tables call it.
+        name: the kernel's name in options and selection tables.
         layouts: the layouts it computes.
         devices: device types it runs on; None for all.
         dtypes: dtypes of the input that it takes.
-        supports: ``problem -> None`` or the reason why not. Its answers are remembered until the registry changes.
+        supports: ``problem -> None`` or the reason for a refusal. Results are cached until the registry changes.
         unavailable: ``() -> None`` or the reason why it cannot run on this machine (on GPUs: on the current device);
-            remembered too.
-        rank: the highest that can serve runs where nobody has chosen a kernel, and wins where times leave a doubt.
-            Ours have 50 (``fused-cuda``), 40 (``fused-triton``), 30 (``fused-cpp``), 10 (``shifted-add``, which always
-            can) and less. None: 0, so that a new kernel runs only where it is measured or bound; or, with
-            ``replace``, the rank of the kernel that it replaces. Of equal ranks the one registered first.
+            cached, too.
+        rank: the kernel of highest rank that can serve runs where none is bound, and wins where measured times do not
+            decide. Built-in ranks are 50 (``fused-cuda``), 40 (``fused-triton``), 30 (``fused-cpp``), 10
+            (``shifted-add``, which serves every problem) and lower. None: 0, so that a new kernel runs only where it is
+            measured or bound; or, with ``replace``, the rank of the kernel that it replaces. Among equal ranks the one
+            registered first takes precedence.
         one_read: its ``statistics`` read the input once and write no tensor of its size, so that folded batch norms may
             take their mean and variance from it.
-        replace: take the place of a kernel of that name.
+        replace: replace a registered kernel of that name.
 
     Raises:
         ValueError: the name is taken (and ``replace`` is false), empty, or a layout is unknown.
-        TypeError: one of the parts is missing, or the rank is no integer.
+        TypeError: a method is missing, or the rank is not an integer.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise TypeError(f"kernel {name!r}: rank must be an integer, found {rank!r}")
@@ -180,8 +182,8 @@ def register_kernel(
 
     def decorate(cls):
         parts = cls() if isinstance(cls, type) else cls
-        wanted = ("statistics", "fire", "backward_reductions", "backward_input", "forward", "backward")
-        if missing := [part for part in wanted if not callable(getattr(parts, part, None))]:
+        required = ("statistics", "fire", "backward_reductions", "backward_input", "forward", "backward")
+        if missing := [method for method in required if not callable(getattr(parts, method, None))]:
             raise TypeError(
                 f"kernel {name!r} lacks {', '.join(missing)}; derive it from mfpsn_fx.kernels.kernel.NeuronKernel"
             )
@@ -202,34 +204,34 @@ def register_kernel(
             one_read,
         )
         _availability.pop(name, None)
-        _changed()
+        _increment_version()
         return cls
 
     return decorate
 
 
-def _changed() -> None:
-    global _changes
-    _changes += 1
+def _increment_version() -> None:
+    global _version
+    _version += 1
 
 
 def version() -> int:
-    """A number that changes whenever a kernel is registered or taken out: for what is remembered about kernels."""
-    return _changes
+    """Return a number that changes whenever a kernel is registered or unregistered, for keys of caches."""
+    return _version
 
 
 def unregister_kernel(name: str) -> None:
-    """Take a kernel out again; nodes bound to it give way to the one of highest rank. ``shifted-add`` stays."""
+    """Unregister a kernel; nodes bound to it run the one of highest rank. ``ValueError`` for ``shifted-add``."""
     if name == FALLBACK_KERNEL:
         raise ValueError(f"{name!r} runs where no other kernel can; it cannot be unregistered")
     get_kernel(name)
     del _KERNELS[name]
     _availability.pop(name, None)
-    _changed()
+    _increment_version()
 
 
 def get_kernel(name: str) -> Kernel:
-    """The kernel called ``name``; ``ValueError`` naming all kernels if there is none."""
+    """Return the kernel called ``name``; ``ValueError`` naming all kernels if there is none."""
     try:
         return _KERNELS[name]
     except KeyError:
@@ -237,7 +239,7 @@ def get_kernel(name: str) -> Kernel:
 
 
 def kernels(layout: Layout | str | None = None) -> tuple[Kernel, ...]:
-    """All registered kernels, or those that serve ``layout``, in the order of registration."""
+    """Return all registered kernels, or those that serve ``layout``, in the order of registration."""
     if layout is None:
         return tuple(_KERNELS.values())
     layout = Layout.parse(layout)
@@ -245,19 +247,18 @@ def kernels(layout: Layout | str | None = None) -> tuple[Kernel, ...]:
 
 
 def rank_of(name: str) -> float:
-    """The rank of the kernel called ``name``; below all others if it is not registered (any more)."""
+    """Return the rank of the kernel called ``name``; −∞ if it is not registered."""
     return _KERNELS[name].rank if name in _KERNELS else float("-inf")
 
 
 def default_kernel(problem: Problem, *, build: bool = True) -> Kernel:
-    """The kernel of highest rank that can serve ``problem``: it runs where none is bound.
+    """Return the kernel of highest rank that can serve ``problem``, which runs where none is bound.
 
-    A kernel that fits, but cannot run on this machine, is reported once on the log.
+    A kernel that supports the problem but cannot run on this machine is logged once.
 
     Args:
         problem: what is to be computed.
-        build: find out whether a kernel can run here even if that means to compile it. False: take it that one that
-            was not asked yet can.
+        build: compile a kernel if needed to find out if it can run. False: assume that a kernel not tried yet can.
     """
     for kernel in sorted(_KERNELS.values(), key=lambda kernel: -kernel.rank):
         if kernel.unsupported(problem) is not None:

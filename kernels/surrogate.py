@@ -1,4 +1,4 @@
-"""Surrogate gradients: the step Θ forward, a smooth bump backward."""
+"""Surrogate gradients: the Heaviside step Θ in forward, a smooth derivative in backward."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SURROGATES: dict[str, type[Surrogate]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
-    """A surrogate of one shape parameter α. Forward is Θ(x) = 1 for x ≥ 0, else 0 (fires at equality).
+    """Base class of surrogates with one shape parameter α. Forward is Θ(x) = 1 for x ≥ 0, else 0 (fires at equality).
 
-    To add one, derive from this class, give ``derivative`` and decorate with :func:`register_surrogate`.
+    To add one, derive from this class, define ``derivative`` and decorate with :func:`register_surrogate`.
     """
 
     alpha: float
@@ -30,12 +30,12 @@ class Surrogate:
             raise ValueError(f"{type(self).__name__}: alpha must be finite and positive, found {self.alpha}")
 
     def derivative(self, x: Tensor) -> Tensor:
-        """What stands for dΘ/dx in backward, elementwise."""
-        raise TypeError(f"{type(self).__name__} gives no derivative")
+        """Return the replacement of dΘ/dx in backward, elementwise."""
+        raise TypeError(f"{type(self).__name__} defines no derivative")
 
 
 def register_surrogate(name: str):
-    """Class decorator: make a :class:`Surrogate` known to the op under ``name``.
+    """Class decorator: register a :class:`Surrogate` for the op under ``name``.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -50,7 +50,7 @@ def register_surrogate(name: str):
             raise ValueError(f"the surrogate name {name!r} is taken by {known.__qualname__}")
         cls.name = name
         _SURROGATES[name] = cls
-        get_surrogate.cache_clear()  # the class may have been defined anew
+        get_surrogate.cache_clear()  # the class may have been redefined
         return cls
 
     return decorate
@@ -58,14 +58,14 @@ def register_surrogate(name: str):
 
 @functools.lru_cache(maxsize=256)
 def get_surrogate(name: str, alpha: float) -> Surrogate:
-    """The surrogate registered as ``name`` with shape ``alpha``; ``ValueError`` if there is none."""
+    """Return the surrogate registered as ``name`` with shape parameter ``alpha``; ``ValueError`` if there is none."""
     if name not in _SURROGATES:
         raise ValueError(f"unknown surrogate {name!r}: choose one of {', '.join(map(repr, _SURROGATES))}")
     return _SURROGATES[name](alpha)
 
 
 def surrogates() -> tuple[str, ...]:
-    """The names registered so far."""
+    """Return the names of all registered surrogates."""
     return tuple(_SURROGATES)
 
 
@@ -83,7 +83,7 @@ class ATan(Surrogate):
 @register_surrogate("rational")
 @dataclasses.dataclass(frozen=True)
 class Rational(Surrogate):
-    """Θ'(x) ≈ 1 / (1 + αx²); the paper uses α = 10 on DVS-Lip."""
+    """Rational function, Θ'(x) ≈ 1 / (1 + αx²); the paper uses α = 10 on DVS-Lip."""
 
     alpha: float = 10.0
 
@@ -94,7 +94,7 @@ class Rational(Surrogate):
 @register_surrogate("sigmoid")
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(Surrogate):
-    """Θ'(x) ≈ α s(αx) (1 − s(αx)) with the logistic s; SpikingJelly's default, with α = 4."""
+    """Sigmoid, Θ'(x) ≈ α s(αx) (1 − s(αx)) with the logistic s; SpikingJelly's default, with α = 4."""
 
     alpha: float = 4.0
 
@@ -104,6 +104,8 @@ class Sigmoid(Surrogate):
 
 
 class _Spike(torch.autograd.Function):
+    """Θ in forward, the surrogate's derivative in backward."""
+
     @staticmethod
     def forward(x, surrogate):
         return (x >= 0).to(x.dtype)
@@ -120,5 +122,5 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(x: Tensor, surrogate: Surrogate | None = None) -> Tensor:
-    """Θ(x) elementwise, differentiable through ``surrogate`` (default ``ATan(2.0)``); any shape."""
+    """Return Θ(x) elementwise, differentiable by ``surrogate`` (default ``ATan(2.0)``); any shape."""
     return _Spike.apply(x, ATan() if surrogate is None else surrogate)

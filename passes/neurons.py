@@ -223,7 +223,7 @@ class _OpNeuron(Neuron):
 
     @property
     def layout(self) -> Layout:
-        return self.constants.place
+        return self.constants.parsed_layout
 
     @layout.setter
     def layout(self, value: Layout | str) -> None:

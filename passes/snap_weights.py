@@ -36,7 +36,7 @@ class SnapWeights(Pass):
             if dead := int((module.gamma == 0).sum()):
                 faults.append(f"{name}: gamma is 0 in {dead} of {module.channels} channels; prune them first")
             try:
-                exponents(module.folded().fused)
+                exponents(module.folded().unquantized)
             except ValueError as error:
                 faults.append(f"{name}: {error}")
         if faults:

@@ -1,1 +1,1 @@
-"""How the times of kernels are measured, and what is chosen by them."""
+"""Measure how long kernels take, choose among them by these times, and cache the times."""

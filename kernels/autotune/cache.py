@@ -1,4 +1,4 @@
-"""What was measured, kept for later: one small JSON file for each race, in a folder of the user's."""
+"""Cache of measured times across processes: one small JSON file for each race, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _log = logging.getLogger("mfpsn_fx")
 
 FORMAT = 1
 VARIABLE = "MFPSN_FX_CACHE"
-_PATIENCE_S = 120.0  # what has not returned by then is taken to hang
+_HANG_TIMEOUT_S = 120.0  # a first run that has not returned by then is taken to hang
 
 
 def cache_folder() -> pathlib.Path | None:
-    """Where times are kept: ``MFPSN_FX_CACHE``, or the platform's place for caches; None if it is ``off``."""
+    """Return the folder of cached times: ``MFPSN_FX_CACHE``, or the platform's cache folder; None if it is ``off``."""
     given = os.environ.get(VARIABLE, "")
     if given.lower() in ("off", "0", "none"):
         return None
@@ -46,69 +46,69 @@ def cache_folder() -> pathlib.Path | None:
 
 
 class SelectionCache:
-    """Records by what they depend on: a key, and the machine (:func:`~.machine.machine`).
+    """Records on disk, looked up by a key and the machine (:func:`~.environment.machine`).
 
-    Each record is a file of its own, named by a hash of its key and written beside its place and renamed: processes
-    that write at once each leave whole files, and the last one's stands. What cannot be read is measured anew and
-    written over, what cannot be written is not kept; there is one warning of each kind, never an error.
+    Each record is a file named by a hash of its key. It is written to a temporary file and renamed, so that concurrent
+    writers leave complete files and the last one wins. A record that cannot be read counts as absent and is later
+    overwritten; one that cannot be written is dropped. Either is logged as one warning, never raised as an error.
 
     Args:
-        folder: where; it is made when something is written.
+        folder: of the files; created on the first write.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = pathlib.Path(folder)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._writable = True
 
     @classmethod
     def of_user(cls) -> SelectionCache | None:
-        """The cache in :func:`cache_folder`; None where it is switched off."""
+        """Return the cache in :func:`cache_folder`; None where it is switched off."""
         folder = cache_folder()
         return None if folder is None else cls(folder)
 
     def get(self, key: object, device: torch.device, read: Callable[[Mapping], object] = lambda data: data) -> object:
-        """What ``read`` makes of the record of ``key`` on ``device``; None if there is none, or none that is whole.
+        """Return ``read(record)`` of the record of ``key`` on ``device``; None if there is none, or it is damaged.
 
         ``read`` may raise KeyError, TypeError, ValueError, AttributeError for data that it does not understand.
         """
-        whole = _whole(key, device)
-        path = self._path("times", whole)
+        full_key = _full_key(key, device)
+        path = self._path("times", full_key)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            self._say("read", "%s cannot be read (%s): measuring anew", path, error)
+            self._warn_once("read", "%s cannot be read (%s): measuring again", path, error)
             return None
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, not {FORMAT}")
-            if data["key"] != json.loads(json.dumps(whole)):
-                raise ValueError("another key than its name says")
+            if data["key"] != json.loads(json.dumps(full_key)):
+                raise ValueError("its key does not match its file name")
             return read(data["record"])
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            self._say(
-                "read", "%s is damaged or of another version (%s): measuring anew, and writing it again", path, error
+            self._warn_once(
+                "read", "%s is damaged or of another version (%s): measuring again and replacing it", path, error
             )
             return None
 
     def put(self, key: object, device: torch.device, record: Mapping) -> None:
-        """Keep ``record``, JSON-able data, for ``key`` on ``device``."""
-        whole = _whole(key, device)
-        self._write(self._path("times", whole), {"format": FORMAT, "key": whole, "record": record})
+        """Write ``record``, JSON-able data, for ``key`` on ``device``."""
+        full_key = _full_key(key, device)
+        self._write(self._path("times", full_key), {"format": FORMAT, "key": full_key, "record": record})
 
     @contextlib.contextmanager
     def first_run(self, key: object, device: torch.device) -> Iterator[None]:
-        """Mark ``key`` as being run for the first time while the body runs; a process that is killed leaves the mark.
+        """Mark ``key`` as being run for the first time while the body runs; a killed process leaves the mark.
 
-        Another process's mark is not written again, so that its age is that of the oldest run.
+        A mark of another process is not overwritten, so that its age is that of the oldest run.
         """
-        whole = _whole(key, device)
-        path = self._path("started", whole)
+        full_key = _full_key(key, device)
+        path = self._path("started", full_key)
         if not path.exists():
-            self._write(path, {"format": FORMAT, "key": whole, "started": time.time()})
+            self._write(path, {"format": FORMAT, "key": full_key, "started": time.time()})
         try:
             yield
         finally:
@@ -118,11 +118,11 @@ class SelectionCache:
     def unfinished(self, key: object, device: torch.device) -> str | None:
         """Return why ``key`` must not be run: its first run began over two minutes ago and did not end; or None.
 
-        A younger mark may be that of a process which is running it now.
+        A younger mark may belong to a process that is running it now.
         """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            data = json.loads(self._path("started", _whole(key, device)).read_text(encoding="utf-8"))
-            if time.time() - (started := float(data["started"])) > _PATIENCE_S:
+            data = json.loads(self._path("started", _full_key(key, device)).read_text(encoding="utf-8"))
+            if time.time() - (started := float(data["started"])) > _HANG_TIMEOUT_S:
                 date = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
                 return (
                     f"its first run, on {date}, did not return: it hangs, or ends its process "
@@ -131,21 +131,23 @@ class SelectionCache:
         return None
 
     def files(self) -> list[pathlib.Path]:
-        """All files of ours, whatever version wrote them."""
+        """Return all files of this cache, written by any version."""
         return sorted(path for kind in ("times", "started") for path in self.folder.glob(f"{kind}-*.json*"))
 
     def clear(self) -> int:
-        """Remove all files of ours; how many there were. ``OSError`` if one cannot be removed."""
+        """Remove all files of this cache and return their number; ``OSError`` if one cannot be removed."""
         found = self.files()
         for path in found:
             path.unlink(missing_ok=True)
         return len(found)
 
-    def _path(self, kind: str, whole: dict) -> pathlib.Path:
-        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+    def _path(self, kind: str, full_key: dict) -> pathlib.Path:
+        """Return the path of the file of ``kind``, ``"times"`` or ``"started"``, for a key."""
+        digest = hashlib.sha256(json.dumps(full_key, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / f"{kind}-{digest}.json"
 
     def _write(self, path: pathlib.Path, data: Mapping) -> None:
+        """Write ``data`` atomically; after the first failure warn and write nothing more."""
         if not self._writable:
             return
         scratch = None
@@ -157,16 +159,17 @@ class SelectionCache:
             os.replace(scratch, path)
         except OSError as error:
             self._writable = False
-            self._say("write", "times cannot be kept in %s (%s): going on without", self.folder, error)
+            self._warn_once("write", "times cannot be cached in %s (%s): continuing without", self.folder, error)
             if scratch is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(scratch)
 
-    def _say(self, kind: str, message: str, *arguments: object) -> None:
-        if kind not in self._said:
-            self._said.add(kind)
+    def _warn_once(self, kind: str, message: str, *arguments: object) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
             _log.warning(message, *arguments)
 
 
-def _whole(key: object, device: torch.device) -> dict:
+def _full_key(key: object, device: torch.device) -> dict:
+    """Return ``key`` together with the machine."""
     return {"what": key, "machine": machine(device)}

@@ -1,4 +1,4 @@
-"""Clocks: how long a callable takes on a device."""
+"""Time callables on a device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 __all__ = ["ClockError", "sample"]
 
-_BACKWARDS = 100
+_MAX_ATTEMPTS = 100
 
 
 class ClockError(RuntimeError):
-    """The clock does not go forwards."""
+    """Raised if the clock of a device does not advance."""
 
 
 def sample(
@@ -22,14 +22,20 @@ def sample(
     device: torch.device,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> float:
-    """Milliseconds of one of ``calls`` calls in a row: by events on CUDA devices, else by a monotonic clock.
+    """Return the milliseconds per call of ``calls`` consecutive calls: CUDA events, else a monotonic clock.
 
-    A reading that did not go forwards (a virtual machine that was moved) is thrown away and taken again.
+    If the clock did not advance (as when a virtual machine is migrated), the sample is repeated.
+
+    Args:
+        run: the callable to be timed.
+        calls: how many calls one sample takes the mean of.
+        device: synchronized before the clock is read.
+        clock: of nanoseconds, for devices without events.
 
     Raises:
-        ClockError: it never goes forwards.
+        ClockError: it did not advance in 100 samples.
     """
-    for _ in range(_BACKWARDS):
+    for _ in range(_MAX_ATTEMPTS):
         if device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.device(device):
@@ -48,7 +54,7 @@ def sample(
             taken = (clock() - started) / 1e6
         if taken > 0:
             return taken / calls
-    raise ClockError(f"the clock of {device} did not go forwards in {_BACKWARDS} runs: nothing can be timed")
+    raise ClockError(f"the clock of {device} did not advance in {_MAX_ATTEMPTS} samples: nothing can be timed")
 
 
 def _synchronize(device: torch.device) -> None:

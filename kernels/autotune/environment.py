@@ -1,4 +1,4 @@
-"""What times on this machine depend on: the device, the libraries, the settings, our own sources."""
+"""Describe what measured times depend on: the device, the libraries, PyTorch's settings, this package's sources."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ..build.cpu import march
 __all__ = ["machine", "source_of", "sources_hash"]
 
 _SUFFIXES = frozenset({".py", ".cpp", ".h", ".cu", ".cuh"})
-_FOLDER = pathlib.Path(__file__).resolve().parent.parent
+_PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """JSON-able facts on which the times of a kernel on ``device`` depend beside what it is given to do."""
-    return {**_fixed(device), **_settings(device)}
+    """Return the JSON-able facts that the time of a kernel on ``device`` depends on besides its own problem."""
+    return {**_constant_facts(device), **_current_settings(device)}
 
 
 @functools.cache
-def _fixed(device: torch.device) -> dict[str, object]:
+def _constant_facts(device: torch.device) -> dict[str, object]:
+    """Return the facts that do not change while the process runs."""
     found: dict[str, object] = {
         "device": device.type,
         "cpu": _cpu_model(),
@@ -48,8 +49,8 @@ def _fixed(device: torch.device) -> dict[str, object]:
     return found
 
 
-def _settings(device: torch.device) -> dict[str, object]:
-    """What a program may change between two measurements."""
+def _current_settings(device: torch.device) -> dict[str, object]:
+    """Return the facts that a program may change between two measurements."""
     found: dict[str, object] = {
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -63,6 +64,7 @@ def _settings(device: torch.device) -> dict[str, object]:
 
 
 def _cpu_model() -> str:
+    """Return the CPU's model, family and stepping, from /proc/cpuinfo if there is one."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -84,24 +86,24 @@ def _version(package: str) -> str | None:
 
 @functools.cache
 def sources_hash() -> str:
-    """Return a hash of all sources in this folder and below it, those in C++ and CUDA too, and of where they stand."""
+    """Return a hash of the paths and contents of all sources of ``mfpsn_fx.kernels``: Python, C++ and CUDA."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in _FOLDER.rglob("*") if path.suffix in _SUFFIXES):
-        digest.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(path for path in _PACKAGE.rglob("*") if path.suffix in _SUFFIXES):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def source_of(thing: object) -> str | None:
-    """A hash of the source of ``thing``'s class and of the classes it derives from, as far as they are not ours.
+    """Return a hash of the source of ``thing``'s class and of its base classes outside this package and PyTorch.
 
-    ``""`` if all are ours or PyTorch's (:func:`machine` covers them), None where the source of one cannot be found.
+    ``""`` if there are none (:func:`machine` covers this package and PyTorch); None if the source of one is not found.
     """
     return _source_of(type(thing))
 
 
 @functools.lru_cache(maxsize=256)
 def _source_of(cls: type) -> str | None:
-    digest, met = hashlib.sha256(), False
+    digest, hashed_any = hashlib.sha256(), False
     for base in cls.__mro__[:-1]:
         if base.__module__.startswith(("mfpsn_fx.kernels.", "torch.")):
             continue
@@ -109,5 +111,5 @@ def _source_of(cls: type) -> str | None:
             digest.update(inspect.getsource(base).encode() + b"\0")
         except (OSError, TypeError):
             return None
-        met = True
-    return digest.hexdigest()[:16] if met else ""
+        hashed_any = True
+    return digest.hexdigest()[:16] if hashed_any else ""

@@ -1,4 +1,4 @@
-"""The race of the kernels that can serve one neuron in one layout, and that of one layout conversion."""
+"""Races of the kernels that can serve one neuron in one layout, and measurements of layout conversions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def kernel_race(
     constants: NeuronConstants | None = None,
     strides: Sequence[int] | None = None,
 ) -> Race:
-    """Kernels on random data of ``problem``: forward and backward in training, forward in evaluation.
+    """Return the race of ``kernels`` on random data of ``problem``: training forward and backward, evaluation forward.
 
-    The input moves through ``pool``. Where a channel has a single value there is only the evaluation.
+    Inputs are windows of ``pool``. Where a channel has a single value only evaluation is measured.
 
     Args:
         problem: shape, layout, dtype, order, dilation and so on.
         kernels: names of registered kernels that support it.
         pool: of the device on which they run.
-        name: what messages call the race.
-        constants: what ``problem`` leaves open, such as the surrogate's alpha; None for the op's defaults.
-        strides: of the input as the network makes it; None: contiguous.
+        name: of the race in messages.
+        constants: those that ``problem`` does not fix, such as the surrogate's alpha; None for the op's defaults.
+        strides: of the input as the network produces it; None: contiguous.
     """
     strides = tuple(torch.empty(problem.shape, device="meta").stride() if strides is None else strides)
     trainable = torch.Size(problem.shape).numel() > problem.channels
@@ -49,7 +49,7 @@ def kernel_race(
         "op": "mfpsn.neuron",
         "shape": list(problem.shape),
         "strides": list(strides),
-        "dtype": _plain(problem.dtype),
+        "dtype": _dtype_name(problem.dtype),
         "order": problem.order,
         "masked": problem.masked,
         "affine": problem.affine,
@@ -59,11 +59,11 @@ def kernel_race(
         kernel = get_kernel(name_of_kernel)
         source = source_of(kernel.parts)
         bound = dataclasses.replace(constants, method=kernel.name)
-        prepare = functools.partial(_prepare, problem, bound, strides, pool)
+        prepare = functools.partial(_prepare_parts, problem, bound, strides, pool)
         key = {**facts, **bound.key(), "source": source}
         variants.append(Variant(kernel.name, key, prepare, source is not None, kernel.rank))
-    # All neurons are measured together: beside a busy process whole seconds may be disturbed, and with the samples of a
-    # layer one after the other all of them
+    # All neurons form one group, whose samples are interleaved: a busy process may disturb whole seconds, in which all
+    # samples of one layer would fall if they were taken one after the other
     group = "mfpsn.neuron"
     objectives = (TRAINING, EVALUATION) if trainable else (EVALUATION,)
     setup = functools.partial(_reserve, pool, problem.shape, strides, problem.dtype)
@@ -74,18 +74,19 @@ def _reserve(pool: Pool, shape: tuple[int, ...], strides: tuple[int, ...], dtype
     pool.reserve(max(extent(shape, strides), torch.Size(shape).numel()), dtype)
 
 
-def _prepare(
+def _prepare_parts(
     problem: Problem, constants: NeuronConstants, strides: tuple[int, ...], pool: Pool
 ) -> Mapping[str, Callable[[], object]]:
+    """Return the parts of a kernel's variant as callables on random data; on GPUs each has run once."""
     device = pool.device
-    kept = torch.float64 if problem.dtype is torch.float64 else torch.float32
+    parameter_dtype = torch.float64 if problem.dtype is torch.float64 else torch.float32
     inputs = pool.windows(problem.shape, strides, problem.dtype)
-    # the gradient comes as the spikes went: dense, in the input's order of dims
+    # the gradient has the strides of the spikes: dense, in the input's order of dims
     like = torch.empty_strided(problem.shape, strides, device="meta")
     gradients = pool.windows(problem.shape, torch.empty_like(like).stride(), problem.dtype)
     generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(problem.channels, problem.order, generator=generator, device=device, dtype=kept)
-    ones, zeros = torch.ones(problem.channels, device=device, dtype=kept), weight.new_zeros(problem.channels)
+    weight = torch.randn(problem.channels, problem.order, generator=generator, device=device, dtype=parameter_dtype)
+    ones, zeros = weight.new_ones(problem.channels), weight.new_zeros(problem.channels)
     mask = None
     if problem.masked:
         mask = torch.ones(problem.steps, problem.batch, dtype=torch.bool, device=device)
@@ -107,7 +108,7 @@ def _prepare(
             )
 
         parts = {"forward": lambda: forward(True), "backward": backward, **parts}
-    if device.type != "cpu":  # what is compiled at the first call is compiled before the clock runs
+    if device.type != "cpu":  # kernels compiled on their first call are compiled before the clock runs
         for run in parts.values():
             run()
     return parts
@@ -116,23 +117,23 @@ def _prepare(
 def conversion_race(
     shape: Sequence[int], dtype: torch.dtype, pool: Pool, *, name: str, strides: Sequence[int] | None = None
 ) -> Race:
-    """The conversion of a time-first tensor to time-last (``"forward"``), and of its gradient back (``"backward"``)."""
+    """Return the race of one layout conversion: ``"forward"`` to time-last, ``"backward"`` of its gradient back."""
     shape = tuple(shape)
     strides = tuple(torch.empty(shape, device="meta").stride() if strides is None else strides)
-    late = Layout.TIME_LAST.shape_from(shape, Layout.TIME_FIRST)
+    time_last_shape = Layout.TIME_LAST.shape_from(shape, Layout.TIME_FIRST)
 
     def prepare() -> Mapping[str, Callable[[], object]]:
         first = pool.windows(shape, strides, dtype)
-        last = pool.windows(late, torch.empty(late, device="meta").stride(), dtype)
+        last = pool.windows(time_last_shape, torch.empty(time_last_shape, device="meta").stride(), dtype)
         return {
             "forward": lambda: to_layout(next(first), "time_first", "time_last"),
             "backward": lambda: to_layout(next(last), "time_last", "time_first"),
         }
 
-    key = {"op": "to_layout", "shape": list(shape), "strides": list(strides), "dtype": _plain(dtype)}
+    key = {"op": "to_layout", "shape": list(shape), "strides": list(strides), "dtype": _dtype_name(dtype)}
     setup = functools.partial(_reserve, pool, shape, strides, dtype)
     return Race(name, (Variant("to_layout", key, prepare),), device=pool.device, setup=setup)
 
 
-def _plain(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,1 +1,1 @@
-"""Compile the C++ and CUDA sources and keep what was built."""
+"""Compile the C++ and CUDA sources and cache the libraries."""

@@ -1,4 +1,4 @@
-"""Compiled libraries in PyTorch's extension cache: built once, whole or not at all."""
+"""Cache of compiled libraries in PyTorch's extension folder: each is built once and written atomically."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _log = logging.getLogger("mfpsn_fx")
 
 
 class BuildError(RuntimeError):
-    """Kernels cannot be built or loaded here; the message says why."""
+    """Raised where kernels cannot be built or loaded; the message is the reason."""
 
 
 def run(command: Sequence[str]) -> str:
-    """What ``command`` prints; :class:`BuildError` with its first complaint if it fails."""
+    """Run ``command`` and return its output; :class:`BuildError` with its first error message if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
@@ -38,16 +38,16 @@ def run(command: Sequence[str]) -> str:
 
 
 def cached(stem: str, identity: Iterable[str], command: Callable[[str], Sequence[str]], note: str) -> pathlib.Path:
-    """The library ``stem``, compiled by ``command(output)`` unless one of the same identity is there.
+    """Return the path of the library ``stem``; compile it unless one of the same identity is cached.
 
-    It is compiled beside its place and renamed, so that what is there is whole. Of processes that need it at once one
-    compiles and the others wait.
+    It is compiled to a temporary path and renamed, so that a cached file is complete. If several processes need it at
+    the same time, one compiles and the others wait.
 
     Args:
         stem: of the file's name.
-        identity: all that the result depends on: sources, flags, versions.
-        command: the compiler's command line for an output path.
-        note: what is logged before compiling.
+        identity: everything that the result depends on: sources, flags, versions.
+        command: returns the compiler's command line for an output path.
+        note: logged as a warning before compiling.
 
     Raises:
         BuildError: the compiler failed.
@@ -72,13 +72,13 @@ def cached(stem: str, identity: Iterable[str], command: Callable[[str], Sequence
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keep other processes from building in ``folder`` meanwhile, where the system has locks on folders."""
+    """Hold a lock on ``folder`` against builds of other processes, where the system can lock folders."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # as on some network file systems: then each builds for itself
+        with contextlib.suppress(OSError):  # some network file systems have no locks: then each process builds
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

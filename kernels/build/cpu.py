@@ -1,4 +1,4 @@
-"""Compile the C++ kernels on first use, into PyTorch's extension cache, for this processor or another level."""
+"""Compile the C++ kernels on first use, into PyTorch's extension cache, for this processor or a given ``-march``."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = [
     "unavailable",
 ]
 
-# The schemas of the operators that the library implements. They are defined here, not there, so that they can be made
-# from what the Python side knows, and so that another library may be loaded in the same process.
+# The schemas of the operators that the library implements. They are defined in Python, so that they can be derived from
+# NeuronConstants, and so that a second library can be loaded in the same process.
 OPS = torch.library.Library("mfpsn_cpu", "DEF")
 OPS.define("level() -> (str, int)")
 
 VARIABLE = "MFPSN_FX_MARCH"
 _SOURCE = pathlib.Path(__file__).resolve().parent.parent / "csrc" / "cpu" / "fused_cpu.cpp"
 
-# Instruction sets that a compiler may use unasked, as Linux names them in /proc/cpuinfo. The compiler's macros have the
-# same names but for underscores and _MACROS.
+# Instruction sets that a compiler may use for a given -march, named as in /proc/cpuinfo. The compiler's macros have the
+# same names except for underscores and _MACROS.
 _FLAGS = (
     "pni", "ssse3", "sse4_1", "sse4_2", "sse4a", "popcnt", "avx", "f16c", "fma", "fma4", "xop", "tbm", "bmi1", "bmi2",
     "abm", "movbe", "avx2", "avx_vnni", "gfni", "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx512er",
@@ -66,7 +66,7 @@ def march() -> str:
 
 
 def _compiler() -> list[str]:
-    """The compiler and the arguments that CXX gives it, such as ``ccache g++``."""
+    """Return the compiler and its arguments from CXX, such as ``ccache g++``, or the first common one on the path."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         words = shlex.split(name or "")
         if words and (found := shutil.which(words[0])):
@@ -75,7 +75,7 @@ def _compiler() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on, so that a cache shared between machines serves each its own."""
+    """Return what -march=native depends on, so that machines that share a cache get libraries of their own."""
     if not os.path.exists("/proc/cpuinfo"):
         return platform.processor()
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -90,13 +90,13 @@ def _macros(compiler: list[str], march: str) -> set[str]:
 
 
 def register_bytes(march: str) -> int:
-    """Return the width of the vectors under ``march``, as csrc/cpu/vectors.h has it; :class:`BuildError` if unknown."""
+    """Return the width of the vectors under ``march``, as in csrc/cpu/vectors.h; :class:`BuildError` if unknown."""
     macros = _macros(_compiler(), march)
     return 64 if "AVX512F" in macros else 32 if "AVX" in macros else 16
 
 
 def _lacking(compiler: list[str], march: str) -> list[str]:
-    """Return the instruction sets of ``march`` that this processor lacks, as far as /proc/cpuinfo tells."""
+    """Return the instruction sets of ``march`` that this processor lacks, as far as /proc/cpuinfo lists them."""
     macros = {name.replace("_", "") for name in _macros(compiler, march)}
     has = {flag for line in _processor().splitlines() if line.startswith("flags") for flag in line.split()[2:]}
     if not has:
@@ -107,7 +107,7 @@ def _lacking(compiler: list[str], march: str) -> list[str]:
 def refusal(march: str) -> str | None:
     """Return why the kernels cannot be compiled for ``march`` and run here, or None.
 
-    On x86 under Linux a level that the processor lacks is found before the library is loaded, which would end the
+    On x86 under Linux missing instruction sets are detected before the library is loaded, since they would end the
     process by an illegal instruction. Elsewhere only the compiler is asked.
     """
     if march == "native":
@@ -121,9 +121,10 @@ def refusal(march: str) -> str | None:
 
 
 def _command(compiler: list[str], output: str) -> list[str]:
+    """Return the command line that compiles the library to ``output``."""
     lib = pathlib.Path(torch.__file__).parent / "lib"
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    # torch's own OpenMP runtime before the compiler's: two thread pools in a process would fight for the cores
+    # torch's own OpenMP runtime before the compiler's: two thread pools in a process would compete for the cores
     runtime = [str(path) for path in sorted(lib.glob("libgomp*.so*"))]
     include = [f"-I{path}" for path in cpp_extension.include_paths()]
     return [
@@ -134,15 +135,15 @@ def _command(compiler: list[str], output: str) -> list[str]:
 
 @functools.cache
 def _library() -> pathlib.Path | BuildError:
-    """The library, loaded, or why there is none: both are found out once a process."""
+    """Load the library, compiled if needed, and return its path or the error; cached for the process."""
     try:
         compiler = _compiler()
         if (reason := refusal(march())) is not None:
             raise BuildError(reason)
         sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))]
-        # by content, not by path: another checkout finds what is there. The flags name the folders of torch, so another
-        # environment compiles its own.
-        flags = [part for part in _command(compiler, "") if part != str(_SOURCE)]
+        # sources by content, not by path, so that another checkout shares the cache. The flags contain the folders of
+        # torch, so another environment compiles its own.
+        flags = [argument for argument in _command(compiler, "") if argument != str(_SOURCE)]
         identity = [*sources, *flags, torch.__version__, run([*compiler, "--version"]), _processor()]
         note = f"compiling the C++ kernels with {' '.join(compiler)} (once, about half a minute)"
         path = cached("fused_cpu", identity, lambda output: _command(compiler, output), note)
@@ -153,7 +154,7 @@ def _library() -> pathlib.Path | BuildError:
 
 
 def library() -> pathlib.Path:
-    """Load the compiled kernels and return where they are; :class:`BuildError` if there are none."""
+    """Load the compiled kernels and return the library's path; :class:`BuildError` if it cannot be built or loaded."""
     found = _library()
     if isinstance(found, BuildError):
         raise found
@@ -161,12 +162,12 @@ def library() -> pathlib.Path:
 
 
 def level() -> Level:
-    """Return what the library says it was compiled for; :class:`BuildError` if there is none."""
+    """Return what the library was compiled for, as it reports; :class:`BuildError` if there is none."""
     library()
     return Level(march(), *torch.ops.mfpsn_cpu.level())
 
 
 def unavailable() -> str | None:
-    """Why the C++ kernels cannot run here, or None; builds them if that has not been tried."""
+    """Return why the C++ kernels cannot run here, or None; builds them if that has not been tried."""
     found = _library()
     return str(found) if isinstance(found, BuildError) else None

@@ -1,1 +1,1 @@
-"""The kernels: each file registers its own."""
+"""Implementations of the neuron op; each module registers its kernels on import."""

@@ -1,4 +1,4 @@
-"""The fused C++ kernel for the CPU: H is never written, each part reads its inputs once."""
+"""Fused C++ kernel for the CPU: H is never written to memory, and each part reads its inputs once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..registry import Problem, register_kernel
 
 _SURROGATES = ("atan", "rational", "sigmoid")
 
-# The operators of csrc/cpu_layer.h, by tensors and constants. Constants are handed over in the schema's order, which is
-# made of the same names: as keywords they added 2.4 us to the 7 us that the layer takes on the least input.
-_PLACE = ("dilation", "layout")
-_SURROGATE = ("surrogate", "alpha", *_PLACE)
-_ALL = ("eps", "surrogate", "alpha", "gradient", "min_exponent", "max_exponent", "training", *_PLACE)
+# Constants of the operators of csrc/cpu/layer.h. They are passed by position, in the order of these names, from which
+# the schemas are made, too: as keywords they added 2.4 us to the 7 us that ``layer`` takes on the smallest input.
+_FILTER = ("dilation", "layout")
+_SURROGATE = ("surrogate", "alpha", *_FILTER)
+_ALL = ("eps", "surrogate", "alpha", "gradient", "min_exponent", "max_exponent", "training", *_FILTER)
 _LAYER = (*_ALL, "layer")
 _AFFINE = "Tensor? scale, Tensor? shift, Tensor? mask"
 
 for _name, _tensors, _constants, _results in (
-    ("statistics", f"Tensor x, Tensor weight, {_AFFINE}", _PLACE, "(Tensor, Tensor)"),
-    ("fire", f"Tensor x, Tensor taps, Tensor bias, {_AFFINE}", _PLACE, "Tensor"),
+    ("statistics", f"Tensor x, Tensor weight, {_AFFINE}", _FILTER, "(Tensor, Tensor)"),
+    ("fire", f"Tensor x, Tensor taps, Tensor bias, {_AFFINE}", _FILTER, "Tensor"),
     (
         "backward_reductions",
         f"Tensor grad, Tensor x, Tensor taps, Tensor bias, {_AFFINE}",
@@ -61,8 +61,8 @@ for _name, _tensors, _constants, _results in (
     OPS.define(f"{_name}({_tensors}, {NeuronConstants.schema(_constants)}) -> {_results}")
 
 _cpu = torch.ops.mfpsn_cpu
-_of_place, _of_surrogate, _of_all, _of_layer = (
-    operator.attrgetter(*names) for names in (_PLACE, _SURROGATE, _ALL, _LAYER)
+_filter_args, _surrogate_args, _all_args, _layer_args = (
+    operator.attrgetter(*names) for names in (_FILTER, _SURROGATE, _ALL, _LAYER)
 )
 
 
@@ -80,17 +80,27 @@ class FusedCpu(NeuronKernel):
         self, x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update, constants
     ):  # fmt: skip
         return _cpu.layer.default(
-            x, weight, gamma, beta, running_mean, running_var, scale, shift, momentum, update, *_of_layer(constants)
+            x,
+            weight,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            scale,
+            shift,
+            momentum,
+            update,
+            *_layer_args(constants),
         )
 
     def statistics(self, call, x, weight):
-        return _cpu.statistics.default(x, weight, *_affine(call), *_of_place(call.constants))
+        return _cpu.statistics.default(x, weight, *_affine(call), *_filter_args(call.constants))
 
     def fire(self, call, x, taps, bias):
-        return _cpu.fire.default(x, taps, bias, *_affine(call), *_of_place(call.constants))
+        return _cpu.fire.default(x, taps, bias, *_affine(call), *_filter_args(call.constants))
 
     def backward_reductions(self, call, grad, x, taps, bias):
-        sums = _cpu.backward_reductions.default(grad, x, taps, bias, *_affine(call), *_of_surrogate(call.constants))
+        sums = _cpu.backward_reductions.default(grad, x, taps, bias, *_affine(call), *_surrogate_args(call.constants))
         return *sums, None
 
     def backward_input(self, call, grad, x, taps, bias, weight, offset, slope, cache=None, input_grad=True):
@@ -98,18 +108,27 @@ class FusedCpu(NeuronKernel):
         if not (input_grad or affine or offset is not None):
             return None, None, None, None
         return _cpu.backward_input.default(
-            grad, x, taps, bias, weight, offset, slope, *_affine(call), input_grad, *_of_surrogate(call.constants)
+            grad,
+            x,
+            taps,
+            bias,
+            weight,
+            offset,
+            slope,
+            *_affine(call),
+            input_grad,
+            *_surrogate_args(call.constants),
         )
 
     def forward(self, call, x, weight, gamma, beta, mean, var):
         spikes, *found = _cpu.forward.default(
-            x, weight, gamma, beta, mean, var, *_affine(call), *_of_all(call.constants)
+            x, weight, gamma, beta, mean, var, *_affine(call), *_all_args(call.constants)
         )
         return spikes, *(found if mean is None else (mean, var))
 
     def backward(self, call, grad, x, weight, gamma, beta, mean, var, input_grad):
         return _cpu.backward.default(
-            grad, x, weight, gamma, beta, mean, var, *_affine(call), input_grad, *_of_all(call.constants)
+            grad, x, weight, gamma, beta, mean, var, *_affine(call), input_grad, *_all_args(call.constants)
         )
 
 

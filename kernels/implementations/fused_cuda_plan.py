@@ -1,23 +1,23 @@
-"""How the CUDA kernels cut a problem: which dim threads stand along, how wide they load, who walks which steps."""
+"""Work partitioning of the CUDA kernels: the dim that threads are placed along, load widths, and steps per thread."""
 
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
 
-__all__ = ["LIMIT", "MOST_ORDER", "MOST_ORDER_FLOAT64", "Geometry", "Plan", "plan"]
+__all__ = ["LIMIT", "MAX_ORDER", "MAX_ORDER_FLOAT64", "Geometry", "Plan", "plan"]
 
-MOST_ORDER = 32
-# With a window of 32 values in float64, which spilled 1 to 2 KB a thread, backward met an illegal address on an H200
-# (time-last, T = 4, order 17). The host emulation finds nothing wrong there, and windows of 8 passed.
-MOST_ORDER_FLOAT64 = 8
-LIMIT = 2**31 - 1  # blocks of a grid; kernels stride over what is left
+MAX_ORDER = 32
+# With a window of 32 values in float64, which spilled 1 to 2 KB a thread, backward accessed an illegal address on an
+# H200 (time-last, T = 4, order 17). The host emulation finds no error there, and windows of 8 passed.
+MAX_ORDER_FLOAT64 = 8
+LIMIT = 2**31 - 1  # blocks of a grid; kernels loop over the rest
 _BLOCK, _WARP = 128, 32
 _SHARED = 48 * 1024  # bytes of shared memory that every device gives a block
 _PER_PROCESSOR = 4096  # threads wanted for each multiprocessor: a few waves
-# Elements of a thread by the longest order, for 4-byte and 2-byte elements: 16 bytes a load where registers allow.
-# csrc/cuda/fused_cuda.cu has the same table. Threads along positions share their channel, so its taps; along channels
-# each element has its own.
+# Elements per thread by (along channels, element size) and by the largest order: 16 bytes per load where registers
+# allow. csrc/cuda/fused_cuda.cu has the same table. The elements of a thread along positions share the taps of one
+# channel; along channels each element has its own.
 _VECTORS = {
     (False, 4): {2: 4, 4: 4, 8: 4},
     (True, 4): {2: 4, 4: 4, 8: 2},
@@ -27,19 +27,19 @@ _VECTORS = {
 
 
 class Geometry(NamedTuple):
-    """Strides (time, batch, channel, position) in elements, 0 where a dim has one entry; and the alignment."""
+    """Strides (time, batch, channel, position) in elements, 0 for dims of size 1, and the alignment in bytes."""
 
     strides: tuple[int, int, int, int]
     aligned: int  # the largest power of two up to 16 that divides the address in bytes
 
     def loads(self, dim: int, width: int, size: int) -> bool:
-        """Whether ``width`` neighbors along ``dim`` can be loaded at once."""
+        """Return True if ``width`` neighbors along ``dim``, of ``size`` bytes each, can be loaded at once."""
         rest = (stride for other, stride in enumerate(self.strides) if other != dim)
         return self.strides[dim] == 1 and self.aligned >= width * size and all(stride % width == 0 for stride in rest)
 
 
 class Plan(NamedTuple):
-    """Fields of the same names in csrc/cuda/types.cuh say what each is."""
+    """Partitioning parameters; csrc/cuda/types.cuh documents the fields of the same names."""
 
     lanes: int
     width: int
@@ -54,12 +54,12 @@ class Plan(NamedTuple):
 
 
 def _width(lanes: int) -> int:
-    """The power of two up to a warp that leaves fewest threads without work; the larger of two."""
+    """Return the power of two up to a warp that leaves the fewest threads idle; the largest of these."""
     return min((32, 16, 8, 4, 2, 1), key=lambda w: -(-lanes // w) * w)
 
 
 def _tile(geometries: tuple[Geometry, ...], steps: int, reach: int, size: int) -> tuple[int, int, int] | None:
-    """(pitch, elements a load, span) of tiles in shared memory, or None if too little of a tile would be results."""
+    """Return (pitch, elements per load, span) of shared-memory tiles; None if tiles would be mostly overlap."""
     arrays = 1 if len(geometries) < 3 else 2
     wide = 16 // size
     if steps % wide or not all(g.loads(0, wide, size) for g in geometries):
@@ -90,14 +90,13 @@ def plan(
     geometries: tuple[Geometry, ...],
     processors: int,
 ) -> Plan:
-    """Cut (T, N, C, P) of elements of ``size`` bytes for a device of ``processors`` multiprocessors.
+    """Partition (T, N, C, P) elements of ``size`` bytes for a device with ``processors`` multiprocessors.
 
-    ``geometries`` are those of the input first, and of everything else that is read or written: the output; in
-    backward the gradient and its output.
+    ``geometries`` are those of the input and of the output; in backward those of the input, the gradient and dX.
     """
     steps, batch, channels, positions = shape
     x, reach = geometries[0], (order - 1) * dilation
-    # along the dim that is dense in memory; where none is, or two are (one entry), along the longer
+    # along the dim that is dense in memory; if none is, or two are (one of size 1), along the longer
     dense = [dim for dim in (2, 3) if shape[dim] > 1 and x.strides[dim] == 1]
     along = dense[0] if len(dense) == 1 else 3 if positions >= min(channels, _WARP // 2) else 2
     lanes, rows = shape[along], channels if along == 3 else 1
@@ -118,7 +117,7 @@ def plan(
     threads *= chunks
     phases = 1
     if not tile:
-        if threads < wanted // 4:  # residues of t are worth more than segments: nothing is read twice
+        if threads < wanted // 4:  # phases are preferred to segments, since they read nothing twice
             phases = min(dilation, steps)
             threads *= phases
         if threads < wanted // 4:

@@ -1,4 +1,4 @@
-"""A sum of shifted slices along T: no reshape, no copy of the input, any layout."""
+"""Kernel that sums shifted slices along T: no reshape, no copy of the input, both layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ShiftedAdd(FilterKernel):
             tap = per_channel(w[:, i], x.ndim, call.layout)
             if written < steps:
                 h.narrow(time, written, steps - written).addcmul_(x.narrow(time, written - lag, steps - written), tap)
-            # the steps that this tap is the first to reach are written, not added to: no pass to clear them
+            # steps that this tap is the first to reach are written, not added to, so that h need not be zeroed
             torch.mul(x.narrow(time, 0, written - lag), tap, out=h.narrow(time, lag, written - lag))
             written = lag
         return h
@@ -46,7 +46,7 @@ class ShiftedAdd(FilterKernel):
             tap = per_channel(w[:, i], x.ndim, call.layout)
             if written:
                 dx.narrow(time, 0, written).addcmul_(reach.narrow(time, 0, written), tap)
-            fresh = steps - lag - written
-            torch.mul(reach.narrow(time, written, fresh), tap, out=dx.narrow(time, written, fresh))
+            unwritten = steps - lag - written
+            torch.mul(reach.narrow(time, written, unwritten), tap, out=dx.narrow(time, written, unwritten))
             written = steps - lag
         return dx, dw

@@ -1,4 +1,4 @@
-"""Per channel one T×T Toeplitz matrix, and a matrix product vmapped over channels (appendix B, 3)."""
+"""Kernel on T×T Toeplitz matrices, one per channel, with matrix products vmapped over channels (appendix B, 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .vmap import vmap
 
 
 def toeplitz(w: Tensor, steps: int, dilation: int) -> Tensor:
-    """A (C, T, T) with A[c, t, t − lag_i] = w[c, i], lag_i = (k−1−i)·dilation; zeros elsewhere."""
+    """Return A (C, T, T) with A[c, t, t − lag_i] = w[c, i], lag_i = (k−1−i)·dilation; zeros elsewhere."""
     order = w.shape[1]
     a = w.new_zeros(w.shape[0], steps, steps)
     for i in range(order):
@@ -23,7 +23,7 @@ def toeplitz(w: Tensor, steps: int, dilation: int) -> Tensor:
 
 
 def _tap_sums(da: Tensor, order: int, dilation: int) -> Tensor:
-    """The transpose of :func:`toeplitz`: (C, T, T) → (C, k), each tap the sum of its diagonal."""
+    """Return the gradient of :func:`toeplitz`, (C, T, T) → (C, k): for each tap the sum of its diagonal."""
     steps = da.shape[-1]
     sums = [da.diagonal(-lag, 1, 2).sum(-1) if lag < steps else da.new_zeros(da.shape[0])
             for lag in ((order - 1 - i) * dilation for i in range(order))]  # fmt: skip
@@ -31,6 +31,7 @@ def _tap_sums(da: Tensor, order: int, dilation: int) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix products over the first dim."""
     return vmap(torch.mm)(left, right)
 
 
@@ -42,7 +43,7 @@ class VmapMM(FilterKernel):
         a = toeplitz(w, x.shape[call.layout.time_dim], call.dilation)
         if call.layout is Layout.TIME_FIRST:
             return _from_columns(_product(a, _columns(x)), x.shape)
-        return _from_lines(_product(_lines(x), a.mT), x.shape)
+        return _from_rows(_product(_rows(x), a.mT), x.shape)
 
     def filter_backward(self, call, dh, x, w, input_grad):
         a = toeplitz(w, x.shape[call.layout.time_dim], call.dilation) if input_grad else None
@@ -53,15 +54,15 @@ class VmapMM(FilterKernel):
             if input_grad:
                 dx = _from_columns(_product(a.mT, grads), x.shape)
         else:
-            grads = _lines(dh)
-            da = _product(grads.mT, _lines(x))
+            grads = _rows(dh)
+            da = _product(grads.mT, _rows(x))
             if input_grad:
-                dx = _from_lines(_product(grads, a), x.shape)
+                dx = _from_rows(_product(grads, a), x.shape)
         return dx, _tap_sums(da, w.shape[1], call.dilation)
 
 
 def _columns(x: Tensor) -> Tensor:
-    """(T, N, C, *) → (C, T, N·*)."""
+    """Return ``x`` (T, N, C, *) as (C, T, N·*)."""
     return x.movedim(2, 0).reshape(x.shape[2], x.shape[0], -1)
 
 
@@ -69,10 +70,10 @@ def _from_columns(h: Tensor, shape: torch.Size) -> Tensor:
     return h.reshape(shape[2], shape[0], shape[1], *shape[3:]).movedim(0, 2)
 
 
-def _lines(x: Tensor) -> Tensor:
-    """(N, C, *, T) → (C, N·*, T)."""
+def _rows(x: Tensor) -> Tensor:
+    """Return ``x`` (N, C, *, T) as (C, N·*, T)."""
     return x.movedim(1, 0).reshape(x.shape[1], -1, x.shape[-1])
 
 
-def _from_lines(h: Tensor, shape: torch.Size) -> Tensor:
+def _from_rows(h: Tensor, shape: torch.Size) -> Tensor:
     return h.reshape(shape[1], shape[0], *shape[2:]).movedim(0, 1)

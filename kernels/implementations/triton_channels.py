@@ -1,7 +1,7 @@
-"""The Triton programs of the second stage: one program a channel adds partials up, folds, and takes the chain rule.
+"""Triton programs of the second stage: one program per channel adds up partials, folds, and applies the chain rule.
 
-They agree with ``fold.py`` to the bit where a forward depends on it: each operation rounds once, as torch's do.
-Launched with ``enable_fp_fusion=False``, so that no product and sum become one rounding.
+Where a forward depends on them they equal ``bn_fold.py`` bit for bit: each operation rounds once, as in PyTorch. They
+are launched with ``enable_fp_fusion=False``, so that a product and a sum are not contracted to one rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _total(partials, row, c, channels, columns, LANES: tl.constexpr):
-    """The sum of a channel's row of partials, in float64: the rounding of thousands of columns does not add up."""
+    """Return the sum of a channel's row of partials, in float64, since thousands of columns would add up rounding."""
     lanes = tl.arange(0, LANES)
     at = partials + (row * channels + c) * columns
     total = tl.zeros((LANES,), tl.float64)
@@ -23,7 +23,7 @@ def _total(partials, row, c, channels, columns, LANES: tl.constexpr):
 
 @triton.jit
 def _totals(partials, c, channels, columns, K: tl.constexpr, KP: tl.constexpr, LANES: tl.constexpr):
-    """The sums of the first K rows, [KP]."""
+    """Return the sums of the first K rows, [KP]."""
     lanes = tl.arange(0, LANES)[None, :]
     rows = tl.arange(0, KP)[:, None]
     at = partials + (rows * channels + c) * columns
@@ -35,8 +35,8 @@ def _totals(partials, c, channels, columns, K: tl.constexpr, KP: tl.constexpr, L
 
 
 @triton.jit
-def _divided(a, b):
-    """a / b, rounded to nearest as torch does; both of one dtype."""
+def _div_rn(a, b):
+    """Return a / b, rounded to nearest as in PyTorch; both of one dtype."""
     if a.dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
@@ -45,7 +45,7 @@ def _divided(a, b):
 
 @triton.jit
 def _deviation(var, eps):
-    """√(σ² + ε), rounded to nearest."""
+    """Return √(σ² + ε), rounded to nearest."""
     if var.dtype == tl.float32:
         return tl.sqrt_rn(var + eps)
     else:
@@ -54,7 +54,7 @@ def _deviation(var, eps):
 
 @triton.jit
 def _power_of_two(w, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """``quantizer.power_of_two`` on the bits: exponent and fraction fields. Infinity, like NaN, becomes NaN."""
+    """Return ``quantizer.power_of_two(w)``, from the bits of exponent and fraction. NaN for infinity and NaN."""
     if w.dtype == tl.float32:
         bits = w.to(tl.int32, bitcast=True)
         field = (bits >> 23) & 0xFF
@@ -79,14 +79,14 @@ def _power_of_two(w, LEAST: tl.constexpr, MOST: tl.constexpr):
 @triton.jit
 def _folded(weight, gamma, beta, mean, var, EPS: tl.constexpr, QUANTIZED: tl.constexpr, LEAST: tl.constexpr,
             MOST: tl.constexpr):  # fmt: skip
-    """(taps, bias, fused, gain, std) of one channel; see ``fold.fold``."""
+    """Return (taps, bias, unquantized, gain, std) of one channel; see ``bn_fold.fold``."""
     std = _deviation(var, EPS)
-    gain = _divided(gamma, std)
-    fused = weight * gain
-    taps = fused
+    gain = _div_rn(gamma, std)
+    unquantized = weight * gain
+    taps = unquantized
     if QUANTIZED:
-        taps = _power_of_two(fused, LEAST, MOST)
-    return taps, beta - gain * mean, fused, gain, std
+        taps = _power_of_two(unquantized, LEAST, MOST)
+    return taps, beta - gain * mean, unquantized, gain, std
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def fold_program(
     K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTIZED: tl.constexpr, LEAST: tl.constexpr,
     MOST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """With partials: μ and σ² from them, written. With taps: the fold. Both in one launch in training."""
+    """Compute μ and σ² if ``partials`` is given, and the fold if ``taps`` is given; in training both in one launch."""
     c = tl.program_id(0)
     ACC: tl.constexpr = mean.dtype.element_ty
     if partials is not None:
@@ -110,14 +110,16 @@ def fold_program(
             count += n
             total += n * tl.load(at + row + first + lanes, mask=inside, other=0.0).to(tl.float64)
         safe = tl.maximum(tl.sum(count, 0), 1.0)
-        centre = tl.sum(total, 0) / safe
+        center = tl.sum(total, 0) / safe
         square = tl.zeros((LANES,), tl.float64)
         for first in range(0, columns, LANES):
             inside = first + lanes < columns
             n = tl.load(at + first + lanes, mask=inside, other=0.0).to(tl.float64)
-            away = tl.load(at + row + first + lanes, mask=inside, other=0.0).to(tl.float64) - centre
-            square += tl.load(at + 2 * row + first + lanes, mask=inside, other=0.0).to(tl.float64) + n * away * away
-        m = centre.to(ACC)
+            deviation = tl.load(at + row + first + lanes, mask=inside, other=0.0).to(tl.float64) - center
+            square += (
+                tl.load(at + 2 * row + first + lanes, mask=inside, other=0.0).to(tl.float64) + n * deviation * deviation
+            )
+        m = center.to(ACC)
         s = (tl.sum(square, 0) / safe).to(ACC)
         tl.store(mean + c, m)
         tl.store(var + c, s)
@@ -138,9 +140,9 @@ def chain_program(
     K: tl.constexpr, KP: tl.constexpr, EPS: tl.constexpr, QUANTIZED: tl.constexpr, ROUND_ONLY: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``fold.fold_backward`` of the summed partials (K + 1, C, G); offset and slope are None in eval.
+    """Compute ``bn_fold.fold_backward`` of the summed partials (K + 1, C, G); offset and slope are None in eval.
 
-    ``valid`` holds the number of values per channel where a mask is given, else it is ``count``.
+    The number of values per channel is in ``valid`` if there is a mask, else it is ``count``.
     """
     c = tl.program_id(0)
     ACC: tl.constexpr = mean.dtype.element_ty
@@ -149,21 +151,21 @@ def chain_program(
     dbias = _total(partials, K, c, channels, columns, LANES).to(ACC)
     w = tl.load(weight + c * K + i, mask=i < K, other=0.0)
     g, m = tl.load(gamma + c), tl.load(mean + c)
-    taps, _, fused, gain, std = _folded(w, g, tl.load(beta + c), m, tl.load(var + c), EPS, QUANTIZED, LEAST, MOST)
-    dfused = dtaps
+    taps, _, unquantized, gain, std = _folded(w, g, tl.load(beta + c), m, tl.load(var + c), EPS, QUANTIZED, LEAST, MOST)
+    dunquantized = dtaps
     if ROUND_ONLY:
-        rise = tl.abs(_divided(taps, tl.where(fused == 0, 1.0, fused)))
-        dfused = dtaps * tl.where(fused == 0, 0.0, rise)
-    dgain = tl.sum(dfused * w, 0) - dbias * m
-    tl.store(dweight + c * K + i, dfused * gain, mask=i < K)
-    tl.store(dgamma + c, _divided(dgain, std))
+        quantizer_slope = tl.abs(_div_rn(taps, tl.where(unquantized == 0, 1.0, unquantized)))
+        dunquantized = dtaps * tl.where(unquantized == 0, 0.0, quantizer_slope)
+    dgain = tl.sum(dunquantized * w, 0) - dbias * m
+    tl.store(dweight + c * K + i, dunquantized * gain, mask=i < K)
+    tl.store(dgamma + c, _div_rn(dgain, std))
     tl.store(dbeta + c, dbias)
     if offset is not None:
         # dL/dH = dμ/M + dσ²·2(H − μ)/M = offset + slope·H
         values = tl.load(valid).to(ACC) if valid is not None else tl.full((), count, ACC)
-        lean = _divided(dgain * g, -(std * std * std * values))
-        tl.store(slope + c, lean)
-        tl.store(offset + c, _divided(-gain * dbias, values) - lean * m)
+        h_slope = _div_rn(dgain * g, -(std * std * std * values))
+        tl.store(slope + c, h_slope)
+        tl.store(offset + c, _div_rn(-gain * dbias, values) - h_slope * m)
 
 
 @triton.jit
@@ -171,7 +173,7 @@ def sums_program(
     partials, sums, added, scale, shift, channels, columns,
     K: tl.constexpr, KP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Rows 0 … K−1 of the partials to ``sums`` (C, K), plus ``added``; rows K and K+1 to ``scale`` and ``shift``."""
+    """Sum rows 0 … K−1 of the partials to ``sums`` (C, K), plus ``added``, and rows K, K+1 to ``scale``, ``shift``."""
     c = tl.program_id(0)
     i = tl.arange(0, KP)
     if sums is not None:

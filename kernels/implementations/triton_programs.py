@@ -1,16 +1,16 @@
-"""The Triton programs of the fused kernel: what runs on the device.
+"""Triton programs of the fused kernel, first stage: statistics, firing and gradients.
 
 Imported by ``fused_triton`` on first use, since it needs Triton.
 
-A tensor is seen as (T, N, C, P) through four strides, whatever its layout. A program holds a tile [BC, BR] of BC
-channels by BR = (positions q = (n, p)) x (BT steps), time innermost, and goes through T in one of two ways:
+In either layout a tensor is addressed as (T, N, C, P) by four strides. A program computes a tile [BC, BR] of BC
+channels by BR = (positions q = (n, p)) x (BT steps), time innermost, and iterates over T in one of two modes:
 
-* WALK: BT is 1; the last W = (k − 1)·d + 1 values sit in registers, so each input is read once.
-* else: BT steps at a time, each tap's value read again at its lag, which the first-level cache answers. For memory in
+* WALK: BT is 1; the last W = (k − 1)·d + 1 values are kept in registers, so each input is read once.
+* else: BT steps at a time, the value of each tap loaded again at its lag, from the first-h_offset cache. For memory in
   which time is dense (neighboring lanes then read neighboring steps), and for windows too long for registers.
 
-Sums per channel go to ``partials`` (rows, C, G), one column a program; a program of the second stage adds the columns
-up. Absent tensors are None. Offsets are 64 bits wide where WIDE says so.
+Sums per channel go to ``partials`` (rows, C, G), one column per program; a program of the second stage adds up the
+columns. Absent tensors are None. Offsets have 64 bits if WIDE, else 32.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _positions(block, q_lanes, BRQ: tl.constexpr, positions, per_sample, WIDE: tl.constexpr):
-    """(n, p, whether it exists) of a block's lanes."""
+    """Return n, p and a bool, True for positions that exist, of a block's lanes."""
     q = block.to(tl.int64) * BRQ + q_lanes.to(tl.int64) if WIDE else block * BRQ + q_lanes
     return q // per_sample, q % per_sample, q < positions
 
 
 @triton.jit
 def _inside(t, n, ok, steps, batch, mask):
-    """Where step t exists and is valid, [BC, BR]; n is as wide as offsets have to be."""
+    """Return True where step t exists and is not masked, [BC, BR]; n has the width of offsets."""
     inside = ok & (t >= 0) & (t < steps)
     if mask is not None:
         inside = inside & (tl.load(mask + t.to(n.dtype) * batch + n, mask=inside, other=0) != 0)
@@ -39,7 +39,7 @@ def _inside(t, n, ok, steps, batch, mask):
 
 @triton.jit
 def _value(x, base, t, stride, inside, ACC: tl.constexpr, WIDE: tl.constexpr):
-    """A tensor's values at step t, 0 outside; what stands in the padding is not read."""
+    """Load a tensor's values at step t, 0 where not ``inside``, since masked steps may hold NaN."""
     if WIDE:
         t = t.to(tl.int64)
     return tl.load(x + base + t * stride, mask=inside, other=0.0).to(ACC)
@@ -47,7 +47,7 @@ def _value(x, base, t, stride, inside, ACC: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _input(x, base, t, stride, inside, scale, shift, ACC: tl.constexpr, WIDE: tl.constexpr):
-    """X' at step t: the affine where valid, else 0."""
+    """Load X' at step t: scale · X + shift where ``inside``, else 0."""
     value = _value(x, base, t, stride, inside, ACC, WIDE)
     if scale is not None:
         value = value * scale
@@ -58,13 +58,13 @@ def _input(x, base, t, stride, inside, scale, shift, ACC: tl.constexpr, WIDE: tl
 
 @triton.jit
 def _vector(v, c, c_ok, ACC: tl.constexpr):
-    """(C,) at the tile's channels. Callers test for None: Triton 3.6 cannot return it."""
+    """Load a vector (C,) at the tile's channels. Callers test for None, which Triton 3.6 cannot return."""
     return tl.load(v + c, mask=c_ok, other=0.0).to(ACC)
 
 
 @triton.jit
 def _taps(w, c, c_ok, K: tl.constexpr, ACC: tl.constexpr):
-    """The K taps of (C, K) at the tile's channels."""
+    """Load the K taps of (C, K) at the tile's channels."""
     found = ()
     for i in tl.static_range(K):
         found = found + (tl.load(w + c * K + i, mask=c_ok, other=0.0).to(ACC),)
@@ -73,6 +73,7 @@ def _taps(w, c, c_ok, K: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _repeated(value, COUNT: tl.constexpr):
+    """Return a tuple of COUNT times ``value``."""
     found = ()
     for _ in tl.static_range(COUNT):
         found = found + (value,)
@@ -81,7 +82,7 @@ def _repeated(value, COUNT: tl.constexpr):
 
 @triton.jit
 def _dot(values, first: tl.constexpr, STEP: tl.constexpr, taps, K: tl.constexpr):
-    """Σ_i taps[i]·values[first + i·STEP] in the order i = 0 … K−1, which all kernels share."""
+    """Return Σ_i taps[i]·values[first + i·STEP], summed in the order i = 0 … K−1 as in all kernels."""
     h = values[first] * taps[0]
     for i in tl.static_range(1, K):
         h = h + values[first + i * STEP] * taps[i]
@@ -93,7 +94,7 @@ def _lagged(
     x, base, t, stride, n, ok, steps, batch, mask, scale, shift,
     K: tl.constexpr, D: tl.constexpr, AHEAD: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """X' at t − (K−1)·D, …, t − D, t, …, t + AHEAD·D."""
+    """Load X' at t − (K−1)·D, …, t − D, t, …, t + AHEAD·D."""
     found = ()
     for i in tl.static_range(K + AHEAD):
         at = t + (i - (K - 1)) * D
@@ -104,7 +105,7 @@ def _lagged(
 
 @triton.jit
 def _derivative(u, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
-    """The surrogates of ``surrogate.py``: 0 atan, 1 rational, 2 sigmoid."""
+    """Return the derivative of a surrogate of ``surrogate.py``: 0 atan, 1 rational, 2 sigmoid."""
     if SURROGATE == 0:
         v = u * (3.141592653589793 * ALPHA / 2)
         return (ALPHA / 2) / (v * v + 1.0)
@@ -116,15 +117,15 @@ def _derivative(u, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _deviate(h, inside, seen, pivot, first, square):
-    """One more value a lane: the count, and the sums of deviations from the lane's first value and of their squares.
+def _add_deviation(h, inside, seen, pivot, first, square):
+    """Add a value per lane to the count and to the sums of deviations from the lane's first value and their squares.
 
-    That value is one of the sample, so its own deviations bound how far it lies from the mean: what is subtracted in
-    the end is at most ``seen`` times what is left. Welford's running mean needs a division for each value.
+    That pivot is one of the values, so the variance bounds its distance from the mean: the correction subtracted at the
+    end is at most ``seen`` times the result. Welford's running mean would need a division for each value.
     """
     pivot = tl.where(inside & (seen == 0), h, pivot)
-    away = tl.where(inside, h - pivot, 0.0)
-    return seen + inside.to(seen.dtype), pivot, first + away, square + away * away
+    deviation = tl.where(inside, h - pivot, 0.0)
+    return seen + inside.to(seen.dtype), pivot, first + deviation, square + deviation * deviation
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def statistics_program(
     K: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and squared deviations of H = weight ∗ X': partials (3, C, G)."""
+    """Compute count, mean and squared deviations of H = weight ∗ X' as partials (3, C, G)."""
     BR: tl.constexpr = BLOCK // BC
     BRQ: tl.constexpr = BR // BT
     W: tl.constexpr = (K - 1) * D + 1
@@ -163,27 +164,27 @@ def statistics_program(
                 value = _input(x, base, at, xt, inside, scales, shifts, ACC, WIDE)
                 window = window[1:] + (value,)
                 h = _dot(window, 0, D, taps, K)
-                seen, pivot, first, square = _deviate(h, inside, seen, pivot, first, square)
+                seen, pivot, first, square = _add_deviation(h, inside, seen, pivot, first, square)
         else:
             for start in range(0, steps, BT):
                 t = start + lanes % BT
                 inside = _inside(t, n, ok, steps, batch, mask)
                 values = _lagged(x, base, t, xt, n, ok, steps, batch, mask, scales, shifts, K, D, 0, ACC, WIDE)
                 h = _dot(values, 0, 1, taps, K)
-                seen, pivot, first, square = _deviate(h, inside, seen, pivot, first, square)
+                seen, pivot, first, square = _add_deviation(h, inside, seen, pivot, first, square)
     shifted = first / tl.maximum(seen, 1.0)
     mean = pivot + shifted
     square = square - first * shifted
     square = tl.where(square < 0, 0.0, square)  # a NaN stays
-    # Chan's update over the lanes: no difference of large sums
+    # Chan's update over the lanes, which needs no difference of large sums
     count = tl.sum(seen, 1)
-    centre = tl.sum(seen * mean, 1) / tl.maximum(count, 1.0)
-    away = mean - tl.expand_dims(centre, 1)
-    total = tl.sum(square + seen * away * away, 1)
+    center = tl.sum(seen * mean, 1) / tl.maximum(count, 1.0)
+    deviation = mean - tl.expand_dims(center, 1)
+    total = tl.sum(square + seen * deviation * deviation, 1)
     row = (pid % tiles) * BC + tl.arange(0, BC)
     at = partials + row * columns + column
     tl.store(at, count, mask=row < channels)
-    tl.store(at + channels * columns, centre, mask=row < channels)
+    tl.store(at + channels * columns, center, mask=row < channels)
     tl.store(at + 2 * channels * columns, total, mask=row < channels)
 
 
@@ -194,7 +195,7 @@ def fire_program(
     K: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S = Θ(taps ∗ X' + bias), 0 at masked steps."""
+    """Compute S = Θ(taps ∗ X' + bias), 0 at masked steps."""
     BR: tl.constexpr = BLOCK // BC
     BRQ: tl.constexpr = BR // BT
     W: tl.constexpr = (K - 1) * D + 1
@@ -226,14 +227,14 @@ def fire_program(
             inside = _inside(at, n, ok, steps, batch, mask)
             values = _lagged(x, base, at, xt, n, ok, steps, batch, mask, scales, shifts, K, D, 0, ACC, WIDE)
             spikes = (_dot(values, 0, 1, w, K) >= threshold) & inside
-            there = ok & (at < steps)
+            stored = ok & (at < steps)
             at = at.to(tl.int64) if WIDE else at
-            tl.store(out + target + at * ot, spikes.to(ACC).to(out.dtype.element_ty), mask=there)
+            tl.store(out + target + at * ot, spikes.to(ACC).to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def _accumulated(sums, factor, values, STEP: tl.constexpr, K: tl.constexpr):
-    """sums[i] + factor·values[i·STEP], for each i."""
+    """Return sums[i] + factor·values[i·STEP], for each i."""
     found = ()
     for i in tl.static_range(K):
         found = found + (sums[i] + factor * values[i * STEP],)
@@ -247,7 +248,7 @@ def reductions_program(
     K: tl.constexpr, D: tl.constexpr, SURROGATE: tl.constexpr, ALPHA: tl.constexpr, WALK: tl.constexpr,
     BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of dU·X'[t − lag] for each tap, and of dU: partials (K + 1, C, G)."""
+    """Compute the sums of dU·X'[t − lag] for each tap, and of dU, as partials (K + 1, C, G)."""
     BR: tl.constexpr = BLOCK // BC
     BRQ: tl.constexpr = BR // BT
     W: tl.constexpr = (K - 1) * D + 1
@@ -298,8 +299,8 @@ def reductions_program(
 
 
 @triton.jit
-def _spread(pending, du, dh, w, v, THROUGH: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """dX' in the making, for steps t − W + 1 … t: what dU[t] and dH[t] add to each."""
+def _add_contributions(pending, du, dh, w, v, THROUGH: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """Return the incomplete dX' of steps t − W + 1 … t with the contributions of dU[t] and dH[t] added."""
     found = ()
     for j in tl.static_range(W):
         value = pending[j]
@@ -312,14 +313,14 @@ def _spread(pending, du, dh, w, v, THROUGH: tl.constexpr, D: tl.constexpr, W: tl
 
 
 @triton.jit
-def _ahead(
+def _recomputed_dx(
     x, base, s, xt, grad, grads, gt, n, ok, steps, batch, mask, scales, shifts, taps, w, weight, v, bias, offset, slope,
     c, c_ok, K: tl.constexpr, D: tl.constexpr, THROUGH: tl.constexpr, SURROGATE: tl.constexpr, ALPHA: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, ZERO,
 ):  # fmt: skip
-    """dX' at steps s, from dU and dH at the k steps that X[s] reaches, each computed anew.
+    """Return dX' at steps s, recomputing dU and dH at the k steps that X[s] reaches.
 
-    Unrolled, the 2k − 1 values of X are read once; else k², with code of order k.
+    With UNROLL the 2k − 1 values of X are loaded once; else k² loads, with code size proportional to k.
     """
     total = ZERO
     if UNROLL:
@@ -358,9 +359,9 @@ def input_program(
     UNROLL: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dX (where wanted), and the sums for dW through the statistics, dscale, dshift: partials (K + 2, C, G).
+    """Compute dX unless ``dx`` is None, and dW through the statistics, dscale, dshift as partials (K + 2, C, G).
 
-    dH = offset + slope·H; offset is None in eval. Rows of sums that the call does not have are not written.
+    dH = offset + slope·H; offset is None in eval. Rows of sums that the call does not need are not written.
     """
     BR: tl.constexpr = BLOCK // BC
     BRQ: tl.constexpr = BR // BT
@@ -378,9 +379,9 @@ def input_program(
     zero = tl.zeros((BC, BR), ACC)
     if THROUGH:
         v = _taps(weight, c, c_ok, K, ACC)
-        level, lean = _vector(offset, c, c_ok, ACC), _vector(slope, c, c_ok, ACC)
+        h_offset, h_slope = _vector(offset, c, c_ok, ACC), _vector(slope, c, c_ok, ACC)
     else:
-        v, level, lean = w, threshold, threshold  # not used
+        v, h_offset, h_slope = w, threshold, threshold  # not used
     wide_c = c.to(tl.int64) if WIDE else c
     dweight = _repeated(zero, K)
     dscale = zero
@@ -394,7 +395,7 @@ def input_program(
         if WALK:
             window = _repeated(zero, W)
             pending = _repeated(zero, W)
-            for t in range(0, steps + W - 1):  # dX[s] is complete when t has come to s + W − 1
+            for t in range(0, steps + W - 1):  # dX[s] is complete at t = s + W − 1
                 at = t + lanes * 0
                 inside = _inside(at, n, ok, steps, batch, mask)
                 window = window[1:] + (_input(x, base, at, xt, inside, scales, shifts, ACC, WIDE),)
@@ -403,14 +404,14 @@ def input_program(
                 du = tl.where(inside, du, 0.0)
                 dh = zero
                 if THROUGH:
-                    dh = tl.where(inside, level + lean * _dot(window, 0, D, v, K), 0.0)
+                    dh = tl.where(inside, h_offset + h_slope * _dot(window, 0, D, v, K), 0.0)
                     dweight = _accumulated(dweight, dh, window, D, K)
-                pending = _spread(pending[1:] + (zero,), du, dh, w, v, THROUGH, D, W)
+                pending = _add_contributions(pending[1:] + (zero,), du, dh, w, v, THROUGH, D, W)
                 s = at - (W - 1)
-                there = _inside(s, n, ok, steps, batch, mask)
-                value = tl.where(there, pending[0], 0.0)
+                valid = _inside(s, n, ok, steps, batch, mask)
+                value = tl.where(valid, pending[0], 0.0)
                 if scale is not None:
-                    dscale = dscale + value * _value(x, base, s, xt, there, ACC, WIDE)
+                    dscale = dscale + value * _value(x, base, s, xt, valid, ACC, WIDE)
                     result = value * scales
                 else:
                     result = value
@@ -423,19 +424,19 @@ def input_program(
         else:
             for first in range(0, steps, BT):
                 s = first + lanes % BT
-                there = _inside(s, n, ok, steps, batch, mask)
+                valid = _inside(s, n, ok, steps, batch, mask)
                 if THROUGH:
                     values = _lagged(x, base, s, xt, n, ok, steps, batch, mask, scales, shifts, K, D, 0, ACC, WIDE)
-                    dh = tl.where(there, level + lean * _dot(values, 0, 1, v, K), 0.0)
+                    dh = tl.where(valid, h_offset + h_slope * _dot(values, 0, 1, v, K), 0.0)
                     dweight = _accumulated(dweight, dh, values, 1, K)
                 if dx is not None or scale is not None or shift is not None:
-                    value = _ahead(
+                    value = _recomputed_dx(
                         x, base, s, xt, grad, grads, gt, n, ok, steps, batch, mask, scales, shifts, taps, w, weight, v,
-                        threshold, level, lean, c, c_ok, K, D, THROUGH, SURROGATE, ALPHA, ACC, WIDE, UNROLL, zero,
+                        threshold, h_offset, h_slope, c, c_ok, K, D, THROUGH, SURROGATE, ALPHA, ACC, WIDE, UNROLL, zero,
                     )  # fmt: skip
-                    value = tl.where(there, value, 0.0)
+                    value = tl.where(valid, value, 0.0)
                     if scale is not None:
-                        dscale = dscale + value * _value(x, base, s, xt, there, ACC, WIDE)
+                        dscale = dscale + value * _value(x, base, s, xt, valid, ACC, WIDE)
                         result = value * scales
                     else:
                         result = value

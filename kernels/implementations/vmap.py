@@ -1,4 +1,4 @@
-"""vmap that works inside a custom op wherever the op is called from."""
+"""A vmap that works inside custom ops, even if a compiled graph calls them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FUNCTORCH = (
 
 
 def vmap(function, in_dims=0, out_dims=0):
-    """``torch.vmap`` of ``function``, for use inside an op.
+    """Return ``torch.vmap`` of ``function``, usable inside a custom op.
 
     Compiled graphs call ops with functorch's dispatch keys excluded, and batched tensors would then reach kernels that
-    look for their storage ("Cannot access storage of BatchedTensorImpl", torch 2.13): the keys are let in again for
+    access their storage ("Cannot access storage of BatchedTensorImpl", torch 2.13). So the keys are enabled again for
     the call.
     """
     batched = torch.vmap(function, in_dims, out_dims)

@@ -251,7 +251,7 @@ class MulFreePSN(nn.Module):
         Nothing is compiled to find out: until the first call it is taken that what would be compiled can be.
         """
         constants = dataclasses.replace(self.constants(layout), training=training)
-        shape = constants.place.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)
+        shape = constants.parsed_layout.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)
         problem = Problem.of(constants, shape, self.weight.dtype, self.weight.device.type, self.order)
         return default_kernel(problem, build=False).name
 

@@ -17,7 +17,7 @@ from mfpsn_fx.kernels import Layout, NeuronConstants, Problem, neuron
 from mfpsn_fx.kernels.autotune.buffers import Pool
 from mfpsn_fx.kernels.autotune.neuron_race import kernel_race
 from mfpsn_fx.kernels.build import cpu as cpu_build
-from mfpsn_fx.kernels.constants import ALL, FOLDING, PLACE, SURROGATE, bind
+from mfpsn_fx.kernels.constants import ALL, COMMON, FOLDING, SURROGATE, bind
 from mfpsn_fx.passes import neurons
 
 OPS = torch.ops.mfpsn
@@ -45,10 +45,10 @@ class TestSchema:
         [
             ("neuron", [field.name for field in FIELDS]),
             ("neuron_backward", [field.name for field in FIELDS]),
-            ("statistics", PLACE),
-            ("fire", PLACE),
-            ("backward_reductions", SURROGATE + PLACE),
-            ("backward_input", SURROGATE + PLACE),
+            ("statistics", COMMON),
+            ("fire", COMMON),
+            ("backward_reductions", SURROGATE + COMMON),
+            ("backward_input", SURROGATE + COMMON),
         ],
     )
     def test_ops_take_the_fields_in_their_order(self, op, names):
@@ -141,7 +141,7 @@ class TestCalls:
 
 def test_values_survive_copies_and_pickles():
     constants = NeuronConstants.checked(**OTHERS)
-    assert constants.place is Layout.TIME_LAST
+    assert constants.parsed_layout is Layout.TIME_LAST
     for other in (copy.deepcopy(constants), pickle.loads(pickle.dumps(constants)), NeuronConstants(**OTHERS)):
         assert other == constants
         assert hash(other) == hash(constants)
@@ -161,7 +161,7 @@ def test_measurements_are_kept_under_every_field_but_labels():
 
     def key(constants):
         shared = {name: getattr(constants, name) for name in Problem._fields if name in ALL}
-        asked = problem._replace(**shared | {"layout": constants.place})
+        asked = problem._replace(**shared | {"layout": constants.parsed_layout})
         (variant,) = kernel_race(asked, ["shifted-add"], Pool("cpu"), name="one", constants=constants).variants
         return variant.key
 

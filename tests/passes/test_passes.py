@@ -262,7 +262,7 @@ class TestSnap:
         assert len(result.changes) == 3
         assert "weights moved by up to" in result.changes[0]
         for n in neurons(converted):
-            fused = n.module.folded().fused
+            fused = n.module.folded().unquantized
             torch.testing.assert_close(fused, power_of_two(fused), rtol=1e-14, atol=0)
         assert torch.equal(converted(example.double()), expected)
 

@@ -1,9 +1,9 @@
 // The neuron on the CPU: statistics, spikes and gradients, each in one sweep over memory.
 //
-// A task takes some blocks of elements and a chunk of the batch. For each n it has the block's slab of X (and of the
+// A task processes some blocks of elements and a chunk of the batch. For each n it has the block's slab of X (and of the
 // gradient) in cache, does everything that needs it there, and sums lane by lane; at its end it adds up the lanes of each
-// channel in float64. What tasks found is added in their order, so results depend on sizes alone, not on threads. H is
-// never written to memory.
+// channel in float64. Results of tasks are added in their order, so they depend on sizes only, not on threads. H is never
+// written to memory.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -18,14 +18,14 @@
 namespace mfpsn {
 namespace {
 
-// Values of a slab, T · B: the second-level cache holds three; long rows, which prefetchers and pages like, matter more at
+// Values of a slab, T · B: the second-level cache holds three. Long rows, which suit prefetchers and pages, matter more at
 // large T (a training step on 256 MB at T = 32 took 0.87 of the time at four times a first-level cache of 8192 values)
 constexpr int64_t kSlab = 16384, kRow = 256, kLongest = 1024, kMost = 65536;
-// Values that one task should have at least: less, and starting it costs as much as it does
+// Least number of values of a task: with fewer, starting it takes as long as its work
 constexpr int64_t kWork = 32768, kTasks = 256;
 // Values that one lane sums in float32, so that rounding stays near 1e-6 of the sum
 constexpr int64_t kSum = 4096;
-// Up to how many rows in all, of all tensors that a sweep touches, tiles are read in place. Beyond, rows fight for a few
+// Tiles are read in place up to this number of rows of all tensors that a sweep touches. Beyond it, rows compete for a few
 // sets of the cache, and lie in more pages than the TLB holds: the sweep for dX at 16 steps, 48 rows, took 1.2 to 1.8 times as
 // long in place; the reductions at 8 steps, 16 rows, 0.7 to 0.9 times. Whole registers are always written in place (firing
 // took 0.55 to 0.8 of the time that it took through a slab), up to where steps would outnumber the TLB's pages.
@@ -34,17 +34,18 @@ constexpr int64_t kReadInPlace = 16, kWriteInPlace = 64;
 // took 0.75 of the time on 32-byte registers, 0.55 on 16; at order 8 up to 1.15). It did not pay for dX.
 constexpr int64_t kWays = 8;
 
-// Bytes that a result must have to be written past the caches, where nobody would find it anyway: on 256 MB firing took 0.75
-// of the time, the sweep for dX 0.77. The system is not asked for the cache's size: a virtual machine that had 32 MB told 320.
+// Least size in bytes of results that are written past the caches, which could not hold them anyway: on 256 MB firing took
+// 0.75 of the time, the sweep for dX 0.77. The system is not asked for the size of the cache, since a virtual machine with
+// 32 MB reported 320.
 constexpr int64_t kPastCaches = 64 << 20;
-// Bytes from which glibc takes memory from the system anew for each result
+// Size in bytes from which glibc obtains the memory of each result from the system
 constexpr int64_t kFromSystem = 32 << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the work is cut: `groups` × `chunks` tasks, each of `group` blocks of `block` elements and a share of the batch
+// How the work is divided: `groups` × `chunks` tasks, each of `group` blocks of `block` elements and a share of the batch
 struct Cut {
-  int64_t order;  // taps that reach no further back than T; the older ones read nothing but zeros
+  int64_t order;  // taps with lags below T; the older ones read only zeros
   int64_t skipped, block, blocks, group, groups, chunks, slots;
 
   Cut(const Problem& p, int64_t V) {
@@ -60,7 +61,7 @@ struct Cut {
       int64_t times = std::max<int64_t>(1, block / period);
       while (J / period % times != 0) --times;
       const int64_t whole = period * times;
-      if (ceil_div(whole, V) * V <= whole + whole / 4) {  // else too many lanes would idle
+      if (ceil_div(whole, V) * V <= whole + whole / 4) {  // else too many lanes would be idle
         block = whole;
         group = std::max<int64_t>(1, kSum / T);
       }
@@ -76,7 +77,7 @@ struct Cut {
   int64_t tasks() const { return groups * chunks; }
 };
 
-// Of a result
+// Size of a result
 template <typename scalar>
 int64_t bytes(const Problem& p) {
   return p.steps * p.batch * p.elements * static_cast<int64_t>(sizeof(scalar));
@@ -84,7 +85,7 @@ int64_t bytes(const Problem& p) {
 
 template <typename acc>
 acc* scratch(int64_t size) {
-  // kept by the thread: fresh memory would cost a page fault for every 4 KiB, in every call
+  // kept by the thread, since new memory would cost a page fault for every 4 KiB in every call
   thread_local std::vector<acc> kept;
   constexpr int64_t spare = kLine / sizeof(acc);
   if (static_cast<int64_t>(kept.size()) < size + spare) kept.resize(size + spare);
@@ -110,7 +111,7 @@ void with_order(const Problem& p, int64_t order, const F& f) {
   f(std::integral_constant<int, 0>{});
 }
 
-// What a task works with
+// State of a task
 template <typename scalar, typename acc>
 struct Task {
   static constexpr int64_t V = lanes<acc>;
@@ -204,7 +205,7 @@ struct Task {
   }
 };
 
-// The tiles of one n: in place where that can be and pays, else in the slab
+// The tiles of one n: in place where that is possible and faster, else in the slab
 template <typename acc>
 struct Tiles {
   acc *place, *slab;
@@ -304,7 +305,7 @@ Tiles<const acc> lifted(const Task<scalar, acc>& task, const View& v, const scal
   return tiles;
 }
 
-// mean and variance (C) of H, by Chan's update over what the tasks found
+// mean and variance (C) of H, by Chan's update over the results of the tasks
 template <typename scalar, typename acc>
 void statistics(const Problem& p, const Cut& cut, const View& v, const scalar* x, const acc* weight, acc* mean, acc* var) {
   constexpr int64_t V = lanes<acc>;

@@ -1,7 +1,7 @@
-// The operators of kernels/implementations/fused_cpu.py, which defines their schemas; there is no other way into the library.
+// The operators of kernels/implementations/fused_cpu.py, which defines their schemas: the library's only interface.
 //
-// The whole layer is one operator with autograd of its own, for eager calls that nobody watches: at 2 to 8 time steps a
-// training step through Python's autograd spends as long in Python as in the sweeps.
+// `layer` is one operator with its own autograd, for eager calls that bypass the op (see kernels/eager.py): at 2 to 8 time
+// steps a training step through Python's autograd spends as long in Python as in the sweeps.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -22,7 +22,7 @@
 namespace mfpsn {
 namespace {
 
-// The dims but T and N in the order in which they lie in memory: no strides are refused
+// The dims other than T and N in the order in which they lie in memory, for any strides
 struct Geometry {
   int64_t time, batch, channel;
   std::vector<int64_t> dims;
@@ -37,12 +37,12 @@ struct Geometry {
 };
 
 // Offsets of elements whose dims have these sizes and strides, two numbers a dim, the last dim the fastest. The thread keeps
-// a few for its next calls, each as large as one step of one sample: to find them anew took as long as that step's sweep.
+// a few for its next calls, each as large as one step of one sample: computing them took as long as that step's sweep.
 using Offsets = std::shared_ptr<const std::vector<int64_t>>;
 
 inline Offsets offsets(const std::vector<int64_t>& dims) {
   constexpr size_t kKept = 64;
-  thread_local std::list<std::pair<std::vector<int64_t>, Offsets>> kept;  // the last used first
+  thread_local std::list<std::pair<std::vector<int64_t>, Offsets>> kept;  // most recently used first
   const auto found = std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first == dims; });
   if (found != kept.end()) {
     kept.splice(kept.begin(), kept, found);
@@ -93,7 +93,7 @@ struct Placed {
 
 using Vector = std::optional<at::Tensor>;
 
-// Of a call, by the names of kernels/constants.py; each operator takes some
+// Constants of a call, named as in kernels/constants.py; each operator takes some of them
 struct Constants : torch::CustomClassHolder {
   Folding folding{};
   int64_t dilation = 1, surrogate = 0;
@@ -149,15 +149,15 @@ inline at::Tensor like(const Vector& x) {
   return x ? at::empty_like(*x, at::MemoryFormat::Contiguous) : at::Tensor();
 }
 
-// Becomes a MemoryError of Python's
+// Translated to Python's MemoryError
 struct OutOfMemory : std::bad_alloc {
   std::string text;
   explicit OutOfMemory(std::string text) : text(std::move(text)) {}
   const char* what() const noexcept override { return text.c_str(); }
 };
 
-// One call into the sweeps: its input as they see it, and what has to stay alive meanwhile. Sums in float64 of a narrower
-// input: that is lifted first, and what is given back is narrowed.
+// One call into the sweeps: its input as they see it, and the tensors to be kept alive. For float64 sums of a narrower
+// input, the input is cast first, and the results are cast back.
 struct Run {
   const at::Tensor& given;
   const at::Tensor x;
@@ -293,7 +293,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_forward(const at::Tensor& x, 
   return {run.result(spikes), mean, var};
 }
 
-// dX unless it is not wanted, dW, dγ, dβ, dscale and dshift where there are scale and shift
+// dX if requested, dW, dγ, dβ, and dscale and dshift where there are scale and shift
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gamma, const at::Tensor& beta,
     const at::Tensor& given_mean, const at::Tensor& given_var, const Vector& scale, const Vector& shift,
@@ -320,7 +320,7 @@ struct Statistics {
   double momentum;
   bool update;
 
-  // as torch.nn.BatchNorm, by the very operations that MulFreePSN uses elsewhere: equal to the bit
+  // as in torch.nn.BatchNorm, by the same operations as in MulFreePSN: equal bit for bit
   void take(const at::Tensor& batch_mean, const at::Tensor& batch_var, double count) const {
     if (!update) return;
     mean.lerp_(batch_mean, momentum);
@@ -352,7 +352,7 @@ struct Layer : torch::autograd::Function<Layer> {
     Variables results(8);
     if (!grads[0].defined()) return results;
     const auto k = c10::static_intrusive_pointer_cast<Constants>(ctx->saved_data["constants"].toCapsule());
-    // create_graph=True: what would come of it is a gradient of zero, without a word
+    // create_graph=True would silently give a second derivative of zero
     TORCH_CHECK(!at::GradMode::is_enabled(), k->layer, k->layer.empty() ? "" : ": ",
                 "a surrogate gradient has no derivative; take gradients without create_graph");
     const auto saved = ctx->get_saved_variables();
@@ -374,7 +374,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_operator(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& gamma, const at::Tensor& beta, const Vector& mean,
     const Vector& var, const Vector& scale, const Vector& shift, const Vector& mask, MFPSN_CONSTANTS) {
   auto found = run_forward(x, weight, gamma, beta, mean, var, scale, shift, mask, Constants(MFPSN_GIVEN));
-  if (mean) std::get<1>(found) = std::get<2>(found) = at::Tensor();  // an operator gives back none of its inputs
+  if (mean) std::get<1>(found) = std::get<2>(found) = at::Tensor();  // an operator must not return its inputs
   return found;
 }
 

@@ -1,11 +1,11 @@
-// How tensors are seen, and how a slab of one is brought into cache and back.
+// Views of tensors, and copies of slabs of them into the cache and back.
 //
-// A tensor is (T, N, J), J = C·P elements in the order in which X lies in memory, whatever its layout and strides:
+// A tensor is (T, N, J), J = C·P elements in the order in which X lies in memory, for any layout and strides:
 // element (t, n, j) lies at t·st + n·sn + offset[j], and belongs to channel (j / inner) mod C.
 //
 // A slab is what a block of B elements of one n holds over all T, as [B / V][T][V] with V lanes of a register: the steps
 // of a tile of V elements lie next to each other, so that sweeps over T stay in the first-level cache. Rows of a
-// time-first tensor are a large power of two apart as a rule, and read in place they would fight for a few cache sets.
+// time-first tensor are a large power of two apart as a rule, and read in place they would compete for a few cache sets.
 // For the same reason tiles are an odd number of registers apart.
 #pragma once
 

@@ -26,7 +26,7 @@ struct Target {
   void write(int64_t t, vec<acc> v) const { past_caches ? put_past_caches(tile(t), v) : put(tile(t), v); }
 };
 
-// Left to itself the compiler keeps bodies of the sweeps out of line, and with them taps and sums out of registers
+// Without it the compiler keeps the bodies of the sweeps out of line, and taps and sums out of registers
 #define MFPSN_INLINED __attribute__((always_inline))
 
 struct Walk {
@@ -134,14 +134,14 @@ MFPSN_INLINED inline vec<acc> surrogate(int64_t kind, acc alpha, vec<acc> u) {
 }
 
 // rows: pivot, Σ(H − pivot), Σ(H − pivot)². The pivot is a value of H itself, so (μ − pivot)² is at most M times the
-// variance of the M values that a lane sums, and the variance loses no more than M roundings to cancellation, whatever
-// the mean: one sweep, no H in memory.
+// variance of the M values that a lane sums, and cancellation costs the variance at most M roundings for any mean:
+// one sweep, no H in memory.
 template <int K, typename acc>
 inline void statistics_tile(const Walk& walk, Tile<const acc> x, const acc* taps, acc* rows, bool fresh) {
   constexpr int64_t V = lanes<acc>;
   const Taps<K, acc> w(taps, walk.order);
   if (fresh) {
-    int64_t t = walk.steps - 1;  // the last one: the first ones may miss taps
+    int64_t t = walk.steps - 1;  // the last one, since the first ones may lack taps
     while (t > 0 && walk.masked(t)) --t;
     const int64_t order = K ? K : walk.order;
     put(rows, filtered<K, acc>(walk, x, w, t, std::max<int64_t>(0, order - 1 - t / walk.dilation)));
@@ -191,7 +191,7 @@ inline void reductions_tile(const Walk& walk, Tile<const acc> x, Tile<const acc>
 
 // du[t] = grad · Θ'(U) where there is a gradient; dh[t] = offset + slope · H and in rows Σ dh[t] · X[t − lag_i] where there
 // is an offset. Both in one sweep: rows of X that are a power of two apart share a few cache sets, and a second sweep over
-// 16 of them would find none where the first left it.
+// 16 of them would find none in the cache.
 template <int K, bool membrane, bool through, typename acc>
 inline void gradients_tile(const Walk& walk, Tile<const acc> x, Tile<const acc> grad, const acc* taps, const acc* bias,
                            int64_t kind, acc alpha, const acc* weight, const acc* offset, const acc* slope, acc* du, acc* dh,

@@ -1,5 +1,5 @@
-// A register's worth of lanes as a type of the compiler's (GCC and Clang vector extensions): the sweeps are vectorized
-// by construction, whatever the optimizer thinks of their loops.
+// Vectors of one register, by the vector extensions of GCC and Clang: the sweeps are vectorized explicitly and do not
+// depend on the optimizer's auto-vectorization.
 #pragma once
 
 #include <cmath>
@@ -89,7 +89,7 @@ inline vec<acc> all(acc value) {
   return value - vec<acc>{};
 }
 
-// exp(x) for x ≤ 0, to the last bit or two: 2^n · e^f with |f| ≤ ln 2 / 2, the series of e^f cut where its remainder is
+// exp(x) for x ≤ 0, accurate to 1 or 2 ulp: 2^n · e^f with |f| ≤ ln 2 / 2, the series of e^f cut where its remainder is
 // below the rounding (5e-9 in float32, 4e-18 in float64). libm's exp, lane by lane, took most of a sweep's time.
 template <typename acc>
 inline vec<acc> exp_of_negative(vec<acc> x) {

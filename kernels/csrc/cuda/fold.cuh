@@ -1,6 +1,6 @@
 // Per-channel work: partial sums to totals, the fold of the normalization into the taps, the quantizer, and the chain
-// rule back through both. A warp takes a channel. Totals are taken in float64, in an order that depends on nothing but
-// how many partials there are.
+// rule back through both. A warp computes a channel. Totals are summed in float64, in an order that depends only on
+// the number of partials.
 #pragma once
 
 #include "types.cuh"
@@ -9,7 +9,7 @@ namespace mfpsn {
 
 // Q(w) = sign(w)·2^round(log2|w|), on exponent and mantissa as kernels/quantizer.py has it
 template <typename sum>
-struct Turn;  // no value equals √½: "m ≥ the first above it" is exact
+struct Turn;  // no value equals √½, so the comparison with the next one above it is exact
 template <>
 struct Turn<float> {
   static constexpr float value = 0.70710682868957519531f, largest = FLT_MAX;
@@ -22,7 +22,7 @@ struct Turn<double> {
 template <typename sum>
 __device__ inline sum power_of_two(sum w, int least, int most) {
   if (w == 0) return w;
-  if (!(fabs(w) <= Turn<sum>::largest)) return w - w;  // NaN, of an infinity too
+  if (!(fabs(w) <= Turn<sum>::largest)) return w - w;  // NaN for NaN and infinity
   int exponent;
   const sum mantissa = frexp(fabs(w), &exponent);  // in [½, 1)
   int power = mantissa >= Turn<sum>::value ? exponent : exponent - 1;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) fold_kernel(const Arguments a) {
   for_channels(a, [&](int64_t c) { fold_channel<sum>(a, c, entry<sum>(a.mean, c), entry<sum>(a.var, c)); });
 }
 
-// Partials are (count, mean, sum of squared deviations); Chan's update over all at once: no difference of large sums
+// Partials are (count, mean, sum of squared deviations); Chan's update over all at once, without a difference of large sums
 template <typename sum>
 __global__ void __launch_bounds__(kBlock) finish_statistics_kernel(const Arguments a) {
   for_channels(a, [&](int64_t c) {

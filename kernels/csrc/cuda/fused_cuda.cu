@@ -1,8 +1,8 @@
 // The neuron on CUDA devices: H is never written, and each kernel reads its tensors once.
 //
-// In training, forward is three launches (statistics, their end with the fold, fire), backward five (fold,
-// reductions, their end with the chain rule, input, its end). Sums have two stages, a partial for each group of threads and
-// then a warp for each channel, so results are the same in every run. See walk.cuh for how threads walk time.
+// In training, forward is three launches (statistics, their totals with the fold, fire), backward five (fold,
+// reductions, their totals with the chain rule, input, its totals). Sums have two stages, a partial for each group of
+// threads and then a warp for each channel, so results are deterministic. See walk.cuh for how threads iterate over time.
 #ifndef MFPSN_DTYPES  // bits of the dtypes to compile: a look at the registers of one need not compile all
 #define MFPSN_DTYPES 15
 #endif
@@ -13,9 +13,9 @@
 
 namespace mfpsn {
 
-// Partials: count, mean and sum of squared deviations of H = W ∗ X', taken from the first H that a thread meets. That
-// value is one of the sample, so the sample's own deviations bound how far it lies from the mean: what is subtracted in
-// the end is at most `count` times what is left.
+// Partials: count, mean and sum of squared deviations of H = W ∗ X', accumulated about the first H of each thread. That
+// pivot is one of the values, so the variance bounds its distance from the mean: the correction subtracted at the end is
+// at most `count` times the result.
 template <typename scalar, int K, int V, bool SHARED>
 __global__ void __launch_bounds__(kBlock, 2) statistics_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kBlock, 2) statistics_kernel(const Arguments a
       square[l] = square_sum[l] - first_sum[l] * shifted;
       square[l] = square[l] < 0 ? sum(0) : square[l];  // a NaN stays
     }
-    if (!a.lanes) {  // Chan's update, over the group's threads
+    if (!a.lanes) {  // Chan's update over the group's threads
       for (int step = static_cast<int>(a.width) / 2; step > 0; step /= 2) {
         const sum other_n = __shfl_xor_sync(0xffffffffu, n[0], step);
         const sum other_mean = __shfl_xor_sync(0xffffffffu, mean[0], step);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kBlock, 2) statistics_kernel(const Arguments a
         square[0] += other_square + delta * delta * (n[0] * other_n / safe);
         n[0] = both;
       }
-      // one lane has the sum, and write_partial adds up
+      // one lane holds the sum, since write_partial adds up the lanes
       if (threadIdx.x % a.width != 0) n[0] = mean[0] = square[0] = 0;
     }
     write_partial<sum, L>(a, unit, 0, n);
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kBlock, 2) fire_kernel(const Arguments a) {
   });
 }
 
-// What stands for dΘ/dU in backward
+// The surrogate derivative, used for dΘ/dU in backward
 template <typename sum>
 struct Surrogate {
   int64_t kind;
@@ -255,9 +255,9 @@ __global__ void __launch_bounds__(kBlock, 2) reductions_kernel(const Arguments a
   });
 }
 
-// dX, unless it is not wanted, and partials: k sums of dH·X'[t − lag] where statistics are those of the batch,
-// dscale, dshift. A step's dU and dH = offset + slope·H are added to the K values of dX that they reach, which wait in registers;
-// the oldest of them is whole then.
+// dX, if requested, and partials: k sums of dH·X'[t − lag] if the statistics are those of the batch, dscale, dshift. The
+// dU and dH = offset + slope·H of a step are added to the K values of dX that they reach, which are kept in registers
+// (`waiting`); the oldest of them is complete then.
 template <typename scalar, int K, int V, bool SHARED>
 __global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
   using sum = typename SumType<scalar>::type;
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kBlock, 2) input_kernel(const Arguments a) {
           for (int i = 0; i < K; ++i)
 #pragma unroll
             for (int l = 0; l < V; ++l) waiting[i][l] = 0;
-          // past `last` nothing is read: what waits still comes out
+          // past `last` nothing is read, but the waiting values are still written
           for (int t0 = walk_start(K - pad, dilation, first); t0 < unit.end + delay; t0 += ahead * dilation) {
             Pack<scalar, V> xs[ahead], gs[ahead];
             bool ok[ahead];
@@ -410,13 +410,13 @@ cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Vectors of a thread, by the window's length; kernels/implementations/fused_cuda.py has the same table (_VECTORS)
+// Elements per thread by the window's length; kernels/implementations/fused_cuda_plan.py has the same table (_VECTORS)
 template <typename scalar>
 cudaError_t walk(const Arguments& a, Stage stage, cudaStream_t stream) {
   constexpr int half = sizeof(scalar) == 2 ? 2 : 1;
   if (a.order < 1 || a.order > 32) return cudaErrorInvalidValue;
   if constexpr (sizeof(scalar) == 8) {
-    if (a.vector != 1 || a.order > 8) return cudaErrorInvalidValue;  // MOST_ORDER_FLOAT64 says why
+    if (a.vector != 1 || a.order > 8) return cudaErrorInvalidValue;  // see MAX_ORDER_FLOAT64
     return walk<scalar, 8, 1, true>(a, stage, stream);
   } else {
     if (a.vector == 1) {
@@ -466,7 +466,7 @@ cudaError_t run(const Arguments& a, int64_t stages, cudaStream_t stream) {
 
 }  // namespace mfpsn
 
-// Launches the stages named by the bits of `stages`, in their order, on the stream; a cudaError code, 0 if all is well.
+// Launches the stages given by the bits of `stages`, in order, on the stream; returns a cudaError code, 0 on success.
 extern "C" int mfpsn_cuda_run(const mfpsn::Arguments* a, int64_t stages, void* stream) {
   // this library's runtime is linked statically and has a current device of its own
   if (const cudaError_t error = cudaSetDevice(static_cast<int>(a->device)); error != cudaSuccess) return error;

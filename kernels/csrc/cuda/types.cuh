@@ -1,4 +1,4 @@
-// What the host hands to the kernels, the types of values, and the few CUDA names that the host emulation replaces.
+// Arguments that the host passes to the kernels, value types, and the few CUDA names that the host emulation replaces.
 //
 // No PyTorch header is included anywhere in these sources: they compile in seconds instead of minutes, the same with
 // every release of PyTorch, and against any toolkit; Python passes pointers, strides and a stream.
@@ -31,15 +31,15 @@ struct Arguments {
   int64_t dtype;  // of x: 0 float32, 1 float16, 2 bfloat16, 3 float64
   int64_t device;
   int64_t steps, batch, channels, positions, order, dilation;
-  // How the work is cut (see plan in kernels/implementations/fused_cuda.py)
-  int64_t lanes;      // threads stand side by side along positions (0) or channels (1)
-  int64_t width;      // so many of them, a power of two up to 32: a group
-  int64_t vector;     // elements of a thread
-  int64_t tile;       // rows of time go through shared memory
+  // How the work is partitioned (see plan in kernels/implementations/fused_cuda_plan.py)
+  int64_t lanes;      // neighboring threads are neighbors along positions (0) or channels (1)
+  int64_t width;      // threads of a group, a power of two up to 32
+  int64_t vector;     // elements per thread
+  int64_t tile;       // pitch of the tiles in shared memory through which rows of time are copied; 0: no tiles
   int64_t wide_tile;  // elements of one load into it
-  int64_t chunks;     // groups that share the columns of a row
-  int64_t phases;     // groups that share the t ≡ r (mod dilation)
-  int64_t segments;   // groups that share time, each of `span` steps
+  int64_t chunks;     // groups among which the columns of a row are divided
+  int64_t phases;     // groups among which the residues of t mod dilation are divided
+  int64_t segments;   // groups among which time is divided, `span` steps each
   int64_t span;
   int64_t partials;   // entries per channel and quantity in `partial`
   int64_t grid_limit;
@@ -90,7 +90,7 @@ __device__ inline __nv_bfloat16 lower<__nv_bfloat16, float>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// Each rounded once: the compiler may not make one fused operation of two, so that torch's results are met to the bit.
+// Each rounds once: contraction to fused multiply-adds is prevented, so that results equal PyTorch's bit for bit.
 __device__ inline float times(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float plus(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline float minus(float a, float b) { return __fsub_rn(a, b); }

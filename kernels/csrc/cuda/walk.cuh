@@ -1,9 +1,9 @@
-// How threads are placed, and how they walk time.
+// How threads are placed, and how they iterate over time.
 //
-// A column is the time series of one (n, c, position). A thread takes V neighboring columns along the dim that is dense
-// in memory (positions or channels), `width` threads side by side are a group, and a group walks its columns over T with
+// A column is the time series of one (n, c, position). A thread computes V neighboring columns along the dim that is dense
+// in memory (positions or channels), `width` neighboring threads are a group, and a group iterates over T with
 // the last K values of X' in registers, so each value is read once. A dilation d needs no wider window: the steps
-// t ≡ r (mod d) only ever meet each other, so the walk takes one residue (phase) after the other, each as if d were 1.
+// t ≡ r (mod d) interact only with each other, so one residue (phase) is processed after the other, each as if d were 1.
 #pragma once
 
 #include "types.cuh"
@@ -25,7 +25,7 @@ __device__ inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; 
 
 struct Extent {
   int64_t lanes, rows, tiles;
-  int64_t used, share;  // units of a segment; and rounded up to whole warps, since lanes of a tile must agree on the steps
+  int64_t used, share;  // units of a segment; and rounded up to full warps, since lanes of a tile process the same steps
   int64_t units;
   __host__ __device__ explicit Extent(const Arguments& a) {
     lanes = a.lanes ? a.channels : a.positions;
@@ -67,14 +67,14 @@ __device__ inline void for_units(const Arguments& a, Body body) {
   }
 }
 
-// One column (V of them): where it is
+// Location of a thread's column, or V neighboring ones
 struct Column {
   int64_t n, channel, position;
   bool active;
   __device__ int64_t at(const View& v) const { return n * v.batch + channel * v.channel + position * v.position; }
 };
 
-// Calls body(column) equally often in all threads; neighboring groups meet neighboring columns at the same time
+// Calls body(column) equally often in all threads; neighboring groups process neighboring columns at the same time
 template <typename Body>
 __device__ inline void for_columns(const Arguments& a, const Unit& unit, Body body) {
   const int64_t columns = a.lanes ? a.batch * a.positions : a.batch;
@@ -182,7 +182,7 @@ __device__ inline void copy_tile(scalar* tile, int pitch, scalar* column, int64_
     int to[ahead];
 #pragma unroll
     for (int u = 0; u < ahead; ++u) {
-      // a round past the end meets no column
+      // a round past the end has no column
       const unsigned long long base =
           __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(column), which % kWarp);
       from[u] = nullptr;
@@ -208,7 +208,7 @@ __device__ inline void copy_tile(scalar* tile, int pitch, scalar* column, int64_
   }
 }
 
-// X and the gradient are never written through: results that go into a tile replace copies of them
+// X and the gradient are never written: results stored in a tile replace copies of them
 template <typename scalar>
 __device__ inline scalar* readable(const void* v) {
   return static_cast<scalar*>(const_cast<void*>(v));
@@ -268,14 +268,14 @@ struct Tiles {
   }
 };
 
-// The sum over a group, in all its threads; the order depends on nothing but the width
+// The sum over a group, in all its threads; the order depends only on the width
 template <typename sum>
 __device__ inline sum group_sum(sum v, int width) {
   for (int step = width / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
   return v;
 }
 
-// Writes quantity `which` of this unit: one value for the group where lanes are positions, else one a lane
+// Writes quantity `which` of this unit: one value for the group where lanes are positions, else one per lane
 template <typename sum, int L>
 __device__ inline void write_partial(const Arguments& a, const Unit& unit, int64_t which, const sum (&value)[L]) {
   sum* to = static_cast<sum*>(a.partial) + which * a.channels * a.partials + unit.partial;

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mfpsn_fx.kernels.bn_fold import fold, fold_backward
-from mfpsn_fx.kernels.constants import FOLDING, PLACE, SURROGATE, NeuronConstants
+from mfpsn_fx.kernels.constants import COMMON, FOLDING, SURROGATE, NeuronConstants
 from mfpsn_fx.kernels.op import backward_input, backward_reductions, fire, statistics
 
 from .group import Group
@@ -35,8 +35,8 @@ def neuron_over_ranks(
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device))  # as the op itself does it
     with torch.no_grad():
-        mean, var = statistics(x.detach(), weight, scale, shift, mask, **constants.arguments(PLACE))
-        count = x.numel() // max(x.shape[constants.place.channel_dim], 1)
+        mean, var = statistics(x.detach(), weight, scale, shift, mask, **constants.arguments(COMMON))
+        count = x.numel() // max(x.shape[constants.parsed_layout.channel_dim], 1)
         if mask is not None:
             count = mask.sum() * (count // max(mask.numel(), 1))
         mean, var, count = group.moments(mean, var, count)
@@ -55,7 +55,7 @@ class _OverRanks(torch.autograd.Function):
     def forward(ctx, x, weight, gamma, beta, scale, shift, mask, mean, var, count, constants, group):
         weight, gamma, beta = (p.to(mean.dtype) for p in (weight, gamma, beta))
         folded = fold(weight, gamma, beta, mean, var, **constants.arguments(FOLDING))
-        spikes = fire(x, folded.taps, folded.bias, scale, shift, mask, **constants.arguments(PLACE))
+        spikes = fire(x, folded.taps, folded.bias, scale, shift, mask, **constants.arguments(COMMON))
         ctx.save_for_backward(x, weight, gamma, beta, scale, shift, mask, mean, var)
         ctx.constants = count, constants, group
         return spikes
@@ -65,7 +65,7 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, gamma, beta, scale, shift, mask, mean, var = ctx.saved_tensors
         count, constants, group = ctx.constants
-        keywords = constants.arguments(SURROGATE + PLACE)
+        keywords = constants.arguments(SURROGATE + COMMON)
         folded = fold(weight, gamma, beta, mean, var, **constants.arguments(FOLDING))
         own = backward_reductions(grad, x, folded.taps, folded.bias, scale, shift, mask, **keywords)
         mine = fold_backward(folded, *own, weight, gamma, mean, constants.gradient, None)

@@ -292,7 +292,7 @@ class TestBudget:
         clock = Clock()
         found = compete(clock, clock.variant("new", run=1.0), clock.variant("old", run=2.0), default="old", budget_s=0)
         assert len(found["old"].samples["run"]) == 1
-        assert found["new"].error == "not measured: its share of the budget of 0 s was spent"
+        assert found["new"].error == "not measured: its share of the budget of 0 s was used up"
 
     def test_seconds(self, clock):
         """Four groups of work that varies share what there is, and overrun it by a run or two each at the most."""
@@ -459,7 +459,7 @@ class TestClocks:
         assert len(clock.log) == 3
 
     def test_never_forwards(self):
-        with pytest.raises(ClockError, match="did not go forwards"):
+        with pytest.raises(ClockError, match="did not advance"):
             sample(lambda: None, 1, CPU, lambda: 0)
         with pytest.raises(ClockError):
             compete(lambda: 0, Variant("a", 1, lambda: {"run": lambda: None}))
@@ -744,5 +744,5 @@ def test_rank_0_measures_for_all(tmp_path):
 def test_what_a_rank_sends_is_json():
     clock = Clock()
     results = run_races([Race("it", (clock.variant("a", run=1.0),))], clock=clock, progress=False)
-    record = engine._record(results.outcomes[0])
-    assert engine._outcomes(json.loads(json.dumps(record))) == results.outcomes[0]
+    record = engine._to_record(results.outcomes[0])
+    assert engine._parse_outcomes(json.loads(json.dumps(record))) == results.outcomes[0]

@@ -73,7 +73,7 @@ def test_spikes_are_equal_to_the_bit_at_all_levels(another_level):
 def at(monkeypatch):
     """``at(march)``: as a process that starts with this MFPSN_FX_MARCH; nothing is compiled."""
     monkeypatch.setattr(cpu_build, "cached", lambda stem, identity, *rest: pytest.fail("compiled"))
-    caches = (cpu_build.march, cpu_build._library, machine._fixed)
+    caches = (cpu_build.march, cpu_build._library, machine._constant_facts)
 
     def clear():
         for cache in caches:

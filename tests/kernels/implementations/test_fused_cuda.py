@@ -51,7 +51,7 @@ class Emulation(fused_cuda.Device):
     """A device of few multiprocessors whose library runs on the host."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._library = fused_cuda._checked(ctypes.CDLL(str(path)))
+        self._library = fused_cuda._declare_functions(ctypes.CDLL(str(path)))
         self.count, self.runs = 2, 0
 
     def library(self, device):
@@ -137,7 +137,7 @@ def format_table(shape, layout, memory, dtype, device):
 @st.composite
 def cases(draw):
     dtype = draw(st.sampled_from(FLOATS))
-    most = fused_cuda_plan.MOST_ORDER_FLOAT64 if dtype is torch.float64 else fused_cuda_plan.MOST_ORDER
+    most = fused_cuda_plan.MAX_ORDER_FLOAT64 if dtype is torch.float64 else fused_cuda_plan.MAX_ORDER
     return {
         "shape": (
             draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 17, 64, 97])),
@@ -460,7 +460,7 @@ class TestFaults:
             mfpsn_cuda_arguments_size = Size()
 
         with pytest.raises(RuntimeError, match="takes 8 bytes of arguments"):
-            fused_cuda._checked.__wrapped__(Other)
+            fused_cuda._declare_functions.__wrapped__(Other)
 
     def test_what_it_refuses(self):
         problem = Problem((4, 2, 3), Layout.TIME_FIRST, torch.float32, "cuda", 2, 1)

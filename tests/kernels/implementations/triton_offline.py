@@ -113,7 +113,7 @@ def main(architecture: int, everything: bool) -> None:
     JITFunction.run = lambda self, *args, **kwargs: catcher.launched(self, *args, **kwargs)
     compile_cases(catcher, everything)
     if everything:
-        fused_triton._FEWEST = 0  # no tensor is too small for the largest tile
+        fused_triton._MIN_PROGRAMS = 0  # no tensor is too small for the largest tile
         compile_cases(catcher, everything)
 
 
@@ -133,7 +133,7 @@ def compile_cases(catcher: Catcher, everything: bool) -> None:
         call(catcher, "time_first", half, 32, 1)
         call(catcher, "time_last", half, 8, 1)
         call(catcher, "time_last", single, 32, 1)
-    with unittest.mock.patch.object(fused_triton._Geometry, "wide", return_value=True):
+    with unittest.mock.patch.object(fused_triton._Geometry, "needs_wide_offsets", return_value=True):
         call(catcher, "time_first", single, 2, 1, extras=True, wide=True)
         if everything:
             call(catcher, "time_last", single, 2, 1, extras=True, wide=True)
