@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .sources.description import Geometric, Taps, TwoPole
+from .response import Geometric, Taps, TwoPole
 
 __all__ = ["LeakyIntegrator"]
 

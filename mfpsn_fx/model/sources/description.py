@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
 __all__ = [
-    "Geometric",
     "NotAFilterError",
-    "PerStep",
     "SourceNeuron",
-    "Taps",
-    "TwoPole",
     "adapter_for",
     "describe",
     "is_source",
@@ -32,95 +27,6 @@ __all__ = [
 
 class NotAFilterError(ValueError):
     """A neuron that has no linear causal filter, with the reason; ``convert`` names the layer."""
-
-
-# Responses are not frozen, since LeakyIntegrator makes them in its forward: Dynamo of torch 2.11 cannot make a frozen
-# dataclass.
-@dataclasses.dataclass(eq=False)
-class Geometric:
-    """The response gain·ratio^j at lag j: LIF, IF (ratio 1). ``gain`` and ``ratio`` are () or (C,) tensors."""
-
-    gain: Tensor
-    ratio: Tensor
-
-    def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
-        gain, ratio = self.gain.double(), self.ratio.double()
-        return gain.unsqueeze(-1) * ratio.unsqueeze(-1) ** lags.to(ratio.device).double()
-
-
-@dataclasses.dataclass(eq=False)
-class Taps:
-    """A finite response, ``values[..., j]`` at lag j: (L,) or (C, L); zero from lag L on."""
-
-    values: Tensor
-
-    def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
-        values, lags = self.values.double(), lags.to(self.values.device)
-        reached = values[..., lags.clamp(max=values.shape[-1] - 1)]
-        return torch.where(lags < values.shape[-1], reached, torch.zeros_like(reached))
-
-
-@dataclasses.dataclass(eq=False)
-class TwoPole:
-    """Two exponentials in series, a current that decays and a membrane that decays: CUBA-LIF, Synaptic, Norse's LIF.
-
-    i[t] = current·i[t−1] + x[t], v[t] = membrane·v[t−1] + gain·i[t−delay], so that the response at lag j is
-    gain·Σ_m current^m · membrane^(n−m), 0 ≤ m ≤ n = j − delay: gain·(current^(n+1) − membrane^(n+1))/(current −
-    membrane) where the two differ, gain·(n+1)·membrane^n where they are equal, and zero for n < 0.
-
-    Attributes:
-        gain, current, membrane: () or (C,) tensors.
-        delay: steps from the current to the membrane; 1 where a step of the membrane reads the last step's current.
-    """
-
-    gain: Tensor
-    current: Tensor
-    membrane: Tensor
-    delay: int = 0
-
-    def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
-        gain, current, membrane = torch.broadcast_tensors(
-            self.gain.double(), self.current.double(), self.membrane.double()
-        )
-        reached = lags.to(gain.device) - self.delay
-        # By the recursion: the closed form loses all digits where the two decays are close.
-        power = value = torch.ones_like(gain)
-        response = [value]
-        for _ in range(int(reached.max().clamp(min=0)) if reached.numel() else 0):
-            power = power * current
-            value = membrane * value + power
-            response.append(value)
-        taps = torch.stack(response, -1)[..., reached.clamp(min=0)]
-        return gain.unsqueeze(-1) * torch.where(reached >= 0, taps, torch.zeros_like(taps))
-
-
-@dataclasses.dataclass(frozen=True)
-class PerStep:
-    """Weights of its own for every pair of steps, H[t] = Σ_u weight[t, u]·X[u] + offset[t]: PSN (paper, equation 6).
-
-    As a filter it is the mean along each diagonal; what looks ahead of t, above the diagonal, has no place in one.
-    Calibration aims at the membrane itself.
-
-    Attributes:
-        weight: (T, T).
-        offset: (T,), what a step's threshold is lower than the mean of all.
-    """
-
-    weight: Tensor
-    offset: Tensor
-
-    def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) in float64."""
-        return Taps(torch.stack([self.weight.diagonal(-lag).mean() for lag in range(len(self.weight))]))(lags)
-
-    def membrane(self, x: Tensor) -> Tensor:
-        """(T, N, *) → H (T, N, *); ``ValueError`` if T is another than the weights'."""
-        if len(x) != len(self.weight):
-            raise ValueError(f"there are weights for {len(self.weight)} steps, found {len(x)}")
-        return torch.tensordot(self.weight.to(x), x, 1) + self.offset.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)

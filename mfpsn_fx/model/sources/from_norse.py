@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, refuse_source, register_source
+from ..response import Geometric, TwoPole
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 from .stepping import Stepping, register_stepping
 
 _MODULES = "norse.torch.module"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, refuse_source, register_source
+from ..response import Geometric, Taps, TwoPole
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 from .stepping import Stepping, register_stepping, zeros
 
 _NEURONS = "snntorch._neurons"

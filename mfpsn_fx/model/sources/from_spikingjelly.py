@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .description import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, refuse_source, register_source
+from ..response import Geometric, PerStep, Taps
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 
 __all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
 

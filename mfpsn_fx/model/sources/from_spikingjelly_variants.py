@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from ..response import Geometric, TwoPole
+from .description import NotAFilterError, SourceNeuron, register_source
 from .from_spikingjelly import class_names, finite, leaky, reset_neuron, surrogate_of, with_all_steps
 
 __all__ = ["Resonance"]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, spike
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from ..response import Geometric, TwoPole
+from .description import NotAFilterError, SourceNeuron, register_source
 
 __all__ = ["NIRNeuron", "nir_integrator"]
 

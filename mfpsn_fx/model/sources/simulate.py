@@ -12,7 +12,8 @@ from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 
 from ..channel_dims import DEFAULT_DIMS, channels_back, channels_together
 from ..padding_mask import current_mask
-from .description import Geometric, PerStep, SourceNeuron, TwoPole
+from ..response import Geometric, PerStep, TwoPole
+from .description import SourceNeuron
 
 __all__ = ["SimulatedNeuron", "charging", "simulate"]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, Taps, TwoPole, describe, qualified_name
+from ..response import Geometric, Taps, TwoPole
+from .description import NotAFilterError, describe, qualified_name
 
 __all__ = ["Stepping", "is_stepping", "register_stepping", "stepping_of", "unregister_stepping"]
 
