@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..sources.stepping import stepping_of
-from .steps import _traced, first_step
+from .steps import first_step, trace_steps
 
 __all__ = ["StateArguments", "state_arguments"]
 
@@ -67,7 +67,7 @@ def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArg
     # a default of None would be traced as a constant: what it stands for shows only where something is handed in,
     # of which no shape is known, as it may be a list of states
     handed = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
-    gm = _traced(model, given | handed)
+    gm = trace_steps(model, given | handed)
     (output,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
     returned = {leaf: path for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, fx.Node)}
     links: dict[str, list] = {}

@@ -12,19 +12,10 @@ from torch.utils import _pytree as pytree
 from ..sources.description import qualified_name
 from ..sources.stepping import is_stepping, stepping_of
 from ..time_axis import fold_time, unfold_time
-from .capture import (
-    _differing_owner,
-    _first_line,
-    _has_hooks,
-    _LeafTracer,
-    _submodule,
-    _Untraceable,
-    _with_constants,
-    copied,
-    preserved_rng,
-    same_tensor,
-)
+from ..time_last import has_hooks
+from .capture import copied, preserved_rng, submodule_or_none, with_constants
 from .split_layers import LinearThenCell
+from .tracer import LeafTracer, Untraceable, differing_owner, first_line, same_tensor
 
 __all__ = ["BATCH_LAYERS", "NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
 
@@ -44,7 +35,7 @@ def has_steps(model: nn.Module) -> bool:
     return any(is_stepping(m) for m in model.modules())
 
 
-class _Shaped(fx.Proxy):
+class _ShapedProxy(fx.Proxy):
     """A proxy that knows its shape from the example: loops over it, and zeros like it, need numbers."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, meta: object) -> None:
@@ -75,7 +66,7 @@ class _Shaped(fx.Proxy):
         return iter([self[index] for index in range(len(self._meta))])
 
 
-class _Given(fx.Proxy):
+class _ArgumentProxy(fx.Proxy):
     """An argument that is no tensor, such as a list of states: what is put into it is what is read there again."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
@@ -97,7 +88,7 @@ class _Given(fx.Proxy):
         return dict(self._put)
 
 
-class _StepTracer(_LeafTracer):
+class _StepTracer(LeafTracer):
     def __init__(self, leaves: dict[str, str] | None = None, example: Mapping | None = None) -> None:
         super().__init__(leaves)
         self.example = dict(example or {})
@@ -108,12 +99,12 @@ class _StepTracer(_LeafTracer):
         if is_stepping(m):
             return True
         traced = isinstance(m, LinearThenCell) or qualified_name(type(m)) in _TRACED
-        if traced and not _has_hooks(m):
+        if traced and not has_hooks(m):
             return module_qualified_name in self.leaves
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m, forward, args, kwargs):
-        if qualified_name(type(m)) == _LIFT and not _has_hooks(m):
+        if qualified_name(type(m)) == _LIFT and not has_hooks(m):
             return self._lift(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -139,7 +130,7 @@ class _StepTracer(_LeafTracer):
 
     def create_node(self, *args, **kwargs):
         if not torch.is_grad_enabled():
-            raise _Untraceable(
+            raise Untraceable(
                 self.inside[-1],
                 "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
             )
@@ -187,13 +178,13 @@ class _StepTracer(_LeafTracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node in self.metas:
-            return _Shaped(node, self, self.metas[node])
+            return _ShapedProxy(node, self, self.metas[node])
         if node.op == "placeholder":
-            return _Given(node, self)
+            return _ArgumentProxy(node, self)
         return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
 
     def create_arg(self, a):
-        return super().create_arg(a.structure() if isinstance(a, _Given) and a._put else a)
+        return super().create_arg(a.structure() if isinstance(a, _ArgumentProxy) and a._put else a)
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
@@ -247,10 +238,10 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
     """
     example = bound_example(model, args, dict(kwargs or {}))
     try:
-        gm = _traced(model, example)
+        gm = trace_steps(model, example)
     except NotSteppedError as whole:
         try:
-            gm = _traced(model, first_step(example))
+            gm = trace_steps(model, first_step(example))
         except (NotSteppedError, IndexError):
             raise whole from None
         if _is_one_step(gm):
@@ -258,7 +249,7 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
         raise
     if not _is_one_step(gm):
         return gm, False
-    gm = _traced(model, first_step(example))
+    gm = trace_steps(model, first_step(example))
     if not _is_one_step(gm):
         raise NotSteppedError(
             f"of {type(model).__name__} one step was seen, which cannot tell how it goes on: use an example of at "
@@ -282,9 +273,9 @@ def _is_one_step(gm: fx.GraphModule) -> bool:
     return bool(calls) and max(calls.values()) == 1
 
 
-def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
+def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
     name = type(model).__name__
-    if _has_hooks(model):
+    if has_hooks(model):
         raise NotSteppedError(
             f"{name} has hooks or a forward of its own, which a graph of all steps at once would call once: remove them"
         )
@@ -303,16 +294,16 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                     tracer = _StepTracer(leaves, example)
                     try:
                         tracer.trace(scratch, concrete)
-                    except _Untraceable:
+                    except Untraceable:
                         raise
                     except Exception as error:
-                        reason = f"{type(error).__name__}: {_first_line(error)}"
-                        raise _Untraceable("", reason) from error
+                        reason = f"{type(error).__name__}: {first_line(error)}"
+                        raise Untraceable("", reason) from error
                     tracers.append(tracer)
                     scratches.append(scratch)
-                owner = _differing_owner(*tracers)
+                owner = differing_owner(*tracers)
                 reason = "its code differs between training and evaluation; use layers (torch.nn.Dropout) for that"
-            except _Untraceable as error:
+            except Untraceable as error:
                 owner, reason = error.path, error.reason
             if owner is None:
                 break
@@ -336,12 +327,12 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
                     "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
                 )
     _drop_specializations(graph, concrete)
-    gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
+    gm = fx.GraphModule(with_constants(model, scratches[0], graph), graph, name)
     # a fact of the graph as a whole stands at its output
     gm.graph.output_node().meta[BATCH_LAYERS] = tuple(tracers[0].batch_layers)
     gm.training = model.training
     for path, child in gm.named_modules():
-        source = _submodule(model, path)
+        source = submodule_or_none(model, path)
         if source is not None and source is not child:
             child.training = source.training
     return gm

@@ -447,7 +447,7 @@ def test_a_call_of_a_leaf_that_cannot_be_recorded_is_its_callers():
 
 @pytest.mark.parametrize("owner", ["block", "block.inner", "block.inner.fc", "fc"])
 def test_each_turn_adds_a_leaf_whatever_is_found(owner, traces, monkeypatch):
-    monkeypatch.setattr(CAPTURE, "_differing_owner", lambda *_: owner)
+    monkeypatch.setattr(CAPTURE, "differing_owner", lambda *_: owner)
     model = TwoDeep()
     _, reasons = capture(model)
     assert list(reasons) == [""]
@@ -457,7 +457,7 @@ def test_each_turn_adds_a_leaf_whatever_is_found(owner, traces, monkeypatch):
     def untraceable(model, leaves):
         traces.append(leaves)
         assert len(traces) < 100
-        raise CAPTURE._Untraceable(owner, "of a test")
+        raise CAPTURE.Untraceable(owner, "of a test")
 
     monkeypatch.setattr(CAPTURE, "_trace", untraceable)
     assert capture(model)[1] == {"": "of a test"}
