@@ -28,17 +28,17 @@ def check_dims(dims: object, rank: int | None = None) -> tuple[int, ...]:
     Raises:
         ValueError: they are no distinct dims from 2 on.
     """
-    given = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
-    valid = isinstance(given, Sequence) and len(given) > 0 and all(type(d) is int for d in given)
+    counted = (dims,) if isinstance(dims, int) and not isinstance(dims, bool) else dims
+    valid = isinstance(counted, Sequence) and len(counted) > 0 and all(type(d) is int for d in counted)
     if valid and rank is not None:
-        given = tuple(d + rank if d < 0 else d for d in given)
-        valid = all(d < rank for d in given)
-    if not valid or min(given) < 2 or len(set(given)) < len(given):
+        counted = tuple(d + rank if d < 0 else d for d in counted)
+        valid = all(d < rank for d in counted)
+    if not valid or min(counted) < 2 or len(set(counted)) < len(counted):
         limit = "" if rank is None else f" and below {rank}"
         raise ValueError(
             f"channel dims must be one integer or distinct ones, from 2 (T is 0, N is 1){limit}; found {dims!r}"
         )
-    return tuple(given)
+    return tuple(counted)
 
 
 def _order(rank: int, dims: tuple[int, ...], layout: Layout) -> list[int]:
@@ -51,14 +51,14 @@ def _order(rank: int, dims: tuple[int, ...], layout: Layout) -> list[int]:
     return [0, *(d - 1 for d in inner), rank - 1]
 
 
-def _first(layout: Layout) -> int:
+def _channel_dim(layout: Layout) -> int:
     return 2 if layout is Layout.TIME_FIRST else 1
 
 
 def channels_together(x: Tensor, dims: tuple[int, ...], layout: Layout | str) -> Tensor:
     """(T, N, …) → (T, N, C, *), or (N, …, T) → (N, C, *, T), with C = the product of ``dims``."""
     layout = Layout.parse(layout)
-    start = _first(layout)
+    start = _channel_dim(layout)
     return x.permute(_order(x.ndim, dims, layout)).flatten(start, start + len(dims) - 1)
 
 
@@ -74,5 +74,5 @@ def shape_together(shape: Sequence[int], dims: tuple[int, ...], layout: Layout |
     """The shape that :func:`channels_together` gives."""
     layout = Layout.parse(layout)
     sizes = [shape[d] for d in _order(len(shape), dims, layout)]
-    start = _first(layout)
+    start = _channel_dim(layout)
     return (*sizes[:start], math.prod(sizes[start : start + len(dims)]), *sizes[start + len(dims) :])

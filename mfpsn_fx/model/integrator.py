@@ -41,13 +41,13 @@ class LeakyIntegrator(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.kind = type(response)
+        self.response_class = type(response)
         fields = {field.name: getattr(response, field.name) for field in dataclasses.fields(response)}
         self.constants = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
         self.tensors = tuple(name for name, value in fields.items() if isinstance(value, Tensor))
         if unknown := sorted(set(trainable) - set(self.tensors)):
             raise ValueError(
-                f"LeakyIntegrator: {', '.join(unknown)} cannot be trained: {self.kind.__name__} has "
+                f"LeakyIntegrator: {', '.join(unknown)} cannot be trained: {self.response_class.__name__} has "
                 f"{', '.join(self.tensors)}"
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -63,8 +63,10 @@ class LeakyIntegrator(nn.Module):
     def response(self) -> Geometric | Taps | TwoPole:
         """As it is now; differentiable in what is trained."""
         values = {name: getattr(self, name) for name in self.tensors}
-        held = {n: v.clamp(0, 1) if n in self._DECAYS and isinstance(v, nn.Parameter) else v for n, v in values.items()}
-        return self.kind(**held, **self.constants)
+        clamped = {
+            n: v.clamp(0, 1) if n in self._DECAYS and isinstance(v, nn.Parameter) else v for n, v in values.items()
+        }
+        return self.response_class(**clamped, **self.constants)
 
     def forward(self, x: Tensor) -> Tensor:
         taps, rest = self._taps(x.shape[0]).to(x.dtype), self.rest.to(x.dtype)
@@ -94,7 +96,7 @@ class LeakyIntegrator(nn.Module):
 
     def extra_repr(self) -> str:
         trained = [name for name in self.tensors if isinstance(getattr(self, name), nn.Parameter)]
-        return self.kind.__name__ + (f", trainable={trained}" if trained else "")
+        return self.response_class.__name__ + (f", trainable={trained}" if trained else "")
 
 
 def _toeplitz(taps: Tensor) -> Tensor:

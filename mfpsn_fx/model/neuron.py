@@ -18,7 +18,7 @@ from mfpsn_fx.kernels.registry import Problem, default_kernel, get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
-from .distributed.group import Group, joined
+from .distributed.group import Group, active_group
 from .distributed.neuron import neuron_over_ranks
 from .padding_mask import current_mask
 from .recompute import RecomputeGuard
@@ -187,7 +187,7 @@ class MulFreePSN(nn.Module):
         constants: NeuronConstants,
     ) -> Tensor:
         """Spikes; ``update``: the running statistics take the batch's."""
-        group = joined(self) if self.training else None
+        group = active_group(self) if self.training else None
         if group is not None:
             spikes, mean, var, count = neuron_over_ranks(
                 group, x, self.weight, self.gamma, self.beta, scale, shift, mask, constants

@@ -17,7 +17,7 @@ class RecomputeGuard:
 
     def __init__(self) -> None:
         self._masks: list[Tensor | None] = []  # those of the runs since the last rerun, two at most
-        self._over = False
+        self._recomputing = False
 
     def __reduce__(self):
         return RecomputeGuard, ()
@@ -34,9 +34,9 @@ class RecomputeGuard:
         if torch.compiler.is_compiling():  # the compiler recomputes values, not calls
             return False
         if torch._C._current_graph_task_id() == -1:  # not within a backward
-            if self._over:
-                self._masks, self._over = [], False
-            if training and _checkpointed() and not any(mask is other for other in self._masks):
+            if self._recomputing:
+                self._masks, self._recomputing = [], False
+            if training and _may_be_checkpointed() and not any(mask is other for other in self._masks):
                 self._masks = [*self._masks, mask][:2]
             return False
         masks = self._masks
@@ -48,10 +48,10 @@ class RecomputeGuard:
                 f"{layer}: its checkpointed forward runs again with {found}, and ran {before} before; call backward "
                 "inside the valid_steps that forward had, and before the next forward"
             )
-        self._over = True
+        self._recomputing = True
         return True
 
 
-def _checkpointed() -> bool:
+def _may_be_checkpointed() -> bool:
     """Whether this may be the first run of a checkpointed layer: without gradients, or with hooks on what is saved."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

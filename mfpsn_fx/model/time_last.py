@@ -19,7 +19,7 @@ from .sources.description import qualified_name
 
 __all__ = [
     "has_hooks",
-    "has_own_forms",
+    "has_registered_forms",
     "register_forms",
     "run_time_last",
     "shape_time_first",
@@ -80,40 +80,40 @@ def has_hooks(m: nn.Module) -> bool:
     return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
 
 
-_OWN: dict[str, dict[str, Form]] = {}  # of users, by qualified class name
+_REGISTERED: dict[str, dict[str, Form]] = {}  # of users, by qualified class name
 
 
 def register_forms(name: str, forms: Mapping[str, Form]) -> None:
     """Give layers of the class with qualified name ``name`` time-last forms, each called with (layer, x)."""
-    _OWN[name] = dict(forms)
+    _REGISTERED[name] = dict(forms)
 
 
 def unregister_forms(name: str) -> None:
     """Take back what :func:`register_forms` gave."""
-    _OWN.pop(name, None)
+    _REGISTERED.pop(name, None)
 
 
-def has_own_forms(layer: nn.Module) -> bool:
+def has_registered_forms(layer: nn.Module) -> bool:
     """Whether a user gave layers of this class time-last forms."""
-    return qualified_name(type(layer)) in _OWN
+    return qualified_name(type(layer)) in _REGISTERED
 
 
 def _forms(layer: nn.Module) -> dict[str, Form]:
     name = qualified_name(type(layer))
-    if name in _OWN:
-        return _OWN[name]
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name.startswith(_SPIKINGJELLY):
         if getattr(layer, "step_mode", "m") != "m":
             return {}
-        return _forms_of_kind(type(layer).__name__, layer)
+        return _spikingjelly_forms(type(layer).__name__, layer)
     if type(layer) is nn.Linear:
-        return {"matmul": _linear, "fold": _linear_folded}
+        return {"matmul": _linear, "fold": _linear_flattened}
     if type(layer) is nn.Flatten:
-        return {"direct": _flatten} if layer.start_dim >= 2 and _end(layer) else {}
+        return {"direct": _flatten} if layer.start_dim >= 2 and _ends_before_time(layer) else {}
     return {}
 
 
-def _forms_of_kind(kind: str, layer: nn.Module) -> dict[str, Form]:
+def _spikingjelly_forms(kind: str, layer: nn.Module) -> dict[str, Form]:
     """Of SpikingJelly's layers in step mode 'm', which are torch.nn's with T folded into the batch."""
     dims = _DIMS.get(kind[-2:], 0)
     if kind in ("Conv1d", "Conv2d", "Conv3d"):
@@ -131,30 +131,32 @@ def _forms_of_kind(kind: str, layer: nn.Module) -> dict[str, Form]:
     elif kind in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
         return {"direct": _batch_norm}
     elif kind == "Linear":
-        return {"matmul": _linear, "fold": _linear_folded}
+        return {"matmul": _linear, "fold": _linear_flattened}
     elif kind == "Flatten":
-        return {"direct": _flatten} if layer.start_dim >= 1 and _end(layer) else {}
+        return {"direct": _flatten} if layer.start_dim >= 1 and _ends_before_time(layer) else {}
     elif kind in ("Dropout", "Dropout2d"):
         return {"direct": _dropout}
     elif kind in ("GroupNorm", "Upsample"):
         wide = {}
     else:
         return {}
-    return {**wide, "fold": _folded}
+    return {**wide, "fold": _flattened}
 
 
-def _plain(layer: nn.Module) -> Form:
+def _single_step_forward(layer: nn.Module) -> Form:
     """The forward of torch.nn's layer, which knows no step mode."""
     return getattr(nn, type(layer).__name__).forward
 
 
-def _folded(layer: nn.Module, x: Tensor) -> Tensor:
+def _flattened(layer: nn.Module, x: Tensor) -> Tensor:
     batch, steps = x.shape[0], x.shape[-1]
-    y = _plain(layer)(layer, x.movedim(-1, 0).flatten(0, 1))
+    y = _single_step_forward(layer)(layer, x.movedim(-1, 0).flatten(0, 1))
     return y.unflatten(0, (steps, batch)).movedim(0, -1)
 
 
-def _wide(value: int | tuple[int | None, ...] | str | None, last: int, layer: nn.Module) -> tuple[int, ...] | str:
+def _with_time_dim(
+    value: int | tuple[int | None, ...] | str | None, last: int, layer: nn.Module
+) -> tuple[int, ...] | str:
     """A setting of the layer for one dim more, in which it is ``last``."""
     if isinstance(value, str):  # padding "same" or "valid": nothing to be padded along a kernel of 1
         return value
@@ -165,24 +167,25 @@ def _wide(value: int | tuple[int | None, ...] | str | None, last: int, layer: nn
 def _conv(layer: nn.Module, x: Tensor) -> Tensor:
     conv = F.conv2d if x.ndim == 4 else F.conv3d
     stride, padding, dilation = (
-        _wide(value, last, layer) for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
+        _with_time_dim(value, last, layer)
+        for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
     )
     return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, dilation, layer.groups)
 
 
 def _conv_transpose(layer: nn.Module, x: Tensor) -> Tensor:
     conv = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
-    stride, padding, beyond, dilation = (
-        _wide(value, last, layer)
+    stride, padding, output_padding, dilation = (
+        _with_time_dim(value, last, layer)
         for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.output_padding, 0), (layer.dilation, 1))
     )
-    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, beyond, layer.groups, dilation)
+    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, output_padding, layer.groups, dilation)
 
 
 def _max_pool(layer: nn.Module, x: Tensor) -> Tensor:
     pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
     size, stride, padding, dilation = (
-        _wide(value, last, layer)
+        _with_time_dim(value, last, layer)
         for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
     )
     return pool(x, size, stride, padding, dilation, layer.ceil_mode)
@@ -190,7 +193,8 @@ def _max_pool(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
     size, stride, padding = (
-        _wide(value, last, layer) for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
+        _with_time_dim(value, last, layer)
+        for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
     )
     if x.ndim == 4:
         return F.avg_pool2d(x, size, stride, padding, layer.ceil_mode, layer.count_include_pad)
@@ -201,12 +205,12 @@ def _avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _adaptive_avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
     pool = F.adaptive_avg_pool2d if x.ndim == 4 else F.adaptive_avg_pool3d
-    return pool(x, _wide(layer.output_size, x.shape[-1], layer))
+    return pool(x, _with_time_dim(layer.output_size, x.shape[-1], layer))
 
 
 def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
     """Statistics go over N, * and T: T may as well be the end of the last dim of *."""
-    norm = _plain(layer)
+    norm = _single_step_forward(layer)
     if x.ndim == 3:
         return norm(layer, x)
     return norm(layer, x.flatten(-2)).unflatten(-1, x.shape[-2:])
@@ -217,11 +221,11 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias.unsqueeze(-1)
 
 
-def _linear_folded(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear_flattened(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x.transpose(-1, -2), layer.weight, layer.bias).transpose(-1, -2)
 
 
-def _end(layer: nn.Module) -> bool:
+def _ends_before_time(layer: nn.Module) -> bool:
     """Whether a flatten ends where T is not."""
     return layer.end_dim == -1 or layer.end_dim >= layer.start_dim
 

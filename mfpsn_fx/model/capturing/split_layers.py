@@ -12,7 +12,7 @@ from .over_time import OverTime
 
 __all__ = ["LinearThenCell", "has_fused_layers", "split_fused_layers"]
 
-_PARALLEL = "snntorch._neurons.leakyparallel.LeakyParallel"
+_LEAKY_PARALLEL = "snntorch._neurons.leakyparallel.LeakyParallel"
 _LINEAR_LEAKY = "snntorch._neurons.linearleaky.LinearLeaky"
 _LI_LINEAR = "norse.torch.module.leaky_integrator.LILinearCell"
 
@@ -85,4 +85,4 @@ def _li_linear(path: str, m: nn.Module) -> nn.Module:
     return LinearThenCell(_linear(m.input_weights, None), cell).train(m.training)
 
 
-_SPLIT = {_PARALLEL: _leaky_parallel, _LINEAR_LEAKY: _linear_leaky, _LI_LINEAR: _li_linear}
+_SPLIT = {_LEAKY_PARALLEL: _leaky_parallel, _LINEAR_LEAKY: _linear_leaky, _LI_LINEAR: _li_linear}

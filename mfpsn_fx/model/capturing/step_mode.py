@@ -30,7 +30,7 @@ _CONTAINERS = {
     "LinearRecurrentContainer": "which feeds its output back into its input: no filter",
 }
 # Layers of torch.nn that know no time axis, and that set_step_mode cannot tell of one.
-_BOUND = (
+_WITHOUT_STEP_MODE = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -66,29 +66,29 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
     if not stepping:
         return Switched()
     refusals = {p: reason for p in stepping if (reason := _inside_container(model, p)) is not None}
-    rest = [p for p in stepping if p not in refusals]
+    switchable = [p for p in stepping if p not in refusals]
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
-    if not rest or set_mode is None or not (args or kwargs):
+    if not switchable or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
-    if (calls := _calls(model, rest, args, kwargs)) > 1:
+    if (calls := _most_calls(model, switchable, args, kwargs)) > 1:
         reason = (
             "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
             f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
             "and feed (T, N, C, *)"
         )
-        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)}, looped=not refusals)
-    reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
+        return Switched(refusals={**refusals, **dict.fromkeys(switchable, reason)}, looped=not refusals)
+    reason = _disagreement(model, switchable, args, dict(kwargs), set_mode)
     if reason is not None:
-        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
+        return Switched(refusals={**refusals, **dict.fromkeys(switchable, reason)})
     set_mode(model, "m")
-    return Switched(dict.fromkeys(rest, NOTE), refusals)
+    return Switched(dict.fromkeys(switchable, NOTE), refusals)
 
 
 def _mode(m: nn.Module) -> str | None:
     return getattr(m, "step_mode", None)
 
 
-def _container(m: nn.Module) -> str | None:
+def _container_class(m: nn.Module) -> str | None:
     """The name of SpikingJelly's container that ``m`` is or derives from."""
     for cls in type(m).__mro__:
         if cls.__name__ in _CONTAINERS and qualified_name(cls).startswith(f"{_LAYERS}."):
@@ -99,17 +99,17 @@ def _container(m: nn.Module) -> str | None:
 def _inside_container(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     for end in range(len(parts)):
-        kind = _container(model.get_submodule(".".join(parts[:end])))
+        kind = _container_class(model.get_submodule(".".join(parts[:end])))
         if kind is not None:
             return f"it is inside a {kind}, {_CONTAINERS[kind]}"
     return None
 
 
-def _follows(model: nn.Module) -> str | None:
+def _layer_without_step_mode(model: nn.Module) -> str | None:
     """Why the model's layers would not follow set_step_mode; None if they do."""
     for path, m in model.named_modules():
-        bound = isinstance(m, _BOUND) or (type(m) is nn.Flatten and m.start_dim >= 0)
-        if bound and _mode(m) is None and path and _inside_container(model, path) is None:
+        fixed = isinstance(m, _WITHOUT_STEP_MODE) or (type(m) is nn.Flatten and m.start_dim >= 0)
+        if fixed and _mode(m) is None and path and _inside_container(model, path) is None:
             return (
                 f"it is in step-by-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
                 f"spikingjelly.activation_based.layer.{type(m).__name__}, or feed the neurons (T, N, C, *) yourself"
@@ -121,11 +121,11 @@ def _disagreement(
     model: nn.Module, paths: list[str], args: tuple, kwargs: dict, set_mode: Callable[[nn.Module, str], None]
 ) -> str | None:
     """Why stepping and running at once are not the same on the example; None if they are."""
-    flat, spec = _wide(args, kwargs)
+    flat, spec = _to_double(args, kwargs)
     tensors = [v for v in flat if isinstance(v, Tensor) and v.ndim]
     steps = {len(v) for v in tensors}
     with preserved_rng(), torch.no_grad():
-        if (reason := _follows(model)) is not None:
+        if (reason := _layer_without_step_mode(model)) is not None:
             return reason
         if len(steps) != 1:
             return (
@@ -133,23 +133,23 @@ def _disagreement(
                 "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
             )
         try:
-            stepped = _stepped(_fresh(model), paths, flat, spec, steps.pop())
+            stepped = _run_step_by_step(_reset_copy(model), paths, flat, spec, steps.pop())
         except Exception as error:
             return (
                 "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
-                f"each step ({type(error).__name__}: {_line(error)}); give one"
+                f"each step ({type(error).__name__}: {_first_line(error)}); give one"
             )
-        whole = _fresh(model)
+        whole = _reset_copy(model)
         try:
             set_mode(whole, "m")
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            with _inputs(whole, paths) as met:
+            with _recorded_inputs(whole, paths) as seen:
                 at_once = pytree.tree_leaves(whole(*args, **kwargs))
-            at_once += [x for path in paths for x in met[path]]
+            at_once += [x for path in paths for x in seen[path]]
         except Exception as error:
             return (
                 f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
-                f"{_line(error)}): its forward is written for one step"
+                f"{_first_line(error)}): its forward is written for one step"
             )
     if len(at_once) != len(stepped) or not all(map(_equal, stepped, at_once)):
         return (
@@ -159,26 +159,26 @@ def _disagreement(
     return None
 
 
-def _wide(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
+def _to_double(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
     flat, spec = pytree.tree_flatten((args, dict(kwargs)))
     return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in flat], spec
 
 
-def _fresh(model: nn.Module) -> nn.Module:
+def _reset_copy(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
-    fresh = copied(model).eval().double()
-    for m in fresh.modules():
+    copy = copied(model).eval().double()
+    for m in copy.modules():
         if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
             m.reset()
-    for m in source_paths(fresh).values():
+    for m in source_paths(copy).values():
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
-    return fresh
+    return copy
 
 
-def _calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
+def _most_calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
     """How often one forward of the model as it is calls the neuron that it calls most."""
-    counts, fresh = dict.fromkeys(paths, 0), _fresh(model)
+    counts, copy = dict.fromkeys(paths, 0), _reset_copy(model)
 
     def count(path: str):
         def hook(_module, _args):
@@ -187,37 +187,37 @@ def _calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> 
         return hook
 
     for path in paths:
-        fresh.get_submodule(path).register_forward_pre_hook(count(path))
-    args, kwargs = pytree.tree_unflatten(*_wide(args, kwargs))
+        copy.get_submodule(path).register_forward_pre_hook(count(path))
+    args, kwargs = pytree.tree_unflatten(*_to_double(args, kwargs))
     # It may take one step and was given all: what it called until then is what counts.
     with preserved_rng(), torch.no_grad(), contextlib.suppress(Exception):
-        fresh(*args, **kwargs)
+        copy(*args, **kwargs)
     return max(counts.values())
 
 
 @contextlib.contextmanager
-def _inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+def _recorded_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
     """What each neuron meets: spikes alone would agree between networks that hardly fire."""
-    met: dict[str, list[Tensor]] = {path: [] for path in paths}
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: met[path].append(args[0]))
+        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: seen[path].append(args[0]))
         for path in paths
     ]
     try:
-        yield met
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _stepped(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
+def _run_step_by_step(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
     """The outputs of all steps, then the inputs of each neuron."""
     results = []
     for t in range(steps):
         args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)
-        with _inputs(model, paths) as met:
+        with _recorded_inputs(model, paths) as seen:
             outputs = pytree.tree_leaves(model(*args, **kwargs))
-        results.append(outputs + [x for path in paths for x in met[path]])
+        results.append(outputs + [x for path in paths for x in seen[path]])
     return [
         torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*results, strict=True)
     ]
@@ -229,5 +229,5 @@ def _equal(a: object, b: object) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor)
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]

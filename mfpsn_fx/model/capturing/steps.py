@@ -71,21 +71,21 @@ class _ArgumentProxy(fx.Proxy):
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
         super().__init__(node, tracer)
-        self.__dict__["_put"] = {}
+        self.__dict__["_items"] = {}
 
     def __setitem__(self, key: object, value: object) -> None:
-        self._put[key] = value
+        self._items[key] = value
 
     def __getitem__(self, key: object) -> object:
-        if key in self._put:
-            return self._put[key]
+        if key in self._items:
+            return self._items[key]
         return fx.Proxy(self.node, self.tracer)[key]  # as an argument this one would be all that was put into it
 
     def structure(self) -> object:
         """As it is now, if something was put into it."""
-        if all(isinstance(key, int) for key in self._put):
-            return [self[key] for key in range(max(self._put) + 1)]
-        return dict(self._put)
+        if all(isinstance(key, int) for key in self._items):
+            return [self[key] for key in range(max(self._items) + 1)]
+        return dict(self._items)
 
 
 class _StepTracer(LeafTracer):
@@ -146,10 +146,10 @@ class _StepTracer(LeafTracer):
                 trained = isinstance(value, nn.Parameter)
                 node.meta["zero"] = not trained and not bool((value != 0).any())
         elif node.op in ("call_function", "call_method"):
-            self._follow(node)
+            self._propagate_shapes(node)
         return node
 
-    def _follow(self, node: fx.Node) -> None:
+    def _propagate_shapes(self, node: fx.Node) -> None:
         """What the op makes of shapes that are known; nothing where one is not."""
         if not node.all_input_nodes or any(
             n not in self.metas and n.op != "get_attr" for n in node.all_input_nodes
@@ -184,7 +184,7 @@ class _StepTracer(LeafTracer):
         return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
 
     def create_arg(self, a):
-        return super().create_arg(a.structure() if isinstance(a, _ArgumentProxy) and a._put else a)
+        return super().create_arg(a.structure() if isinstance(a, _ArgumentProxy) and a._items else a)
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
@@ -280,7 +280,7 @@ def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
             f"{name} has hooks or a forward of its own, which a graph of all steps at once would call once: remove them"
         )
     leaves: dict[str, str] = {}
-    concrete = _concrete(model, example)
+    concrete = _concrete_arguments(model, example)
     with preserved_rng(), torch.enable_grad():
         while True:
             tracers, scratches = [], []
@@ -347,7 +347,7 @@ def _restore_output(graph: fx.Graph) -> None:
         graph.set_codegen(fx.graph.CodeGen())
 
 
-def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
+def _concrete_arguments(model: nn.Module, example: Mapping) -> dict[str, object]:
     """Arguments that are no tensors, and defaults of those not given: Python looks at them while tracing."""
     concrete = {}
     for parameter in inspect.signature(model.forward).parameters.values():
@@ -367,6 +367,6 @@ def _drop_specializations(graph: fx.Graph, concrete: Mapping) -> None:
             continue
         asserts = node.op == "call_function" and node.target in (torch._assert, fx._symbolic_trace._assert_is_none)
         compared = node.op == "call_function" and getattr(node.target, "__name__", "") == "eq"
-        given = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
-        if asserts or compared or given:
+        placeholder = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
+        if asserts or compared or placeholder:
             graph.erase_node(node)

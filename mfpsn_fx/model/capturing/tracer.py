@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..neuron import MulFreePSN
 from ..sources.description import is_source, qualified_name
 from ..time_axis import fold_time, unfold_time
-from ..time_last import has_hooks, has_own_forms
+from ..time_last import has_hooks, has_registered_forms
 
 __all__ = [
     "LeafTracer",
@@ -72,7 +72,7 @@ class LeafTracer(fx.Tracer):
         self.caught: Untraceable | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_own_forms(m):
+        if module_qualified_name in self.leaves or is_source(m) or isinstance(m, MulFreePSN) or has_registered_forms(m):
             return True
         if has_hooks(m):
             self.leaves[module_qualified_name] = "has hooks or a forward of its own"

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Group", "joined"]
+__all__ = ["Group", "active_group"]
 
 
 class Group:
@@ -59,7 +59,7 @@ class Group:
         return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
 
 
-def joined(layer: nn.Module) -> Group | None:
+def active_group(layer: nn.Module) -> Group | None:
     """The group over which ``layer`` takes its batch statistics; None if that is this process alone."""
     group = getattr(layer, "ranks", None)
     return None if group is None or group.size == 1 else group

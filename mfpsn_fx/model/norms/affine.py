@@ -10,12 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from mfpsn_fx.kernels.layout import Layout, per_channel, valid_steps
 from mfpsn_fx.kernels.op import statistics
 
-from ..distributed.group import joined
+from ..distributed.group import active_group
 from ..padding_mask import current_mask
 from ..time_last import has_hooks, run_time_last
 from .masked import MaskedBatchNorm, is_batch_norm
 
-__all__ = ["affine_of", "fused_time", "norm_affine"]
+__all__ = ["affine_of", "norm_affine", "takes_flattened_time"]
 
 # Ranks of what a norm takes with T and N as one
 _RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
@@ -44,10 +44,10 @@ def norm_affine(
     """
     if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again, as by pickle
         return handle_torch_function(norm_affine, (x,), norm, x, kernel, layout)
-    late = Layout.parse(layout) is Layout.TIME_LAST
-    steps = x.movedim(-1, 0) if late else x  # a view: the statistics take any strides
-    if not _applies(norm, steps):
-        return run_time_last(norm, x) if late else norm(x), None, None
+    time_last = Layout.parse(layout) is Layout.TIME_LAST
+    steps = x.movedim(-1, 0) if time_last else x  # a view: the statistics take any strides
+    if not _is_supported(norm, steps):
+        return run_time_last(norm, x) if time_last else norm(x), None, None
     return (x, *affine_of(norm, steps, kernel))
 
 
@@ -55,40 +55,40 @@ def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Ten
     """Scale and shift, as :func:`norm_affine` says, of a norm and an input that are known to fit."""
     batch = norm.training or norm.running_mean is None
     if not batch:
-        wide = _wide(x, norm.running_mean)
-        rstd = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        scale = rstd if norm.weight is None else rstd * norm.weight.to(wide)
-        shift = -norm.running_mean.to(wide) * scale
-        return scale, shift if norm.bias is None else shift + norm.bias.to(wide)
+        dtype = _statistics_dtype(x, norm.running_mean)
+        rstd = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
+        scale = rstd if norm.weight is None else rstd * norm.weight.to(dtype)
+        shift = -norm.running_mean.to(dtype) * scale
+        return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
     masked = isinstance(norm, MaskedBatchNorm)
     mask = current_mask() if masked else None
     # a checkpointed layer that is run again: like the layer itself, only a masked norm knows
-    counts = norm.training and not (masked and norm._recompute_guard.is_recompute(mask, True, "MaskedBatchNorm"))
-    steps = _by_step(norm, x, mask)
-    group = joined(norm)
+    update = norm.training and not (masked and norm._recompute_guard.is_recompute(mask, True, "MaskedBatchNorm"))
+    steps = _as_time_first(norm, x, mask)
+    group = active_group(norm)
     with torch.no_grad():
-        mean, var = _moments(steps.detach(), mask, _wide(x, norm.weight), kernel)
+        mean, var = _moments(steps.detach(), mask, _statistics_dtype(x, norm.weight), kernel)
         count = _count(steps, mask)
         if group is not None:
             mean, var, count = group.moments(mean, var, count)
         elif mask is not None:
             count = count.clamp(min=1)
-        if counts:
+        if update:
             _update(norm, mean, var, count)
     return _NormAffine.apply(steps, norm.weight, norm.bias, mean, var, count, norm.eps, mask, group)
 
 
-def fused_time(norm: nn.Module) -> bool:
+def takes_flattened_time(norm: nn.Module) -> bool:
     """Whether the norm takes T and N as one dim, its channels being dim 1, not (T, N, C, *)."""
     if isinstance(norm, MaskedBatchNorm):
         return not norm.time_first
     return getattr(norm, "step_mode", "s") == "s"
 
 
-def _applies(norm: nn.Module, x: Tensor) -> bool:
+def _is_supported(norm: nn.Module, x: Tensor) -> bool:
     if not (isinstance(norm, MaskedBatchNorm) or is_batch_norm(norm)) or has_hooks(norm):
         return False
-    channel = 1 if fused_time(norm) else 2
+    channel = 1 if takes_flattened_time(norm) else 2
     if x.ndim <= channel or x.shape[channel] != norm.num_features or not x.is_floating_point():
         return False
     if not isinstance(norm, MaskedBatchNorm):
@@ -98,14 +98,14 @@ def _applies(norm: nn.Module, x: Tensor) -> bool:
     return x.numel() > norm.num_features
 
 
-def _wide(x: Tensor, other: Tensor | None) -> torch.dtype:
+def _statistics_dtype(x: Tensor, other: Tensor | None) -> torch.dtype:
     double = x.dtype is torch.float64 or (other is not None and other.dtype is torch.float64)
     return torch.float64 if double else torch.float32
 
 
-def _by_step(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _as_time_first(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """x as (T, N, C, *), or as (1, T·N, C, *) where nobody asks for T."""
-    if not fused_time(norm):
+    if not takes_flattened_time(norm):
         return x
     if mask is None:
         return x.unsqueeze(0)
@@ -177,12 +177,12 @@ class _NormAffine(torch.autograd.Function):
             # dL/dx = dμ/M + dσ²·2(x − μ)/M
             slope = through * gain * rstd.square() / -ctx.count
             offset = dshift * gain / -ctx.count - slope * mean
-            given = x
+            values = x
             if mask is not None:
                 valid = valid_steps(mask, x.ndim, Layout.TIME_FIRST)
-                given = x.masked_fill(~valid, 0)
+                values = x.masked_fill(~valid, 0)
             dx = torch.addcmul(
-                per_channel(offset, x.ndim, Layout.TIME_FIRST), given, per_channel(slope, x.ndim, Layout.TIME_FIRST)
+                per_channel(offset, x.ndim, Layout.TIME_FIRST), values, per_channel(slope, x.ndim, Layout.TIME_FIRST)
             )
             if mask is not None:
                 dx = dx.masked_fill(~valid, 0)

@@ -59,9 +59,9 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalized(self, x: Tensor) -> Tensor:
         mask = current_mask()
         batch_statistics = self.training or self.running_mean is None
-        counts = self.training and not self._recompute_guard.is_recompute(mask, self.training, "MaskedBatchNorm")
+        update = self.training and not self._recompute_guard.is_recompute(mask, self.training, "MaskedBatchNorm")
         if mask is None or not batch_statistics:
-            momentum = self._momentum() if counts else 0.0
+            momentum = self._momentum() if update else 0.0
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, momentum, self.eps
             )
@@ -80,7 +80,7 @@ class MaskedBatchNorm(nn.modules.batchnorm._BatchNorm):
         view = (-1, *([1] * (x.ndim - 2)))
         centred = (wide - mean.view(view)) * valid
         var = centred.square().sum(dims) / count
-        if counts and self.running_mean is not None:
+        if update and self.running_mean is not None:
             momentum = self._momentum() * (count > 1).to(self.running_mean.dtype)  # a single value has no variance
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

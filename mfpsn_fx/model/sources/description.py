@@ -139,7 +139,7 @@ def describe(module: nn.Module) -> SourceNeuron:
 # A class from here, or derived from one with an adapter, is a neuron even if nothing is known of it.
 _NEURON_PACKAGES = ("spikingjelly.activation_based.neuron", "snntorch._neurons", "norse.torch.module")
 # What is kept beside Norse's neurons and is none: containers, encoders, layers.
-_BESIDE = tuple(
+_NOT_NEURONS = tuple(
     f"norse.torch.module.{name}."
     for name in ("conv", "encode", "lift", "receptive_field", "regularization", "sequential", "spikes_to_times_decoder")
 )
@@ -151,7 +151,7 @@ def looks_like_a_neuron(module: nn.Module) -> bool:
         name = qualified_name(cls)
         if name in _ADAPTERS:
             return True
-        if name.startswith(tuple(f"{package}." for package in _NEURON_PACKAGES)) and not name.startswith(_BESIDE):
+        if name.startswith(tuple(f"{package}." for package in _NEURON_PACKAGES)) and not name.startswith(_NOT_NEURONS):
             return True
     return False
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .description import NotAFilterError, SourceNeuron, register_source
-from .from_spikingjelly import class_names, with_all_steps
+from .from_spikingjelly import class_names, require_multi_step
 
 __all__ = ["Recurrence"]
 
@@ -42,7 +42,7 @@ def flexible(m: nn.Module) -> SourceNeuron:
     The core is called on small vectors in float64: along each axis the smallest value that fires is bisected, which
     gives the hyperplane at which it fires; the states' update is read off below it; both are then tried at random.
     """
-    with_all_steps(m)
+    require_multi_step(m)
     core = _core(m)
     fires_at, sign = _thresholds(core, m.num_states)
     plane = torch.where(sign == 0, 0.0, sign / fires_at)

@@ -46,22 +46,22 @@ def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
 
 def _decay(rate: Tensor, m: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """(share that a step takes up, share that it keeps) of an inverse time constant."""
-    taken = rate * m.dt
-    if bool((taken < 0).any()) or bool((taken > 1).any()):
-        raise NotAFilterError(f"{name}·dt of its {type(m).__name__} is {taken.tolist()}, outside [0, 1]: it oscillates")
-    return taken, 1 - taken
+    gain = rate * m.dt
+    if bool((gain < 0).any()) or bool((gain > 1).any()):
+        raise NotAFilterError(f"{name}·dt of its {type(m).__name__} is {gain.tolist()}, outside [0, 1]: it oscillates")
+    return gain, 1 - gain
 
 
 def _membrane(m: nn.Module) -> Geometric | TwoPole:
     """v[t] = (1−a)·v[t−1] + a·i[t], and i[t] = x[t] + (1−b)·i[t−1] where there is a current."""
     (rate,) = _values(m, "tau_mem_inv")
-    taken, kept = _decay(rate, m, "tau_mem_inv")
+    gain, ratio = _decay(rate, m, "tau_mem_inv")
     if not hasattr(m.p, "tau_syn_inv"):
-        return Geometric(taken, kept)
+        return Geometric(gain, ratio)
     (synaptic,) = _values(m, "tau_syn_inv")
     _, current = _decay(synaptic, m, "tau_syn_inv")
-    taken, current, kept = (value.clone() for value in torch.broadcast_tensors(taken, current, kept))
-    return TwoPole(taken, current, kept)
+    gain, current, ratio = (value.clone() for value in torch.broadcast_tensors(gain, current, ratio))
+    return TwoPole(gain, current, ratio)
 
 
 def _neuron(m: nn.Module, response, rest: Tensor) -> SourceNeuron:

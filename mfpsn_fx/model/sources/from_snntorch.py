@@ -54,7 +54,7 @@ def _values(m: nn.Module, **values: object) -> list[Tensor]:
     return found
 
 
-def _plain(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
+def _checked_surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
     """Refuse what no filter with a threshold has; the surrogate and notes of the others."""
     if getattr(m, "inhibition", False):
         raise NotAFilterError("it has inhibition=True: neurons of a layer suppress each other")
@@ -66,14 +66,14 @@ def _plain(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
     return _surrogate(m)
 
 
-def _neuron(m: nn.Module, response, late: str, *values: Tensor) -> SourceNeuron:
-    surrogate, notes = _plain(m)
+def _neuron(m: nn.Module, response, zero_reset: str, *values: Tensor) -> SourceNeuron:
+    surrogate, notes = _checked_surrogate(m)
     (threshold,) = _values(m, threshold=m.threshold)
     reset = m.reset_mechanism
     if reset != "none":
         notes = ("reset dropped", *notes)
         if getattr(m, "reset_delay", True):
-            reset = {"subtract": "late-subtract", "zero": late}[reset]
+            reset = {"subtract": "late-subtract", "zero": zero_reset}[reset]
     sizes = {value.numel() for value in (threshold, *values) if value.ndim}
     if len(sizes) > 1:
         raise NotAFilterError(f"its threshold and decays are for different numbers of channels: {sorted(sizes)}")
@@ -111,7 +111,7 @@ def state_leaky(m: nn.Module) -> SourceNeuron:
     """exp(−j/τ) at lag j with τ = 1/(1−β), up to where its kernel is cut."""
     if not m.output:
         raise NotAFilterError("it has output=False: it puts out its membrane, not spikes")
-    surrogate, notes = _plain(m)
+    surrogate, notes = _checked_surrogate(m)
     threshold, tau = _values(m, threshold=m.threshold, tau=m.tau)
     response = Geometric(torch.ones_like(tau), torch.exp(-1 / tau))
     if m.kernel_truncation_steps is not None:
@@ -139,7 +139,7 @@ for _path, _reason in _REFUSED.items():
     refuse_source(_reason, f"{_NEURONS}.{_path}")
 
 
-def _forget(m: nn.Module) -> None:
+def _reset_memory(m: nn.Module) -> None:
     m.reset_mem()
 
 
@@ -190,7 +190,7 @@ def stepping(m: nn.Module) -> Stepping:
     return Stepping(
         () if m.init_hidden else states,
         outputs,
-        reset=_forget,
+        reset=_reset_memory,
         initial=zeros(len(states)),
         integrator=_integrator,
         reads_out=_reads_out(m),

@@ -10,7 +10,7 @@ from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 from ..response import Geometric, PerStep, Taps
 from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 
-__all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
+__all__ = ["class_names", "finite_values", "integrate_and_fire_source", "require_multi_step", "surrogate_of"]
 
 _NEURONS = "spikingjelly.activation_based.neuron"
 _SURROGATES = {"ATan": ATan, "Sigmoid": Sigmoid}
@@ -31,7 +31,7 @@ def surrogate_of(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
     return ATan(), (f"surrogate {kind} replaced by ATan(2)",)
 
 
-def finite(m: nn.Module, **values: object) -> list[Tensor]:
+def finite_values(m: nn.Module, **values: object) -> list[Tensor]:
     """Copies of the values in float64; NotAFilterError naming those that are NaN or infinite."""
     tensors = {name: torch.as_tensor(value).detach().double().clone() for name, value in values.items()}
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
@@ -39,7 +39,7 @@ def finite(m: nn.Module, **values: object) -> list[Tensor]:
     return list(tensors.values())
 
 
-def with_all_steps(m: nn.Module) -> None:
+def require_multi_step(m: nn.Module) -> None:
     if getattr(m, "step_mode", "m") == "s":
         raise NotAFilterError(
             "it is in step-by-step mode, but all of time is needed at once: call "
@@ -47,11 +47,11 @@ def with_all_steps(m: nn.Module) -> None:
         )
 
 
-def reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
+def integrate_and_fire_source(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
     """IF and the LIFs: V relaxes to v_reset, so in V − v_reset it is linear and the threshold moves along."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    threshold, rest = finite(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
+    threshold, rest = finite_values(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
     notes = ("reset dropped", *notes)
     if float(rest) != 0:
         notes += (f"v_reset {float(rest):g} folded into the threshold",)
@@ -65,31 +65,31 @@ def reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
 def integrate_and_fire(m: nn.Module) -> SourceNeuron:
     """H[t] = V[t−1] + X[t]: all ones."""
     one = torch.ones((), dtype=torch.float64)
-    return reset_neuron(m, one, one.clone())
+    return integrate_and_fire_source(m, one, one.clone())
 
 
 @register_source(*class_names("LIFNode", "lif"))
 def leaky(m: nn.Module) -> SourceNeuron:
     """(1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
-    (tau,) = finite(m, tau=m.tau)
+    (tau,) = finite_values(m, tau=m.tau)
     rate = 1 / tau
-    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return integrate_and_fire_source(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
 @register_source(*class_names("ParametricLIFNode", "plif"))
 def parametric_leaky(m: nn.Module) -> SourceNeuron:
     """LIF with 1/τ = sigmoid(w)."""
-    (w,) = finite(m, w=m.w)
+    (w,) = finite_values(m, w=m.w)
     rate = torch.sigmoid(w)
-    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return integrate_and_fire_source(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
 @register_source(*class_names("GatedLIFNode", "lif_variants"))
 def gated_leaky(m: nn.Module) -> SourceNeuron:
     """V ← (1 − α(1−τ))·V + (1 − β(1−conduct))·X − (1−α)·leak, every parameter behind its sigmoid."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    raw = finite(
+    raw = finite_values(
         m, alpha=m.alpha, beta=m.beta, tau=m.tau, v_threshold=m.v_threshold, linear_decay=m.linear_decay,
         conduct=m.conduct,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def gated_leaky(m: nn.Module) -> SourceNeuron:
 
 def _per_step(m: nn.Module, weight: Tensor) -> SourceNeuron:
     surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=weight, bias=m.bias)
+    weight, bias = finite_values(m, weight=weight, bias=m.bias)
     mean = bias.mean()
     notes = ("T x T weights averaged along diagonals", *notes)
     return SourceNeuron(type(m).__name__, PerStep(weight, bias.flatten() - mean), -mean, surrogate, notes=notes)
@@ -127,16 +127,16 @@ def parallel(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("MaskedPSN", "psn"))
 def masked_parallel(m: nn.Module) -> SourceNeuron:
     """PSN behind its mask at the present λ."""
-    with_all_steps(m)
+    require_multi_step(m)
     return _per_step(m, m.masked_weight())
 
 
 @register_source(*class_names("SlidingPSN", "psn"))
 def sliding_parallel(m: nn.Module) -> SourceNeuron:
     """One filter of k taps for all channels, the newest last: exactly ours."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=m.weight, bias=m.bias)
+    weight, bias = finite_values(m, weight=m.weight, bias=m.bias)
     return SourceNeuron("SlidingPSN", Taps(weight.flip(0)), -bias.reshape(()), surrogate, notes=notes)
 
 

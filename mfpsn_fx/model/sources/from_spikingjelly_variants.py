@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ..response import Geometric, TwoPole
 from .description import NotAFilterError, SourceNeuron, register_source
-from .from_spikingjelly import class_names, finite, leaky, reset_neuron, surrogate_of, with_all_steps
+from .from_spikingjelly import (
+    class_names,
+    finite_values,
+    integrate_and_fire_source,
+    leaky,
+    require_multi_step,
+    surrogate_of,
+)
 
 __all__ = ["Resonance"]
 
@@ -34,7 +41,7 @@ def _one() -> Tensor:
 
 def _simple(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
     """The teaching neurons: as IF and LIF, but their membrane starts at 0 wherever they reset to."""
-    source = reset_neuron(m, gain, ratio)
+    source = integrate_and_fire_source(m, gain, ratio)
     if m.v_reset:
         note = "the membrane is taken to start at v_reset, as after a spike, not at 0"
         source = dataclasses.replace(source, notes=(*source.notes, note))
@@ -52,7 +59,7 @@ def simple_leaky(m: nn.Module) -> SourceNeuron:
     """(1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
     if m.v_reset is None:
         raise NotAFilterError("its v_reset is None, with which SimpleLIFNode cannot charge; LIFNode takes it")
-    (tau,) = finite(m, tau=m.tau)
+    (tau,) = finite_values(m, tau=m.tau)
     return _simple(m, 1 / tau if m.decay_input else _one(), 1 - 1 / tau)
 
 
@@ -70,9 +77,9 @@ def scaled_leaky(m: nn.Module) -> SourceNeuron:
     With ``scale_reset`` the membrane is divided by k again after firing, so that the ratio stays 1−1/τ; without, k
     is part of the ratio.
     """
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    tau, k, threshold, reset = finite(m, tau=m.tau, k=m.k, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
+    tau, k, threshold, reset = finite_values(m, tau=m.tau, k=m.k, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
     gain = k / tau if m.decay_input else k
     ratio = 1 - 1 / tau if m.scale_reset else k * (1 - 1 / tau)
     notes = ("reset dropped", "ReLU on the membrane dropped", *notes)
@@ -91,9 +98,9 @@ def scaled_leaky(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("ComplementaryLIFNode", "lif_variants"))
 def complementary_leaky(m: nn.Module) -> SourceNeuron:
     """LIF without decay of the input; its second state only deepens the reset."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    tau, threshold = finite(m, tau=m.tau, v_threshold=m.v_threshold)
+    tau, threshold = finite_values(m, tau=m.tau, v_threshold=m.v_threshold)
     notes = ("reset dropped, and the state that deepens it", *notes)
     return SourceNeuron(
         "ComplementaryLIFNode", Geometric(_one(), 1 - 1 / tau), threshold, surrogate, reset="subtract", notes=notes
@@ -103,9 +110,9 @@ def complementary_leaky(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("CUBALIFNode", "lif_variants"))
 def current_based_leaky(m: nn.Module) -> SourceNeuron:
     """A current that decays by c_decay, and a membrane by v_decay."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    current, membrane, threshold = finite(m, c_decay=m.c_decay, v_decay=m.v_decay, v_threshold=m.v_threshold)
+    current, membrane, threshold = finite_values(m, c_decay=m.c_decay, v_decay=m.v_decay, v_threshold=m.v_threshold)
     notes = ("reset dropped", *notes)
     if m.v_reset:
         notes += (f"the membrane is taken to start at 0, its rest, not at v_reset {m.v_reset:g}",)
@@ -118,9 +125,9 @@ def current_based_leaky(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("HalfThresholdIFNode", "integrate_and_fire"))
 def half_threshold(m: nn.Module) -> SourceNeuron:
     """IF that starts half way to its threshold, so half of it is left."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    (threshold,) = finite(m, v_threshold=m.v_threshold)
+    (threshold,) = finite_values(m, v_threshold=m.v_threshold)
     notes = ("reset dropped", "the start at half the threshold folded into the threshold", *notes)
     return SourceNeuron("HalfThresholdIFNode", Geometric(_one(), _one()), threshold / 2, surrogate, notes=notes)
 
@@ -128,9 +135,9 @@ def half_threshold(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("ActivationAwareIFNode", "integrate_and_fire"))
 def activation_aware(m: nn.Module) -> SourceNeuron:
     """IF with a threshold and an offset a channel."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    threshold, offset = finite(m, v_threshold=m.v_threshold, v_offset=m.v_offset)
+    threshold, offset = finite_values(m, v_threshold=m.v_threshold, v_offset=m.v_offset)
     rest = float(m.v_reset or 0.0)
     level = threshold - offset - rest
     if level.ndim and m.channel_dim != 1:
@@ -152,9 +159,9 @@ def activation_aware(m: nn.Module) -> SourceNeuron:
 @register_source(*class_names("RAFNode", "resonate"))
 def resonate_and_fire(m: nn.Module) -> SourceNeuron:
     """A damped oscillator: the input pushes u, and v, a quarter of a turn behind, is compared."""
-    with_all_steps(m)
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    b, omega, dt, threshold = finite(m, b=m.b, omega=m.omega, dt=m.dt, v_threshold=m.v_threshold)
+    b, omega, dt, threshold = finite_values(m, b=m.b, omega=m.omega, dt=m.dt, v_threshold=m.v_threshold)
     notes = ("reset dropped", *notes)
     if m.v_reset:
         notes += (f"the membrane is taken to start at 0, its rest, not at v_reset {m.v_reset:g}",)
@@ -172,13 +179,13 @@ def membrane_normalized_leaky(m: nn.Module) -> SourceNeuron:
         )
     if m.normalize_residual:
         raise NotAFilterError("it normalizes the membrane of silent steps (normalize_residual), which is no filter")
-    (tau,) = finite(m, tau=m.tau)
-    source = reset_neuron(m, 1 / tau if m.decay_input else _one(), 1 - 1 / tau)
+    (tau,) = finite_values(m, tau=m.tau)
+    source = integrate_and_fire_source(m, 1 / tau if m.decay_input else _one(), 1 - 1 / tau)
     if m.learnable_vth:
-        (level,) = finite(m, a=m.a)
+        (level,) = finite_values(m, a=m.a)
         level = level.exp()
     elif m.fold_bn:
-        threshold, mean, var, gamma, beta = finite(
+        threshold, mean, var, gamma, beta = finite_values(
             m, v_threshold=m.v_threshold, mu=m.mu, sigma2=m.sigma2, gamma=m.gamma, beta=m.beta
         )
         if bool((gamma <= 0).any()):

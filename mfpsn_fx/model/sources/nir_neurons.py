@@ -69,9 +69,9 @@ class NIRNeuron(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         shape = tuple(self.gain.shape)
-        alike = shape in ((), (1,))
-        if x.ndim < 3 or (not alike and tuple(x.shape[2:]) != shape):
-            wanted = "*" if alike else ", ".join(map(str, shape))
+        shared = shape in ((), (1,))
+        if x.ndim < 3 or (not shared and tuple(x.shape[2:]) != shape):
+            wanted = "*" if shared else ", ".join(map(str, shape))
             raise ValueError(
                 f"{self.path}: NIR's {self.primitive} takes (T, N, {wanted}), time first, found {tuple(x.shape)}"
             )

@@ -12,10 +12,10 @@ from mfpsn_fx.kernels.surrogate import Surrogate
 from .description import NotAFilterError
 from .nir_neurons import NIRNeuron, nir_integrator
 
-__all__ = ["kind_of", "node_module"]
+__all__ = ["node_module", "primitive_name"]
 
 
-def kind_of(node: object) -> str:
+def primitive_name(node: object) -> str:
     """The primitive's name, known by its class: nir itself is imported by nobody but the user."""
     return type(node).__name__ if type(node).__module__.split(".")[0] == "nir" else ""
 
@@ -36,7 +36,7 @@ def _linear(read: _Reader) -> nn.Module:
     if weight.ndim != 2:
         raise ValueError(f"{read}: weight must be (out, in), found {tuple(weight.shape)}")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=_has_bias(read))
-    return read.filled(layer)
+    return read.with_parameters(layer)
 
 
 def _convolution(kind: type[nn.Module]) -> Callable[[_Reader], nn.Module]:
@@ -49,7 +49,7 @@ def _convolution(kind: type[nn.Module]) -> Callable[[_Reader], nn.Module]:
             weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), read.sizes("stride", dims),
             read.sizes("padding", dims), read.sizes("dilation", dims), groups, bias=_has_bias(read),
         )  # fmt: skip
-        return read.filled(layer)
+        return read.with_parameters(layer)
 
     return make
 
@@ -83,21 +83,21 @@ _STATELESS: dict[str, Callable[[_Reader], nn.Module]] = {
 
 
 def _leaky(read: _Reader, tau: str = "tau") -> dict[str, Tensor]:
-    share = read.share(tau)
-    return {"decay": 1 - share, "gain": read.constant("r") * share, "rest": read.constant("v_leak")}
+    decay_rate = read.decay_rate(tau)
+    return {"decay": 1 - decay_rate, "gain": read.constant("r") * decay_rate, "rest": read.constant("v_leak")}
 
 
 def _current(read: _Reader) -> dict[str, Tensor]:
-    share = read.share("tau_syn")
-    return {"current_decay": 1 - share, "current_gain": read.constant("w_in") * share}
+    decay_rate = read.decay_rate("tau_syn")
+    return {"current_decay": 1 - decay_rate, "current_gain": read.constant("w_in") * decay_rate}
 
 
-def _perfect(read: _Reader, rest: Tensor) -> dict[str, Tensor]:
+def _without_leak(read: _Reader, rest: Tensor) -> dict[str, Tensor]:
     gain = read.constant("r") * read.dt
     return {"decay": torch.ones_like(gain), "gain": gain, "rest": rest}
 
 
-def _firing(read: _Reader) -> dict[str, Tensor]:
+def _threshold_and_reset(read: _Reader) -> dict[str, Tensor]:
     return {"threshold": read.constant("v_threshold"), "reset": read.constant("v_reset")}
 
 
@@ -109,13 +109,13 @@ def _threshold(read: _Reader) -> dict[str, Tensor]:
 
 
 _NEURONS: dict[str, Callable[[_Reader], dict[str, Tensor]]] = {
-    "IF": lambda read: _perfect(read, read.constant("v_reset")) | _firing(read),
-    "LIF": lambda read: _leaky(read) | _firing(read),
-    "CubaLIF": lambda read: _leaky(read, "tau_mem") | _current(read) | _firing(read),
+    "IF": lambda read: _without_leak(read, read.constant("v_reset")) | _threshold_and_reset(read),
+    "LIF": lambda read: _leaky(read) | _threshold_and_reset(read),
+    "CubaLIF": lambda read: _leaky(read, "tau_mem") | _current(read) | _threshold_and_reset(read),
     "Threshold": _threshold,
 }
 _INTEGRATORS: dict[str, Callable[[_Reader], dict[str, Tensor]]] = {
-    "I": lambda read: _perfect(read, torch.zeros_like(read.constant("r"))),
+    "I": lambda read: _without_leak(read, torch.zeros_like(read.constant("r"))),
     "LI": _leaky,
     "CubaLI": lambda read: _leaky(read, "tau_mem") | _current(read),
 }
@@ -126,7 +126,7 @@ class _Reader:
 
     def __init__(self, name: str, node: object, dt: float, dtype: torch.dtype) -> None:
         self.name, self.node, self.dt, self.dtype = name, node, dt, dtype
-        self.kind = kind_of(node)
+        self.kind = primitive_name(node)
 
     def __str__(self) -> str:
         return f"node {self.name!r} ({self.kind})"
@@ -142,7 +142,7 @@ class _Reader:
     def tensor(self, field: str) -> Tensor:
         return self.constant(field).to(self.dtype)
 
-    def share(self, field: str) -> Tensor:
+    def decay_rate(self, field: str) -> Tensor:
         """dt/τ."""
         tau = self.constant(field)
         if bool((tau < self.dt).any()):
@@ -161,7 +161,7 @@ class _Reader:
             raise ValueError(f"{self}: {field} must be 1 or {dims} integers, found {len(found)}")
         return tuple(found * dims if len(found) == 1 else found)
 
-    def filled(self, layer: nn.Module) -> nn.Module:
+    def with_parameters(self, layer: nn.Module) -> nn.Module:
         layer = layer.to(self.dtype)
         for field in ("weight", "bias"):
             if (parameter := getattr(layer, field)) is None:
@@ -192,17 +192,17 @@ def node_module(
     if read.kind in _STATELESS:
         return _STATELESS[read.kind](read), True
     if read.kind in _NEURONS:
-        return NIRNeuron(read.kind, dtype, surrogate, **_alike(read, _NEURONS[read.kind](read))), False
+        return NIRNeuron(read.kind, dtype, surrogate, **_broadcast(read, _NEURONS[read.kind](read))), False
     if read.kind in _INTEGRATORS:
         try:
-            return nir_integrator(read.kind, dtype, **_alike(read, _INTEGRATORS[read.kind](read))), False
+            return nir_integrator(read.kind, dtype, **_broadcast(read, _INTEGRATORS[read.kind](read))), False
         except NotAFilterError as error:
             raise ValueError(f"{read}: {error}") from None
     taken = ", ".join([*_STATELESS, *_NEURONS, *_INTEGRATORS])
     raise ValueError(f"node {name!r} is a {type(node).__name__}, which is not taken; taken are {taken}")
 
 
-def _alike(read: _Reader, coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
+def _broadcast(read: _Reader, coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
     """All of one shape."""
     try:
         tensors = torch.broadcast_tensors(*coefficients.values())

@@ -55,7 +55,7 @@ def _two_pole(response: TwoPole, like: Tensor) -> Charge:
     return charge
 
 
-def _filtered(source: SourceNeuron, x: Tensor) -> Tensor:
+def _convolved(source: SourceNeuron, x: Tensor) -> Tensor:
     """Σ_j response(j)·X[t−j] over all of the past, or what a neuron with weights for every pair of steps makes of X."""
     if isinstance(source.response, PerStep):
         try:
@@ -95,7 +95,7 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
     threshold = _broadcast(source.threshold, x[0])
     fires = torch.gt if source.strict else torch.ge
     if source.reset == "none":
-        h = _filtered(source, x) if charging(source.response, x[0]) is None else _charged(source, x)
+        h = _convolved(source, x) if charging(source.response, x[0]) is None else _run_without_reset(source, x)
         return h, fires(h, threshold).to(x.dtype)
     charge = charging(source.response, x[0])
     if charge is None:
@@ -103,22 +103,22 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
             f"{source.name}: its response {type(source.response).__name__} has no recursion that its reset "
             f"{source.reset!r} could act on; register one with mfpsn_fx.model.sources.simulate.charging"
         )
-    late = source.reset.startswith("late-")
+    delayed = source.reset.startswith("late-")
     zero = source.reset.endswith("zero")
     v = spike = torch.zeros_like(x[0])
     membrane, spikes = [], []
     for step in x:
         h = charge(v, step)
-        if late:
+        if delayed:
             h = h * (1 - spike) if zero else h - spike * threshold
         spike = fires(h, threshold).to(x.dtype)
-        v = h if late else h * (1 - spike) if zero else h - spike * threshold
+        v = h if delayed else h * (1 - spike) if zero else h - spike * threshold
         membrane.append(h)
         spikes.append(spike)
     return torch.stack(membrane), torch.stack(spikes)
 
 
-def _charged(source: SourceNeuron, x: Tensor) -> Tensor:
+def _run_without_reset(source: SourceNeuron, x: Tensor) -> Tensor:
     charge, v, membrane = charging(source.response, x[0]), torch.zeros_like(x[0]), []
     for step in x:
         v = charge(v, step)
