@@ -1,4 +1,4 @@
-"""Floor 2: the neuron as a module, what source neurons are, and capture."""
+"""Floor 2: the neuron as a module, descriptions of source neurons, and capture of networks as FX graphs."""
 
 from .capturing.capture import capture
 from .integrator import LeakyIntegrator
