@@ -69,7 +69,7 @@ class Plan:
         pinned: (operator, reason, count) of operators between layers that stay time-first.
         seconds, repeats: duration of measuring, and the smallest number of samples.
         noise: relative distance of the median of a kernel's samples from the lowest; the median over all kernels.
-        measured, kept: how many candidates were measured for the plan, and how many were read from the cache.
+        measured, kept: how many candidates were measured for the plan, and how many times were known from earlier.
         verified: (``"eager"`` or ``"compiled"``, name as in ``totals``, milliseconds of a training step, their
             spread) of the alternatives that were measured end to end.
         verdict: how that measurement compares with the prediction.

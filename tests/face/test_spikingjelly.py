@@ -262,7 +262,7 @@ class TestStepMode:
         ("container", "reason"),
         [
             (lambda n: layer.MultiStepContainer(n), "inside a MultiStepContainer, which steps it through time"),
-            (lambda n: layer.SeqToANNContainer(n), "inside a SeqToANNContainer, which folds time into the batch"),
+            (lambda n: layer.SeqToANNContainer(n), "inside a SeqToANNContainer, which flattens time into the batch"),
             (lambda n: layer.LinearRecurrentContainer(n, 4, 4, step_mode="m"), "feeds its output back into its input"),
             (lambda n: layer.ElementWiseRecurrentContainer(n, torch.add, step_mode="m"), "feeds its output back"),
         ],

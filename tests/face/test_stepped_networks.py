@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
-from mfpsn_fx.model.capturing.split_layers import split_fused_layers
+from mfpsn_fx.model.capturing.split_layers import split_inner_layers
 from mfpsn_fx.model.capturing.steps import capture_steps
 from mfpsn_fx.model.sources.description import describe
 from mfpsn_fx.model.sources.stepping import stepping_of
@@ -968,7 +968,7 @@ class TestNetworks:
         """With the source's own neurons, resets and all, one after the other over time."""
         network = self.listed(name)
         model = network.build().eval()
-        split_fused_layers(model)
+        split_inner_layers(model)
         args = network.example()
         example = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
         unrolled, one_step = capture_steps(model, args)

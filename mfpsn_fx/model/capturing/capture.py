@@ -1,4 +1,4 @@
-"""From a module to a graph with leaves, baking nothing in."""
+"""Capture of a module as an FX graph with leaves, valid for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
     "with_constants",
 ]
 
-# The name of the one child of a graph whose source's own forward cannot be traced.
+# Name of the only child of a graph module whose root forward cannot be traced.
 ROOT_LEAF = "model"
 
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leave the random generators of all devices as they were found."""
+    """Restore the states of the random generators of all devices on exit."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         yield
 
@@ -41,7 +41,7 @@ def preserved_rng() -> Iterator[None]:
 def _trace(model: nn.Module, leaves: dict[str, str]) -> LeafTracer:
     tracer = LeafTracer(leaves)
     try:
-        with preserved_rng():  # each trace draws the same numbers, so that these make no difference
+        with preserved_rng():  # each trace draws the same numbers, so that traces do not differ by them
             tracer.trace(model)
     except Untraceable:
         raise
@@ -51,22 +51,22 @@ def _trace(model: nn.Module, leaves: dict[str, str]) -> LeafTracer:
 
 
 def _next_leaf(owner: str, leaves: Mapping[str, str]) -> str:
-    """Return ``owner``, or its nearest ancestor if that is a leaf already; finally the root, ``""``, which never is."""
+    """Return ``owner`` or its nearest ancestor that is not a leaf yet; at last the root, ``""``, which never is one."""
     while owner in leaves:
         owner = owner.rpartition(".")[0]
     return owner
 
 
 def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """A graph of ``model`` in which neurons, library layers and whatever resists tracing are leaves.
+    """Trace ``model`` into a graph whose leaves are neurons, library layers and modules that cannot be traced.
 
-    The graph is traced in training and in evaluation mode on a copy; a module whose two graphs differ, that cannot
-    be traced, or that has hooks or a forward of its own stays a leaf, and runs its own code as before. The returned
-    graph module shares the submodules of ``model``, which is left as it was, as are the random generators.
+    A copy is traced in training and in evaluation mode. A module whose two graphs differ, that cannot be traced, or
+    that has hooks or an instance attribute ``forward`` is a leaf, and runs its own code as before. The returned graph
+    module shares the submodules of ``model``; the model and the random generators are unchanged.
 
     Returns:
-        The graph module, and for each leaf that is not one by nature its path and the reason. If the root itself
-        cannot be traced, it is the child ``model`` of the returned graph module, at path ``""`` in the reasons.
+        The graph module; and path → reason of each leaf that is neither a neuron nor a library layer. If the root
+        itself cannot be traced, it is the child ``model`` of the returned graph module, at path ``""`` in the reasons.
 
     Raises:
         ValueError: the model cannot be copied for tracing.
@@ -75,12 +75,11 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
     if has_hooks(model):
         return _root_leaf(model), {"": "has hooks or a forward of its own"}
     with preserved_rng():
-        # Each turn ends the loop or adds a path to the leaves that was not there. The tracer knows the paths that its
-        # copy had before any forward ran, so these are paths of the model's modules, which are finitely many: the loop
-        # ends, even if the model's forwards do something else each time.
+        # Each turn ends the loop or adds a new path to the leaves. The tracer knows the paths that its copy had before
+        # any forward ran, so these are paths of the model's modules, which are finitely many: the loop terminates even
+        # if the model's forwards do something else each time.
         while True:
-            # A fresh copy for each trace: what tracing leaves behind (proxies in attributes, tensor constants) must
-            # not be met again.
+            # A new copy for each trace: tracing leaves proxies in attributes and tensor constants behind.
             scratch = copied(model)
             try:
                 evaluation = _trace(copied(model).eval(), leaves)
@@ -98,7 +97,7 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
                 return _root_leaf(model), {"": reason}
             leaves[owner] = reason
     gm = fx.GraphModule(with_constants(model, scratch, training.graph), training.graph, type(model).__name__)
-    # FX makes the containers anew; the layers in them are the source's own, with their modes
+    # FX creates new containers, which lack the training flag; the layers in them are the source's own
     for name, child in gm.named_modules():
         source = submodule_or_none(model, name)
         if source is not None and source is not child:
@@ -107,10 +106,11 @@ def capture(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, or ``ValueError`` saying what stands in its way."""
+    """Return a deep copy of ``model``; ``ValueError`` if it cannot be copied."""
     memo: dict[int, object] = {}
     if any(is_stepping(m) for m in model.modules()):
-        # The states that stepping neurons keep after a batch hang on that batch's graph. They start afresh anyway.
+        # States that stepping neurons keep after a batch are non-leaf tensors of that batch's autograd graph, which
+        # deepcopy refuses. They are reset before use, so that detached copies serve.
         for m in model.modules():
             for value in (*m._buffers.values(), *vars(m).values()):
                 if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -127,8 +127,8 @@ def copied(model: nn.Module) -> nn.Module:
 def sharing_copy(model: nn.Module, but: type[nn.Module] | tuple[type[nn.Module], ...] = ()) -> nn.Module:
     """Return a deep copy of ``model`` whose parameters share their memory with the model's.
 
-    For trying a network: buffers, hooks, flags and gradients are the copy's own, the weights, nearly all of its
-    memory, are not copied. Modules of type ``but`` have parameters of their own.
+    For trial runs of a network: buffers, hooks, flags and gradients are the copy's own; the weights, nearly all of its
+    memory, are shared. Modules of type ``but`` get parameters of their own.
     """
     own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
     memo: dict[int, object] = {}
@@ -139,7 +139,7 @@ def sharing_copy(model: nn.Module, but: type[nn.Module] | tuple[type[nn.Module],
 
 
 def with_constants(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> nn.Module:
-    """``model``, or a shallow stand-in that also has the tensor constants which tracing put into the copy."""
+    """Return ``model``, or a shallow copy of it with the tensor constants that tracing put into ``scratch``."""
     made = [
         node.target
         for node in graph.nodes
@@ -164,7 +164,7 @@ def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _root_leaf(model: nn.Module) -> fx.GraphModule:
-    """A graph of one call: the model's own forward, with the arguments that it takes."""
+    """Return a graph module whose graph is one call of ``model``, with the arguments that it takes."""
     holder = nn.Module()
     holder.add_module(ROOT_LEAF, model)
     graph = fx.Graph()
@@ -176,13 +176,13 @@ def _root_leaf(model: nn.Module) -> fx.GraphModule:
 
 
 def user_path(gm: fx.GraphModule, path: str) -> str:
-    """The path in the captured model of a module at ``path`` in its graph: the same but behind a root leaf."""
+    """Return the path in the captured model of the module at ``path`` in its graph; they differ under a root leaf."""
     calls = {node.target for node in gm.graph.nodes if node.op == "call_module"}
     return path.removeprefix(f"{ROOT_LEAF}.") if calls == {ROOT_LEAF} else path
 
 
 def value_for_path(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
-    """What ``by_path`` says of the module at ``path`` in the graph, by that path or by its own in the model."""
+    """Look up the module at ``path`` in the graph by that path or its path in the captured model; None if absent."""
     return by_path.get(path, by_path.get(user_path(gm, path)))
 
 

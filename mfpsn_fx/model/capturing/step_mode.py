@@ -1,4 +1,4 @@
-"""From SpikingJelly's step-by-step mode to its multi-step mode, where that changes nothing but the calls."""
+"""Switch of SpikingJelly networks from single-step to multi-step mode, where both compute the same."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["Switched", "to_multi_step"]
 _LAYERS = "spikingjelly.activation_based.layer"
 _MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 _NET = "spikingjelly.activation_based.functional"
-# Containers whose children stay in step mode 's', and what that means for a neuron in them.
+# Containers whose children stay in step mode 's', and what a message says about a neuron in them.
 _CONTAINERS = {
     "MultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
     "TLastMultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
     "StepModeContainer": "which steps it through time; take it out and set its step_mode to 'm'",
-    "SeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
-    "TLastSeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
+    "SeqToANNContainer": "which flattens time into the batch, so that a neuron in it sees no steps; take it out",
+    "TLastSeqToANNContainer": "which flattens time into the batch, so that a neuron in it sees no steps; take it out",
     "ElementWiseRecurrentContainer": "which feeds its output back into its input: no filter",
     "LinearRecurrentContainer": "which feeds its output back into its input: no filter",
 }
-# Layers of torch.nn that know no time axis, and that set_step_mode cannot tell of one.
+# Layers of torch.nn that depend on the number of dims; set_step_mode does not reach them.
 _WITHOUT_STEP_MODE = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -41,7 +41,7 @@ NOTE = "step mode 's' switched to 'm'"
 
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """Notes of the neurons that were switched, and why others could not be; both by path.
+    """Result of :func:`to_multi_step`: path → note of switched neurons, and path → reason of the others.
 
     ``looped``: the reason is that the model's own forward calls neurons several times, as a loop over time does.
     """
@@ -52,15 +52,15 @@ class Switched:
 
 
 def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
-    """Set ``model``, in place, to step mode 'm' if its neurons are in 's' and the two agree on the example.
+    """Set ``model``, in place, to step mode 'm' if its neurons are in 's' and both modes agree on the example.
 
-    The example is a whole sequence: each tensor in it has T first. It is run through a copy step by step, as the
-    model is, and at once, as it would be; both in evaluation mode, in float64 and from fresh states. Only if the
-    outputs and what each neuron meets are the same is the model switched.
+    The example is a whole sequence: each tensor in it has T first. Two copies run it, one step by step and one in step
+    mode 'm', both in evaluation mode, in float64 and from reset states. The model is switched only if the outputs and
+    the inputs of each neuron are the same.
 
     Args:
-        model: with neurons of SpikingJelly; others are left alone.
-        args, kwargs: the example, or nothing: then a model in step mode 's' stays so, and its neurons' adapters say so.
+        model: neurons of other libraries than SpikingJelly are ignored.
+        args, kwargs: the example. Without one, a model in step mode 's' is unchanged, and its neurons' adapters refuse.
     """
     stepping = {p: m for p, m in source_paths(model).items() if _mode(m) == "s"}
     if not stepping:
@@ -89,7 +89,7 @@ def _mode(m: nn.Module) -> str | None:
 
 
 def _container_class(m: nn.Module) -> str | None:
-    """The name of SpikingJelly's container that ``m`` is or derives from."""
+    """Return the name of the SpikingJelly container that ``m`` is or derives from; None if there is none."""
     for cls in type(m).__mro__:
         if cls.__name__ in _CONTAINERS and qualified_name(cls).startswith(f"{_LAYERS}."):
             return cls.__name__
@@ -106,7 +106,7 @@ def _inside_container(model: nn.Module, path: str) -> str | None:
 
 
 def _layer_without_step_mode(model: nn.Module) -> str | None:
-    """Why the model's layers would not follow set_step_mode; None if they do."""
+    """Return a message naming a layer that does not follow set_step_mode; None if all do."""
     for path, m in model.named_modules():
         fixed = isinstance(m, _WITHOUT_STEP_MODE) or (type(m) is nn.Flatten and m.start_dim >= 0)
         if fixed and _mode(m) is None and path and _inside_container(model, path) is None:
@@ -120,7 +120,7 @@ def _layer_without_step_mode(model: nn.Module) -> str | None:
 def _disagreement(
     model: nn.Module, paths: list[str], args: tuple, kwargs: dict, set_mode: Callable[[nn.Module, str], None]
 ) -> str | None:
-    """Why stepping and running at once are not the same on the example; None if they are."""
+    """Return why single-step and multi-step mode differ on the example; None if they agree."""
     flat, spec = _to_double(args, kwargs)
     tensors = [v for v in flat if isinstance(v, Tensor) and v.ndim]
     steps = {len(v) for v in tensors}
@@ -165,7 +165,7 @@ def _to_double(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
 
 
 def _reset_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
+    """Return a copy in evaluation mode and float64, its states reset, without the user's hooks on its neurons."""
     copy = copied(model).eval().double()
     for m in copy.modules():
         if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
@@ -177,7 +177,7 @@ def _reset_copy(model: nn.Module) -> nn.Module:
 
 
 def _most_calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
-    """How often one forward of the model as it is calls the neuron that it calls most."""
+    """Return the maximal number of calls of a neuron in one forward of the unchanged model."""
     counts, copy = dict.fromkeys(paths, 0), _reset_copy(model)
 
     def count(path: str):
@@ -189,7 +189,7 @@ def _most_calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping
     for path in paths:
         copy.get_submodule(path).register_forward_pre_hook(count(path))
     args, kwargs = pytree.tree_unflatten(*_to_double(args, kwargs))
-    # It may take one step and was given all: what it called until then is what counts.
+    # The model may take one step and fail on the whole sequence: the calls before that are counted.
     with preserved_rng(), torch.no_grad(), contextlib.suppress(Exception):
         copy(*args, **kwargs)
     return max(counts.values())
@@ -197,7 +197,7 @@ def _most_calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping
 
 @contextlib.contextmanager
 def _recorded_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What each neuron meets: spikes alone would agree between networks that hardly fire."""
+    """Record the inputs of each neuron: spikes alone would agree between networks that hardly fire."""
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     handles = [
         model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: seen[path].append(args[0]))
@@ -211,7 +211,7 @@ def _recorded_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, l
 
 
 def _run_step_by_step(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
-    """The outputs of all steps, then the inputs of each neuron."""
+    """Run the sequence step by step; return the outputs of all steps, then the inputs of each neuron."""
     results = []
     for t in range(steps):
         args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)

@@ -1,4 +1,4 @@
-"""Capture of networks that step through time: the graph of their whole loop, one call of each neuron a step."""
+"""Capture of networks that step through time: the graph of their unrolled loop, with one call of each neuron a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tracer import LeafTracer, Untraceable, differing_owner, first_line, same_t
 
 __all__ = ["BATCH_LAYERS", "NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
 
-# meta of the output node: the layers of a loop that normalize with the statistics of one step's batch
+# key in the output node's meta: paths of layers in the loop that normalize with the statistics of one step's batch
 BATCH_LAYERS = "batch_layers"
 
 _LIFT = "norse.torch.module.lift.Lift"
@@ -27,16 +27,16 @@ _TRACED = ("norse.torch.module.sequential.SequentialState",)
 
 
 class NotSteppedError(ValueError):
-    """A network that steps through time, but whose steps cannot be told from its code."""
+    """Raised for a network that steps through time, but whose steps cannot be traced from its code."""
 
 
 def has_steps(model: nn.Module) -> bool:
-    """Whether some neuron of ``model`` is called step by step, or hands its state in and out."""
+    """Return True if a neuron of ``model`` is called step by step, or takes and returns its state."""
     return any(is_stepping(m) for m in model.modules())
 
 
 class _ShapedProxy(fx.Proxy):
-    """A proxy that knows its shape from the example: loops over it, and zeros like it, need numbers."""
+    """Proxy with the shape of the example, which loops over it and constructors such as ``zeros`` need."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, meta: object) -> None:
         super().__init__(node, tracer)
@@ -67,7 +67,7 @@ class _ShapedProxy(fx.Proxy):
 
 
 class _ArgumentProxy(fx.Proxy):
-    """An argument that is no tensor, such as a list of states: what is put into it is what is read there again."""
+    """Proxy of a non-tensor argument, such as a list of states: items that are assigned are read back."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
         super().__init__(node, tracer)
@@ -79,16 +79,18 @@ class _ArgumentProxy(fx.Proxy):
     def __getitem__(self, key: object) -> object:
         if key in self._items:
             return self._items[key]
-        return fx.Proxy(self.node, self.tracer)[key]  # as an argument this one would be all that was put into it
+        return fx.Proxy(self.node, self.tracer)[key]  # create_arg would replace ``self`` by its assigned items
 
     def structure(self) -> object:
-        """As it is now, if something was put into it."""
+        """Return the assigned items as a list or a dict."""
         if all(isinstance(key, int) for key in self._items):
             return [self[key] for key in range(max(self._items) + 1)]
         return dict(self._items)
 
 
 class _StepTracer(LeafTracer):
+    """Trace a forward that steps through time, with tensor arguments that have the shapes of ``example``."""
+
     def __init__(self, leaves: dict[str, str] | None = None, example: Mapping | None = None) -> None:
         super().__init__(leaves)
         self.example = dict(example or {})
@@ -109,11 +111,11 @@ class _StepTracer(LeafTracer):
         return super().call_module(m, forward, args, kwargs)
 
     def _lift(self, m: nn.Module, x):
-        """Norse's Lift: the module inside on all steps at once; a neuron inside runs over the sequence."""
+        """Trace Norse's Lift: run the module inside on all steps at once, a neuron inside over the sequence."""
         if isinstance(x, tuple):
             x, state = x
             if state is not None:
-                raise ValueError("Lift was given a state: a sequence starts from the initial one")
+                raise ValueError("Lift has a state as input, but a sequence starts from the initial one")
         inner = m.lifted_module
         if is_stepping(inner):
             node = self.create_proxy("call_module", self.path_of_module(inner), (x, None), {})
@@ -150,10 +152,10 @@ class _StepTracer(LeafTracer):
         return node
 
     def _propagate_shapes(self, node: fx.Node) -> None:
-        """What the op makes of shapes that are known; nothing where one is not."""
+        """Run the op on meta tensors if all of its inputs have known shapes."""
         if not node.all_input_nodes or any(
             n not in self.metas and n.op != "get_attr" for n in node.all_input_nodes
-        ):  # the shapes behind layers are the graph's own business
+        ):  # shapes after layers are not tracked
             return
         if not any(n in self.metas for n in node.all_input_nodes):
             return
@@ -171,7 +173,7 @@ class _StepTracer(LeafTracer):
                 result = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
                 result = node.target(*args, **kwargs)
-        except Exception:  # it will fail, or tell, when the graph runs
+        except Exception:  # an error of the op, if it is one, is raised when the graph runs
             return
         if isinstance(result, (Tensor, tuple, list)):
             self.metas[node] = result
@@ -181,7 +183,7 @@ class _StepTracer(LeafTracer):
             return _ShapedProxy(node, self, self.metas[node])
         if node.op == "placeholder":
             return _ArgumentProxy(node, self)
-        return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
+        return fx.Proxy(node, self)  # not in-place: the roll-up reads ``total += x`` as an addition
 
     def create_arg(self, a):
         return super().create_arg(a.structure() if isinstance(a, _ArgumentProxy) and a._items else a)
@@ -192,7 +194,7 @@ class _StepTracer(LeafTracer):
 
 
 def _attribute(root: nn.Module, path: str) -> object:
-    """What a ``get_attr`` node means; past ``getattr``, which is a proxy's while tracing."""
+    """Return the value of a ``get_attr`` node without ``getattr``, which FX patches while tracing."""
     owner = root
     *outer, name = path.split(".")
     for part in outer:
@@ -204,14 +206,14 @@ def _attribute(root: nn.Module, path: str) -> object:
 
 
 def has_batch_statistics(m: nn.Module) -> bool:
-    """Whether the layer normalizes with, or keeps, statistics over the batch."""
+    """Return True if the layer normalizes with, or tracks, statistics over the batch."""
     if isinstance(m, nn.modules.instancenorm._InstanceNorm):
         return m.track_running_stats
     return isinstance(m, nn.modules.batchnorm._NormBase)
 
 
 def bound_example(model: nn.Module, args: tuple, kwargs: Mapping) -> dict[str, object]:
-    """The example by the names of ``forward``'s parameters; ``TypeError`` if it does not fit."""
+    """Return the example as parameter name → value of ``forward``; ``TypeError`` if it does not fit."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     except TypeError as error:
@@ -220,16 +222,15 @@ def bound_example(model: nn.Module, args: tuple, kwargs: Mapping) -> dict[str, o
 
 
 def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = None) -> tuple[fx.GraphModule, bool]:
-    """The graph of ``model`` with its loops over time unrolled and its neurons, states and all, as leaves.
+    """Trace ``model`` with its loops over time unrolled, and with its neurons, including their states, as leaves.
 
     Args:
-        model: left as it is; the graph shares its submodules.
+        model: unchanged; the graph shares its submodules.
         args, kwargs: one real batch. A forward that is one step is traced with the first step of each tensor.
 
     Returns:
-        The graph module, and whether it is one step of time. In the first case its inputs are whole, and each neuron
-        is called once a step, or once for a sequence; in the second its inputs are (N, *), and each neuron is called
-        once.
+        The graph module, and True if it is one step of time. Otherwise its inputs are whole sequences, and each neuron
+        is called once a step, or once for a sequence; one step has inputs (N, *), and calls each neuron once.
 
     Raises:
         NotSteppedError: it cannot be traced, or its code differs between training and evaluation.
@@ -252,13 +253,14 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
     gm = trace_steps(model, first_step(example))
     if not _is_one_step(gm):
         raise NotSteppedError(
-            f"of {type(model).__name__} one step was seen, which cannot tell how it goes on: use an example of at "
+            f"{type(model).__name__} ran one step only, from which a loop cannot be inferred: use an example of at "
             "least two steps"
         )
     return gm, True
 
 
 def first_step(example: Mapping) -> dict[str, object]:
+    """Return the example with the first step of each tensor, T being its first dim."""
     return {name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()}
 
 
@@ -274,6 +276,7 @@ def _is_one_step(gm: fx.GraphModule) -> bool:
 
 
 def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
+    """Trace ``model`` in training and evaluation mode on the example; ``NotSteppedError`` if that fails or differs."""
     name = type(model).__name__
     if has_hooks(model):
         raise NotSteppedError(
@@ -288,7 +291,7 @@ def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
             try:
                 for training in (True, False):
                     scratch = copied(model).train(training)
-                    for m in scratch.modules():  # states of earlier batches are none of this one's
+                    for m in scratch.modules():  # states of earlier batches do not belong to this one
                         if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
                             stepping.reset(m)
                     tracer = _StepTracer(leaves, example)
@@ -328,7 +331,7 @@ def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
                 )
     _drop_specializations(graph, concrete)
     gm = fx.GraphModule(with_constants(model, scratches[0], graph), graph, name)
-    # a fact of the graph as a whole stands at its output
+    # facts about the graph as a whole are kept at its output node
     gm.graph.output_node().meta[BATCH_LAYERS] = tuple(tracers[0].batch_layers)
     gm.training = model.training
     for path, child in gm.named_modules():
@@ -339,7 +342,7 @@ def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
 
 
 def _restore_output(graph: fx.Graph) -> None:
-    """Give back the output's structure, which FX flattens where an argument is a list or a dict of constants."""
+    """Restore the output's structure, which FX flattens if an argument is a list or a dict of constants."""
     codegen = graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         (output,) = (node for node in graph.nodes if node.op == "output")
@@ -348,7 +351,7 @@ def _restore_output(graph: fx.Graph) -> None:
 
 
 def _concrete_arguments(model: nn.Module, example: Mapping) -> dict[str, object]:
-    """Arguments that are no tensors, and defaults of those not given: Python looks at them while tracing."""
+    """Return arguments without tensors, and defaults of omitted ones: Python may branch on them while tracing."""
     concrete = {}
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.name in example:
@@ -361,7 +364,7 @@ def _concrete_arguments(model: nn.Module, example: Mapping) -> dict[str, object]
 
 
 def _drop_specializations(graph: fx.Graph, concrete: Mapping) -> None:
-    """FX asserts that what was traced as a constant stays one; such arguments are gone from the new network."""
+    """Remove arguments that were traced as constants, and FX's assertions on their values."""
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue

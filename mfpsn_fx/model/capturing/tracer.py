@@ -24,12 +24,12 @@ __all__ = [
     "same_tensor",
 ]
 
-# Their layers look at shapes (step modes) before they call torch, ours at the mask: leaves, as torch.nn's own are.
+# Layers of these packages are leaves, as torch.nn's are for FX: they branch on shapes (step modes) or on the mask.
 _LEAF_PACKAGES = ("mfpsn_fx", "torch.nn", "torch.ao.nn", "spikingjelly.activation_based.layer", "snntorch", "norse")
 
 
 class Untraceable(Exception):
-    """Module ``path`` cannot be traced through, because of ``reason``."""
+    """Raised if module ``path`` cannot be traced through, because of ``reason``."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -37,7 +37,7 @@ class Untraceable(Exception):
 
 
 class _InPlaceProxy(fx.Proxy):
-    """Records ``x += y`` as what it is: FX's own makes an addition of it, which a view of ``x`` does not see."""
+    """Proxy that records ``x += y`` as in-place: FX records an addition, which does not reach other views of ``x``."""
 
 
 def _recording(function):
@@ -53,18 +53,21 @@ for _name in inplace_methods:
 
 
 class LeafTracer(fx.Tracer):
-    """Trace a model with leaves and log which module's forward does what.
+    """Trace a model with leaves and log the operations of each module's forward.
 
     Attributes:
-        leaves: paths of modules to call, not to trace through, each with the reason. Those that bear hooks are added.
-        inside: the paths of the modules whose forwards are running, the innermost last; the root's is ``""``.
-        log: one entry for each node, for each call of a module that is traced through, and for what each of these and
-            the root return: ``inside`` at that time, the kind, and the rest. A call, of a leaf or of another module,
-            belongs to the caller; what a module returns belongs to that module.
-        caught: set if a child cannot be traced; raised at the end of a trace, which only gets there if that was caught.
+        leaves: path → reason of modules that are called, not traced through. Modules with hooks are added in tracing.
+        inside: paths of the modules whose forwards are running, the innermost last; the root is ``""``.
+        log: one tuple (``inside``, kind, details …) for each node, for each call of a module that is traced through,
+            and for each return of such a module and of the root. A call, of a leaf or of another module, is logged
+            in its caller; a return in the module that returns.
+        caught: the error of a child that cannot be traced. The trace only reaches its end if the model caught that
+            error; it is then raised.
     """
 
-    def __init__(self, leaves: dict[str, str] | None = None) -> None:  # FX makes one of its own when unpickling
+    def __init__(
+        self, leaves: dict[str, str] | None = None
+    ) -> None:  # FX constructs one without arguments in unpickling
         super().__init__(autowrap_functions=(fold_time, unfold_time))
         self.leaves = {} if leaves is None else leaves
         self.inside: list[str] = [""]
@@ -77,7 +80,7 @@ class LeafTracer(fx.Tracer):
         if has_hooks(m):
             self.leaves[module_qualified_name] = "has hooks or a forward of its own"
             return True
-        if type(m).forward is nn.Sequential.forward:  # nothing of its own that could defeat tracing
+        if type(m).forward is nn.Sequential.forward:  # traceable, although its package is in the list
             return False
         return qualified_name(type(m)).startswith(tuple(f"{package}." for package in _LEAF_PACKAGES))
 
@@ -86,7 +89,7 @@ class LeafTracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):  # its code does not run: the node, or the failure to make it, is the caller's
+        if self.is_leaf_module(m, path):  # its code does not run: a failure to create the node is the caller's
             return super().call_module(m, forward, args, kwargs)
         self._note("call", path, _outline((args, kwargs)))
         self.inside.append(path)
@@ -96,8 +99,8 @@ class LeafTracer(fx.Tracer):
         except Exception as error:
             known = isinstance(error, Untraceable)
             reason = error.reason if known else f"{type(error).__name__}: {first_line(error)}"
-            # If the caller catches it, the trace goes on with what the model does on failure. Only the caller's own
-            # code can do both.
+            # If the model catches this error, the trace goes on along the path that the model takes on failure, which
+            # is wrong. Only running the caller's own code, as a leaf, is right in both cases.
             self.caught = Untraceable(self.inside[-2], f"it catches an exception of tracing: {reason}")
             if known:
                 raise
@@ -126,7 +129,7 @@ class LeafTracer(fx.Tracer):
 
 
 def _outline(value: object) -> tuple:
-    """Return what of arguments or results can be compared between copies of a model; of other objects, the types."""
+    """Reduce arguments or results to what can be compared between copies of a model; other objects to their types."""
     leaves, structure = pytree.tree_flatten(value)
     return structure, [_outlined(leaf) for leaf in leaves]
 
@@ -145,18 +148,18 @@ def _same(a: object, b: object) -> bool:
     try:
         if bool(operator.eq(a, b)):
             return True
-    except (RuntimeError, ValueError, TypeError):  # tensors and the like among the arguments
+    except (RuntimeError, ValueError, TypeError):  # comparison of tensors among the arguments
         pass
-    return repr(a) == repr(b)  # NaN, too
+    return repr(a) == repr(b)  # equal for NaN, too
 
 
 def differing_owner(training: LeafTracer, evaluation: LeafTracer) -> str | None:
     """Return the path of the innermost module in whose forward the traces first differ; None if they are equal.
 
-    Up to the first difference both traces ran the same forwards, so it is in one and the same module that they differ.
-    Others may differ as well: that shows in the next traces, with this one a leaf. A leaf returns a proxy, in which
-    its caller cannot see what it returns in each mode. If that is a tuple in one and a tensor in the other, a caller
-    that does more than return it is the one to become the leaf.
+    Up to the first difference both traces ran the same forwards, so that the difference is in one module. Others may
+    differ as well; that is found by the next traces, in which this module is a leaf. A leaf returns one proxy in both
+    modes. If the module returns a tuple in one mode and a tensor in the other, a caller that does more than return it
+    has to be the leaf instead.
     """
     logs = (training.log, evaluation.log)
     pairs = itertools.zip_longest(*logs)
@@ -177,7 +180,7 @@ def differing_owner(training: LeafTracer, evaluation: LeafTracer) -> str | None:
 
 
 def _end_of(forwards: tuple[str, ...], log: list[tuple], start: int) -> int:
-    """Return where in ``log``, from ``start`` on, the innermost of the running ``forwards`` returns."""
+    """Return the index in ``log``, from ``start`` on, at which the innermost of the running ``forwards`` returns."""
     return next(index for index in range(start, len(log)) if log[index][:2] == (forwards, "return"))
 
 
@@ -187,7 +190,7 @@ def _kinds(outline: tuple) -> tuple:
 
 
 def owner_of_differing_constant(training: LeafTracer, evaluation: LeafTracer) -> str | None:
-    """Return the path of a module whose forward makes different tensor constants in two traces with equal logs."""
+    """Return the path of a module whose forward creates different tensor constants in two traces with equal logs."""
     for forwards, kind, *what in training.log:
         if kind != "get_attr" or not what[1].startswith("_tensor_constant"):
             continue
@@ -199,7 +202,7 @@ def owner_of_differing_constant(training: LeafTracer, evaluation: LeafTracer) ->
 def same_tensor(a: object, b: object) -> bool:
     """Return True if two tensors have equal values, shape, dtype, layout and device, or if ``a`` is no tensor.
 
-    NaN equals NaN. Of tensors on the meta device there are no values. Kinds of tensors whose values cannot be compared
+    NaN equals NaN. Tensors on the meta device have no values to compare. Tensors whose values cannot be compared
     count as different.
     """
     if not isinstance(a, torch.Tensor):

@@ -1,4 +1,4 @@
-"""A batch norm as a scale and a shift for each channel, which the neuron behind it applies on load."""
+"""A batch norm as a scale and a shift for each channel, which the neuron after it applies on load."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .masked import MaskedBatchNorm, is_batch_norm
 
 __all__ = ["affine_of", "norm_affine", "takes_flattened_time"]
 
-# Ranks of what a norm takes with T and N as one
+# ranks of the inputs of a norm, with T flattened into N
 _RANKS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
 
 
 def norm_affine(
     norm: nn.Module, x: Tensor, kernel: str = "", layout: str = "time_first"
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(x, scale, shift) such that ``scale · x + shift`` is ``norm(x)``, channel by channel.
+    """Return (x, scale, shift) such that ``scale · x + shift`` is ``norm(x)``, channel by channel.
 
-    In training scale and shift are made of the batch's mean and variance, through which gradients flow, and the running
-    statistics are updated as the layer itself does it; in evaluation they are made of the running statistics.
+    In training scale and shift are computed from the batch's mean and variance, through which gradients flow, and the
+    running statistics are updated as by the layer itself; in evaluation they are computed from the running statistics.
 
-    Other norms run as the layers that they are, and (norm(x), None, None) is the answer: one that has been replaced by
-    another class (``SyncBatchNorm``, say), that has hooks or a forward of its own by now, that does not take the
-    input, or that gets one value per channel.
+    Other norms are called as layers, and (norm(x), None, None) is returned: norms of another class (such as
+    ``SyncBatchNorm``), with hooks or an instance attribute ``forward``, with an input that does not fit, or with one
+    value per channel.
 
     Args:
         norm: a BatchNorm1d, 2d or 3d of torch or SpikingJelly, or a :class:`MaskedBatchNorm`.
-        x: (T·N, C, *), or (T, N, C, *) for a norm in step mode ``"m"``, or (N, C, *, T) if ``layout`` says so.
-        kernel: whose ``statistics`` finds mean and variance in one read of x; "" for ATen's.
+        x: (T·N, C, *), or (T, N, C, *) for a norm in step mode ``"m"``, or (N, C, *, T) if ``layout`` is time-last.
+        kernel: its ``statistics`` computes mean and variance in one read of x; "" for ATen's.
         layout: of x.
 
     Returns:
@@ -52,7 +52,7 @@ def norm_affine(
 
 
 def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Tensor]:
-    """Scale and shift, as :func:`norm_affine` says, of a norm and an input that are known to fit."""
+    """Return scale and shift, as :func:`norm_affine` does, of a norm and an input that are known to fit."""
     batch = norm.training or norm.running_mean is None
     if not batch:
         dtype = _statistics_dtype(x, norm.running_mean)
@@ -62,7 +62,7 @@ def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Ten
         return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
     masked = isinstance(norm, MaskedBatchNorm)
     mask = current_mask() if masked else None
-    # a checkpointed layer that is run again: like the layer itself, only a masked norm knows
+    # only a masked norm detects the recomputation of a checkpointed layer, as when it is called as a layer
     update = norm.training and not (masked and norm._recompute_guard.is_recompute(mask, True, "MaskedBatchNorm"))
     steps = _as_time_first(norm, x, mask)
     group = active_group(norm)
@@ -79,7 +79,7 @@ def affine_of(norm: nn.Module, x: Tensor, kernel: str = "") -> tuple[Tensor, Ten
 
 
 def takes_flattened_time(norm: nn.Module) -> bool:
-    """Whether the norm takes T and N as one dim, its channels being dim 1, not (T, N, C, *)."""
+    """Return True if the norm takes (T·N, C, *), with T flattened into N, not (T, N, C, *)."""
     if isinstance(norm, MaskedBatchNorm):
         return not norm.time_first
     return getattr(norm, "step_mode", "s") == "s"
@@ -104,7 +104,7 @@ def _statistics_dtype(x: Tensor, other: Tensor | None) -> torch.dtype:
 
 
 def _as_time_first(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
-    """x as (T, N, C, *), or as (1, T·N, C, *) where nobody asks for T."""
+    """Return x as (T, N, C, *), or as (1, T·N, C, *) if no mask needs T."""
     if not takes_flattened_time(norm):
         return x
     if mask is None:
@@ -118,13 +118,13 @@ def _as_time_first(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _update(norm: nn.Module, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-    """The running statistics as the norm itself updates them."""
+    """Update the running statistics as the norm itself does."""
     if not norm.track_running_stats or norm.running_mean is None:
         return
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a tensor: nothing waits for the device
+        if norm.momentum is None:  # stays a tensor, so that the host does not wait for the device
             momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     if isinstance(count, int):
         unbiased = var * (count / (count - 1))
@@ -137,17 +137,17 @@ def _update(norm: nn.Module, mean: Tensor, var: Tensor, count: Tensor | int) -> 
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor | int:
-    """How many values a channel of (T, N, C, *) has at valid steps."""
+    """Return the number of values per channel of (T, N, C, *) at valid steps."""
     count = x.numel() // x.shape[2]
     return count if mask is None else mask.sum() * (count // max(mask.numel(), 1))
 
 
 class _NormAffine(torch.autograd.Function):
-    """(T, N, C, *) → (scale, shift), with gradients through the mean and variance that are handed in.
+    """Scale and shift of x (T, N, C, *), with gradients through the mean and variance that are passed in.
 
-    With a process group these are the mean and variance of all ranks' values, ``count`` in number, and so are x's
-    gradients; those of the parameters are this rank's share. Backward writes one tensor, dx = a + b·x with a and b
-    (C,), which autograd adds to what the neuron gives.
+    With a process group these are the mean and variance of the ``count`` values of all ranks. The gradient of x
+    accounts for all ranks; those of the parameters are this rank's share. Backward writes one tensor, dx = a + b·x with
+    a and b (C,), which autograd adds to the neuron's gradient.
     """
 
     @staticmethod
@@ -191,7 +191,7 @@ class _NormAffine(torch.autograd.Function):
 
 
 def _moments(x: Tensor, mask: Tensor | None, dtype: torch.dtype, kernel: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; zeros of nothing, as a rank may have."""
+    """Return the mean and biased variance of each channel; zeros for an empty x, as a rank may have."""
     if x.numel() == 0:
         return tuple(torch.zeros(x.shape[2], dtype=dtype, device=x.device) for _ in range(2))
     if kernel or mask is not None:
