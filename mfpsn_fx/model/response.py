@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["Geometric", "PerStep", "Taps", "TwoPole"]
 
 
-# Responses are not frozen, since LeakyIntegrator makes them in its forward: Dynamo of torch 2.11 cannot make a frozen
+# Not frozen: LeakyIntegrator constructs responses in its forward, and Dynamo of torch 2.11 cannot construct a frozen
 # dataclass.
 @dataclasses.dataclass(eq=False)
 class Geometric:
@@ -23,19 +23,19 @@ class Geometric:
     ratio: Tensor
 
     def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
+        """Return the taps at ``lags`` (k,), as (k,) or (C, k) in float64."""
         gain, ratio = self.gain.double(), self.ratio.double()
         return gain.unsqueeze(-1) * ratio.unsqueeze(-1) ** lags.to(ratio.device).double()
 
 
 @dataclasses.dataclass(eq=False)
 class Taps:
-    """A finite response, ``values[..., j]`` at lag j: (L,) or (C, L); zero from lag L on."""
+    """The finite response ``values[..., j]`` at lag j, ``values`` being (L,) or (C, L); zero from lag L on."""
 
     values: Tensor
 
     def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
+        """Return the taps at ``lags`` (k,), as (k,) or (C, k) in float64."""
         values, lags = self.values.double(), lags.to(self.values.device)
         reached = values[..., lags.clamp(max=values.shape[-1] - 1)]
         return torch.where(lags < values.shape[-1], reached, torch.zeros_like(reached))
@@ -51,7 +51,7 @@ class TwoPole:
 
     Attributes:
         gain, current, membrane: () or (C,) tensors.
-        delay: steps from the current to the membrane; 1 where a step of the membrane reads the last step's current.
+        delay: steps from the current to the membrane; 1 if the membrane reads the current of the step before.
     """
 
     gain: Tensor
@@ -60,12 +60,12 @@ class TwoPole:
     delay: int = 0
 
     def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) or (C, k) in float64."""
+        """Return the taps at ``lags`` (k,), as (k,) or (C, k) in float64."""
         gain, current, membrane = torch.broadcast_tensors(
             self.gain.double(), self.current.double(), self.membrane.double()
         )
         reached = lags.to(gain.device) - self.delay
-        # By the recursion: the closed form loses all digits where the two decays are close.
+        # by the recursion: the closed form cancels if the two decays are close
         power = value = torch.ones_like(gain)
         response = [value]
         for _ in range(int(reached.max().clamp(min=0)) if reached.numel() else 0):
@@ -78,25 +78,25 @@ class TwoPole:
 
 @dataclasses.dataclass(frozen=True)
 class PerStep:
-    """Weights of its own for every pair of steps, H[t] = Σ_u weight[t, u]·X[u] + offset[t]: PSN (paper, equation 6).
+    """Weights for every pair of steps, H[t] = Σ_u weight[t, u]·X[u] + offset[t]: PSN (paper, equation 6).
 
-    As a filter it is the mean along each diagonal; what looks ahead of t, above the diagonal, has no place in one.
-    Calibration aims at the membrane itself.
+    Called with lags it returns the mean along each diagonal; weights above the diagonal, of later steps, are dropped.
+    Calibration fits to the membrane itself.
 
     Attributes:
         weight: (T, T).
-        offset: (T,), what a step's threshold is lower than the mean of all.
+        offset: (T,), by how much a step's threshold is below the mean over all steps.
     """
 
     weight: Tensor
     offset: Tensor
 
     def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) in float64."""
+        """Return the taps at ``lags`` (k,), as (k,) in float64."""
         return Taps(torch.stack([self.weight.diagonal(-lag).mean() for lag in range(len(self.weight))]))(lags)
 
     def membrane(self, x: Tensor) -> Tensor:
-        """(T, N, *) → H (T, N, *); ``ValueError`` if T is another than the weights'."""
+        """Return H (T, N, *) of x (T, N, *); ``ValueError`` if the weights are for another T."""
         if len(x) != len(self.weight):
             raise ValueError(f"there are weights for {len(self.weight)} steps, found {len(x)}")
         return torch.tensordot(self.weight.to(x), x, 1) + self.offset.to(x).reshape(-1, *[1] * (x.ndim - 1))

@@ -75,7 +75,7 @@ def time_last_methods(layer: nn.Module) -> tuple[str, ...]:
 
 
 def has_hooks(m: nn.Module) -> bool:
-    """Return True if calling ``m`` does more than its class's forward: hooks, or a forward of the instance's own."""
+    """Return True if calling ``m`` does more than its class's forward: hooks, or an instance attribute ``forward``."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
 

@@ -39,10 +39,12 @@ class OverTime(nn.Module):
 
 @register_source(OverTime)
 def over_time(m: OverTime) -> SourceNeuron:
+    """Describe the wrapped neuron, with the wrapper's notes."""
     source = describe(m.neuron)
     return dataclasses.replace(source, notes=(*source.notes, *m.notes))
 
 
 @register_stepping(OverTime)
 def once(m: OverTime) -> Stepping:
+    """Return the calling convention: one call over a sequence, which returns spikes."""
     return Stepping((), ("spikes",), sequence=True)

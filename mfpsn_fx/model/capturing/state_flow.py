@@ -66,8 +66,8 @@ def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArg
     parameters = inspect.signature(model.forward).parameters.values()
     # a default of None would be traced as a constant, which hides its use as a state. A tuple is passed instead: it
     # becomes a proxy without a shape, as the argument may be a list of states
-    handed = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
-    gm = trace_steps(model, given | handed)
+    omitted = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
+    gm = trace_steps(model, given | omitted)
     (output,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
     returned = {leaf: path for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, fx.Node)}
     links: dict[str, list] = {}

@@ -72,7 +72,7 @@ def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
         return Switched(refusals=refusals)
     if (calls := _most_calls(model, switchable, args, kwargs)) > 1:
         reason = (
-            "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
+            "it is in single-step mode, and the model's own forward steps through time: it calls this neuron "
             f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
             "and feed (T, N, C, *)"
         )
@@ -111,7 +111,7 @@ def _layer_without_step_mode(model: nn.Module) -> str | None:
         fixed = isinstance(m, _WITHOUT_STEP_MODE) or (type(m) is nn.Flatten and m.start_dim >= 0)
         if fixed and _mode(m) is None and path and _inside_container(model, path) is None:
             return (
-                f"it is in step-by-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
+                f"it is in single-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
                 f"spikingjelly.activation_based.layer.{type(m).__name__}, or feed the neurons (T, N, C, *) yourself"
             )
     return None
@@ -129,14 +129,14 @@ def _disagreement(
             return reason
         if len(steps) != 1:
             return (
-                "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
+                "it is in single-step mode, and the example's tensors do not share their first dim, T: give a whole "
                 "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
             )
         try:
             stepped = _run_step_by_step(_reset_copy(model), paths, flat, spec, steps.pop())
         except Exception as error:
             return (
-                "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
+                "it is in single-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
                 f"each step ({type(error).__name__}: {_first_line(error)}); give one"
             )
         whole = _reset_copy(model)
@@ -148,12 +148,12 @@ def _disagreement(
             at_once += [x for path in paths for x in seen[path]]
         except Exception as error:
             return (
-                f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
+                f"it is in single-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
                 f"{_first_line(error)}): its forward is written for one step"
             )
     if len(at_once) != len(stepped) or not all(map(_equal, stepped, at_once)):
         return (
-            "it is in step-by-step mode, and in step mode 'm' the model computes something else on the example: its "
+            "it is in single-step mode, and in step mode 'm' the model computes something else on the example: its "
             "forward is written for one step (it may flatten or average over dims that move)"
         )
     return None

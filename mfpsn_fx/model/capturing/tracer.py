@@ -65,9 +65,8 @@ class LeafTracer(fx.Tracer):
             error; it is then raised.
     """
 
-    def __init__(
-        self, leaves: dict[str, str] | None = None
-    ) -> None:  # FX constructs one without arguments in unpickling
+    # the default serves FX, which constructs a tracer without arguments in unpickling
+    def __init__(self, leaves: dict[str, str] | None = None) -> None:
         super().__init__(autowrap_functions=(fold_time, unfold_time))
         self.leaves = {} if leaves is None else leaves
         self.inside: list[str] = [""]

@@ -1,4 +1,4 @@
-"""What a source neuron is to us: a causal filter, a threshold, a surrogate; and the adapters that tell."""
+"""Description of a source neuron as a causal filter, a threshold and a surrogate, and the registry of adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class NotAFilterError(ValueError):
-    """A neuron that has no linear causal filter, with the reason; ``convert`` names the layer."""
+    """Raised for a neuron that is not a linear causal filter, with the reason; ``convert`` adds the layer's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,15 @@ class SourceNeuron:
 
     Attributes:
         response: lags (k,) of int → taps (k,), or (C, k) where channels differ; picklable.
-        threshold: () or (C,); fires at ``≥`` it, or above it if ``strict``.
-        surrogate: the one its user trained with.
-        strict: the source fires at > only.
-        reset: what a spike does to the membrane of a source whose response is geometric; conversion drops it,
-            calibration simulates it. ``"none"``; ``"zero"``: V falls back to rest; ``"subtract"``: V is lowered by
-            the threshold; ``"late-zero"`` and ``"late-subtract"``: the same happens to the next step's membrane, after
-            its decay and input (snnTorch).
-        channels: if the neuron itself knows them.
-        notes: what the conversion drops or approximates, for the selection table.
+        threshold: () or (C,).
+        surrogate: the one that the source was trained with.
+        strict: True if the source fires at H > threshold only, not at H ≥ threshold.
+        reset: effect of a spike on the membrane of a source whose response is a recursion; conversion drops it,
+            calibration simulates it. ``"none"``; ``"zero"``: V is set to rest; ``"subtract"``: the threshold is
+            subtracted from V; ``"late-zero"`` and ``"late-subtract"``: the same for the next step's membrane, after its
+            decay and input (snnTorch).
+        channels: number of channels, if the neuron has it; else None.
+        notes: properties that the conversion drops or approximates, for the selection table.
     """
 
     name: str
@@ -61,18 +61,19 @@ _ADAPTERS: dict[str, Adapter] = {}
 
 
 def qualified_name(cls: type) -> str:
+    """Return ``module.Class`` of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def register_source(*classes: type | str):
-    """Decorator: the function tells ``convert`` what neurons of ``classes`` are.
+    """Register the decorated function as the adapter that describes neurons of ``classes`` for ``convert``.
 
     Args:
-        classes: the neuron's class, or its qualified name (``"package.module.Class"``), so that a library need
-            not be imported to be known. The exact class is matched: a subclass may behave otherwise.
+        classes: the neuron's class, or its qualified name (``"package.module.Class"``), for which the library need
+            not be imported. The exact class is matched: a subclass may behave otherwise.
 
-    The function takes the module and returns a :class:`SourceNeuron`; it raises :class:`NotAFilterError` where the
-    module's settings make it something else than a causal filter with a threshold.
+    The function takes the module and returns a :class:`SourceNeuron`; it raises :class:`NotAFilterError` if with
+    the module's settings it is not a causal filter with a threshold.
 
     Example::
 
@@ -93,7 +94,7 @@ def register_source(*classes: type | str):
 
 
 def refuse_source(reason: str, *classes: str) -> None:
-    """Have neurons of ``classes``, given by qualified names, refused with ``reason``."""
+    """Register an adapter for ``classes``, qualified names, that refuses their neurons with ``reason``."""
 
     @register_source(*classes)
     def adapter(m: nn.Module) -> SourceNeuron:
@@ -101,25 +102,26 @@ def refuse_source(reason: str, *classes: str) -> None:
 
 
 def unregister_source(*classes: type | str) -> None:
-    """Forget the adapters of ``classes``; unknown ones are ignored."""
+    """Remove the adapters of ``classes``; unknown ones are ignored."""
     for cls in classes:
         _ADAPTERS.pop(cls if isinstance(cls, str) else qualified_name(cls), None)
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """The adapter of the module's exact class, seen through torch's parametrizations, or None."""
+    """Return the adapter of the module's exact class, that before torch's parametrizations, or None."""
     return _ADAPTERS.get(qualified_name(type_before_parametrizations(module)))
 
 
 def is_source(module: nn.Module) -> bool:
+    """Return True if there is an adapter for the module's class."""
     return adapter_for(module) is not None
 
 
 def describe(module: nn.Module) -> SourceNeuron:
-    """What ``module`` is as a filter.
+    """Describe ``module`` as a filter.
 
     Raises:
-        NotAFilterError: it is not one, or there is no adapter for its class.
+        NotAFilterError: it is not a filter, or there is no adapter for its class.
     """
     adapter = adapter_for(module)
     if adapter is None:
@@ -130,15 +132,15 @@ def describe(module: nn.Module) -> SourceNeuron:
     source = adapter(module)
     notes = list(source.notes)
     if is_parametrized(module):
-        notes.append("parametrization dropped, its present value taken")
+        notes.append("parametrization dropped, its current value taken")
     if hooks := len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks):
         notes.append(f"{hooks} hook{'s' * (hooks > 1)} not carried over: register on the new neuron")
     return dataclasses.replace(source, notes=tuple(notes))
 
 
-# A class from here, or derived from one with an adapter, is a neuron even if nothing is known of it.
+# Classes of these packages, and subclasses of those with an adapter, count as neurons, which have to be refused.
 _NEURON_PACKAGES = ("spikingjelly.activation_based.neuron", "snntorch._neurons", "norse.torch.module")
-# What is kept beside Norse's neurons and is none: containers, encoders, layers.
+# Norse's modules in the same package that are not neurons: containers, encoders, layers.
 _NOT_NEURONS = tuple(
     f"norse.torch.module.{name}."
     for name in ("conv", "encode", "lift", "receptive_field", "regularization", "sequential", "spikes_to_times_decoder")
@@ -146,7 +148,7 @@ _NOT_NEURONS = tuple(
 
 
 def looks_like_a_neuron(module: nn.Module) -> bool:
-    """Whether a module without an adapter is, by its ancestry, a spiking neuron."""
+    """Return True if a module, with or without an adapter, is a spiking neuron by its class or base classes."""
     for cls in type(module).__mro__:
         name = qualified_name(cls)
         if name in _ADAPTERS:
@@ -157,7 +159,7 @@ def looks_like_a_neuron(module: nn.Module) -> bool:
 
 
 def source_paths(module: nn.Module) -> dict[str, nn.Module]:
-    """Paths of all modules that are neurons, with an adapter or by their looks; none inside another."""
+    """Return path → module of all neurons, with an adapter or by their base classes, without those inside another."""
     found: dict[str, nn.Module] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         if any(path.startswith(f"{outer}.") for outer in found):

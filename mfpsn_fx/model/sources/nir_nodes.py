@@ -1,4 +1,4 @@
-"""A node of an NIR graph as a torch module."""
+"""Construction of the torch module of a node of an NIR graph."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["node_module", "primitive_name"]
 
 
 def primitive_name(node: object) -> str:
-    """The primitive's name, known by its class: nir itself is imported by nobody but the user."""
+    """Return the name of the NIR primitive, '' if it is none, by class name: nir is not imported."""
     return type(node).__name__ if type(node).__module__.split(".")[0] == "nir" else ""
 
 
 class _Scale(nn.Module):
-    """Elementwise product with learnable factors of the shape of one step: (T·N, *) → (T·N, *)."""
+    """Elementwise product with learnable factors of the shape of one step, (T·N, *) → (T·N, *)."""
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ def _has_bias(read: _Reader) -> bool:
 
 
 def _pool(read: _Reader) -> nn.Module:
-    # a divisor of 1 makes the mean a sum
+    # with a divisor of 1 the mean is a sum
     divisor = {"divisor_override": 1} if read.kind == "SumPool2d" else {}
     return nn.AvgPool2d(*(read.sizes(name, 2) for name in ("kernel_size", "stride", "padding")), **divisor)
 
 
 def _flatten(read: _Reader) -> nn.Module:
-    """NIR counts the dims of one step, without the batch: 0 is the one behind it."""
+    """Make the flatten layer; NIR counts the dims of one step without the batch: its 0 is torch's 1."""
     start, end = (int(d) + 1 if d >= 0 else int(d) for d in (read.node.start_dim, read.node.end_dim))
     return nn.Flatten(start, end)
 
@@ -102,7 +102,7 @@ def _threshold_and_reset(read: _Reader) -> dict[str, Tensor]:
 
 
 def _threshold(read: _Reader) -> dict[str, Tensor]:
-    """A neuron without a memory."""
+    """Return the coefficients of a neuron without memory."""
     threshold = read.constant("threshold")
     zero = torch.zeros_like(threshold)
     return {"decay": zero, "gain": zero + 1, "rest": zero, "threshold": threshold, "reset": zero}
@@ -122,7 +122,7 @@ _INTEGRATORS: dict[str, Callable[[_Reader], dict[str, Tensor]]] = {
 
 
 class _Reader:
-    """One node's fields as what torch needs, with errors that name the node."""
+    """Reads one node's fields as torch values, with errors that name the node."""
 
     def __init__(self, name: str, node: object, dt: float, dtype: torch.dtype) -> None:
         self.name, self.node, self.dt, self.dtype = name, node, dt, dtype
@@ -132,7 +132,7 @@ class _Reader:
         return f"node {self.name!r} ({self.kind})"
 
     def constant(self, field: str) -> Tensor:
-        """A copy in float64, finite."""
+        """Copy a field in float64; ``ValueError`` if it is not finite."""
         value = torch.as_tensor(getattr(self.node, field)).detach().double().clone()
         if not bool(torch.isfinite(value).all()):
             hint = ": a node that never fires is an LI" if field in ("v_threshold", "threshold") else ""
@@ -140,10 +140,11 @@ class _Reader:
         return value
 
     def tensor(self, field: str) -> Tensor:
+        """Copy a field in the network's dtype; ``ValueError`` if it is not finite."""
         return self.constant(field).to(self.dtype)
 
     def decay_rate(self, field: str) -> Tensor:
-        """dt/τ."""
+        """Return dt/τ; ``ValueError`` if it is above 1."""
         tau = self.constant(field)
         if bool((tau < self.dt).any()):
             raise ValueError(
@@ -153,6 +154,7 @@ class _Reader:
         return self.dt / tau
 
     def sizes(self, field: str, dims: int) -> tuple[int, ...] | str:
+        """Return a field as ``dims`` integers, or a padding mode."""
         value = getattr(self.node, field)
         if isinstance(value, (str, bytes)):
             return value.decode() if isinstance(value, bytes) else value
@@ -162,6 +164,7 @@ class _Reader:
         return tuple(found * dims if len(found) == 1 else found)
 
     def with_parameters(self, layer: nn.Module) -> nn.Module:
+        """Copy weight and bias of the node into ``layer``, and return it."""
         layer = layer.to(self.dtype)
         for field in ("weight", "bias"):
             if (parameter := getattr(layer, field)) is None:
@@ -177,16 +180,16 @@ class _Reader:
 def node_module(
     name: str, node: object, dt: float, surrogate: Surrogate | None, dtype: torch.dtype
 ) -> tuple[nn.Module, bool]:
-    """The node's module, and whether it has no memory (and so works on (T·N, *) rather than (T, N, *)).
+    """Return the node's module, and True if it is stateless, so that it takes (T·N, *) rather than (T, N, *).
 
     Args:
-        name: what messages call it.
-        node: of one of NIR's primitives; its fields are copied.
+        name: of the node, for messages.
+        node: an instance of an NIR primitive; its fields are copied.
         dt: the step in seconds.
         surrogate, dtype: as in :func:`mfpsn_fx.from_nir`.
 
     Raises:
-        ValueError: the primitive is not taken, or its fields make no sense; the message names the node.
+        ValueError: the primitive is not supported, or its fields are invalid; the message names the node.
     """
     read = _Reader(name, node, dt, dtype)
     if read.kind in _STATELESS:
@@ -198,12 +201,12 @@ def node_module(
             return nir_integrator(read.kind, dtype, **_broadcast(read, _INTEGRATORS[read.kind](read))), False
         except NotAFilterError as error:
             raise ValueError(f"{read}: {error}") from None
-    taken = ", ".join([*_STATELESS, *_NEURONS, *_INTEGRATORS])
-    raise ValueError(f"node {name!r} is a {type(node).__name__}, which is not taken; taken are {taken}")
+    supported = ", ".join([*_STATELESS, *_NEURONS, *_INTEGRATORS])
+    raise ValueError(f"node {name!r} is a {type(node).__name__}, which is not supported; supported are {supported}")
 
 
 def _broadcast(read: _Reader, coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of one shape."""
+    """Broadcast the coefficients to one shape."""
     try:
         tensors = torch.broadcast_tensors(*coefficients.values())
     except RuntimeError:
