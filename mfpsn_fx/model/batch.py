@@ -59,7 +59,7 @@ class Batch:
             kinds = [type(value).__name__ for value in self.args] + list(self.kwargs)
             raise TypeError(
                 f"a batch of {', '.join(kinds) or 'nothing'} does not fit what the network takes ({error}); "
-                "labels are no part of it"
+                "labels are not part of it"
             ) from error
         with contextlib.nullcontext() if self.mask is None else valid_steps(self.mask):
             return model(*self.args, **self.kwargs)

@@ -157,6 +157,7 @@ def with_constants(model: nn.Module, scratch: nn.Module, graph: fx.Graph) -> nn.
 
 
 def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule of ``model`` at ``path``, or None if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:

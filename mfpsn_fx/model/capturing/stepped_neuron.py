@@ -37,8 +37,8 @@ class SteppedNeuron(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             raise AttributeError(
-                f"{name!r} of a {type(self._modules['neuron']).__name__} is read by code outside of it, and what a "
-                "neuron keeps from step to step is not there when all steps run at once"
+                f"{name!r} of a {type(self._modules['neuron']).__name__} is read by code outside of it, but a "
+                "neuron has no state of single steps when all steps run at once"
             ) from None
 
 

@@ -134,7 +134,7 @@ class _StepTracer(LeafTracer):
         if not torch.is_grad_enabled():
             raise Untraceable(
                 self.inside[-1],
-                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
+                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on its results",
             )
         node = super().create_node(*args, **kwargs)
         if node.op == "placeholder" and node.target in self.example:
@@ -326,8 +326,8 @@ def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
             ours, theirs = (_attribute(scratch, node.target) for scratch in scratches)
             if not same_tensor(ours, theirs):
                 raise NotSteppedError(
-                    f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
-                    "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
+                    f"{name}'s forward draws random numbers of a fixed shape, which the graph would keep as constants: "
+                    "draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
                 )
     _drop_specializations(graph, concrete)
     gm = fx.GraphModule(with_constants(model, scratches[0], graph), graph, name)

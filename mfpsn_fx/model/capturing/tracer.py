@@ -140,6 +140,7 @@ def _outlined(leaf: object) -> object:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, of 200 characters at most."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 

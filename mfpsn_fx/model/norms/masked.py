@@ -143,7 +143,7 @@ def replace_batch_norms(
         if not supported(module) or not path:
             name = qualified_name(type(module))
             raise TypeError(
-                f"{path or 'the model'}: {name} is no batch norm that could be {purpose}; replace it yourself"
+                f"{path or 'the model'}: {name} is not a batch norm that can be {purpose}; replace it yourself"
             )
         if has_hooks(module):
             raise TypeError(
