@@ -145,7 +145,7 @@ def test_filters_fire_as_their_neurons_until_the_first_reset(make):
 
 def test_klif_says_that_the_relu_is_dropped():
     assert "ReLU on the membrane dropped" in describe(klif(1.2)).notes
-    assert any("rest 0.25 folded" in note for note in describe(klif(1.0, v_reset=0.25)).notes)
+    assert any("rest 0.25 subtracted" in note for note in describe(klif(1.0, v_reset=0.25)).notes)
     with pytest.raises(NotAFilterError, match="its membrane has no resting value"):
         describe(klif(3.0, v_reset=0.25))
 
