@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from mfpsn_fx.kernels.surrogate import Surrogate
 from mfpsn_fx.model.sources.nir_neurons import NIRNeuron
-from mfpsn_fx.model.sources.nir_nodes import kind_of, node_module
+from mfpsn_fx.model.sources.nir_nodes import node_module, primitive_name
 from mfpsn_fx.model.time_axis import fold_time, unfold_time
 
 __all__ = ["from_nir"]
@@ -60,11 +60,11 @@ def from_nir(
         raise ValueError(f"dt must be a positive number of seconds, found {dt!r}")
     if isinstance(graph, (str, os.PathLike)):
         graph = _nir().read(graph)
-    if kind_of(graph) != "NIRGraph":
+    if primitive_name(graph) != "NIRGraph":
         raise TypeError(f"from_nir takes a nir.NIRGraph or the path of a file, found {type(graph).__name__}")
     nodes, edges = _flattened(graph)
     # in the graph's own order, whatever sorting makes of it
-    inputs, outputs = ([name for name in graph.nodes if kind_of(nodes.get(name)) == kind] for kind in _VIRTUAL)
+    inputs, outputs = ([name for name in graph.nodes if primitive_name(nodes.get(name)) == kind] for kind in _VIRTUAL)
     order = _ordered(nodes, edges, inputs, outputs)
     into = {name: [source for source, target in edges if target == name] for name in nodes}
     names = _names(order)
@@ -75,7 +75,7 @@ def from_nir(
     for name in order:
         if name in inputs:
             continue
-        if kind_of(nodes[name]) in _VIRTUAL:
+        if primitive_name(nodes[name]) in _VIRTUAL:
             network.alias(name, into[name])
             continue
         module, stateless = node_module(name, nodes[name], dt, surrogate, dtype)
@@ -148,7 +148,7 @@ def _flattened(graph: object, prefix: str = "") -> tuple[dict[str, object], list
     edges = []
     for name, node in graph.nodes.items():
         path = entry[name] = leaving[name] = f"{prefix}{name}"
-        if kind_of(node) != "NIRGraph":
+        if primitive_name(node) != "NIRGraph":
             nodes[path] = node
             continue
         inner, inner_edges = _flattened(node, f"{path}.")
@@ -157,7 +157,8 @@ def _flattened(graph: object, prefix: str = "") -> tuple[dict[str, object], list
         nodes |= inner
         edges += inner_edges
         ends = {
-            kind: [f"{path}.{key}" for key, child in node.nodes.items() if kind_of(child) == kind] for kind in _VIRTUAL
+            kind: [f"{path}.{key}" for key, child in node.nodes.items() if primitive_name(child) == kind]
+            for kind in _VIRTUAL
         }
         for kind, found in ends.items():
             if len(found) != 1:
@@ -195,9 +196,9 @@ def _ordered(
             raise ValueError(f"the graph has no {kind} node")
     for name, node in nodes.items():
         if not before[name] and name not in inputs:
-            raise ValueError(f"node {name!r} ({kind_of(node)}) has no input: connect it, or remove it")
+            raise ValueError(f"node {name!r} ({primitive_name(node)}) has no input: connect it, or remove it")
         if not behind[name] and name not in outputs:
-            raise ValueError(f"node {name!r} ({kind_of(node)}) leads to no Output: connect it, or remove it")
+            raise ValueError(f"node {name!r} ({primitive_name(node)}) leads to no Output: connect it, or remove it")
     return order
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from mfpsn_fx.model.capturing import steps as unrolled
 from mfpsn_fx.model.capturing.capture import copied
 from mfpsn_fx.model.capturing.shared_mask import wrap_dropouts
-from mfpsn_fx.model.capturing.split_layers import has_fused_layers, split_fused_layers
+from mfpsn_fx.model.capturing.split_layers import has_inner_layers, split_inner_layers
 from mfpsn_fx.model.capturing.stepped_neuron import memory_layers, wrap_stepping_neurons
 from mfpsn_fx.model.sources.description import NotAFilterError, describe, is_source, source_paths
 from mfpsn_fx.passes import ConversionError, Example, PassContext, RollUp
@@ -20,7 +20,7 @@ __all__ = ["has_steps", "rolled_loop", "rolled_up"]
 
 def has_steps(model: nn.Module) -> bool:
     """Whether ``model`` has neurons that are called step by step, or hand their state in and out."""
-    return unrolled.has_steps(model) or has_fused_layers(model)
+    return unrolled.has_steps(model) or has_inner_layers(model)
 
 
 def rolled_up(
@@ -41,7 +41,7 @@ def rolled_up(
         )
     example = unrolled.bound_example(model, args, kwargs)
     try:
-        split_fused_layers(model)
+        split_inner_layers(model)
         _check_known(model)
         steps, one_step = unrolled.capture_steps(model, (), example)
     except (unrolled.NotSteppedError, NotAFilterError) as error:

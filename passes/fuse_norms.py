@@ -10,7 +10,7 @@ from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import Problem, kernels
 from mfpsn_fx.model.channel_dims import DEFAULT_DIMS
 from mfpsn_fx.model.neuron import MulFreePSN
-from mfpsn_fx.model.norms.affine import fused_time, norm_affine
+from mfpsn_fx.model.norms.affine import norm_affine, takes_flattened_time
 from mfpsn_fx.model.norms.masked import MaskedBatchNorm, is_batch_norm
 from mfpsn_fx.model.time_last import has_hooks, run_time_last
 
@@ -138,8 +138,8 @@ def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: La
     if given is None or met is None or len(met[0]) < 3:
         return None
     (rows, *rest), (steps, batch, *same) = given[0], met[0]
-    wanted = (steps * batch, *same) if fused_time(norm) and not late else met[0]
-    fits = (rows, *rest) == wanted and not (fused_time(norm) and late)
+    wanted = (steps * batch, *same) if takes_flattened_time(norm) and not late else met[0]
+    fits = (rows, *rest) == wanted and not (takes_flattened_time(norm) and late)
     return node if fits and _nothing_between(node, sn, chain) else None
 
 
@@ -188,7 +188,7 @@ def _one_read(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str
     """The kernel that finds mean and variance of such a tensor in one read; "" for ATen."""
     shape, dtype, device = meta
     shape = Layout.TIME_FIRST.shape_from(shape, layout)
-    shape = (1, *shape) if fused_time(gm.get_submodule(path)) else shape
+    shape = (1, *shape) if takes_flattened_time(gm.get_submodule(path)) else shape
     problem = Problem(tuple(shape), Layout.TIME_FIRST, dtype, device.type, 1, 1)
     able = [kernel for kernel in kernels() if kernel.one_read and kernel.refusal(problem) is None]
     return max(able, key=lambda kernel: kernel.rank).name if able else ""

@@ -6,7 +6,8 @@ import copy
 
 from torch import fx, nn
 
-from mfpsn_fx.model.sources.description import NotAFilterError, PerStep, Taps, describe, is_source
+from mfpsn_fx.model.response import PerStep, Taps
+from mfpsn_fx.model.sources.description import NotAFilterError, describe, is_source
 
 from .base import Pass, Result
 from .context import PassContext

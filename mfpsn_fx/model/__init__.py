@@ -1,8 +1,9 @@
-"""Floor 2: the neuron as a module, what source neurons are, and capture."""
+"""Floor 2: the neuron as a module, descriptions of source neurons, and capture of networks as FX graphs."""
 
 from .capturing.capture import capture
 from .integrator import LeakyIntegrator
 from .neuron import MulFreePSN
+from .response import Geometric, Taps, TwoPole
 from .sources import (  # noqa: F401  (they register their adapters)
     from_flexsn,
     from_norse,
@@ -11,15 +12,7 @@ from .sources import (  # noqa: F401  (they register their adapters)
     from_spikingjelly_variants,
     nir_neurons,
 )
-from .sources.description import (
-    Geometric,
-    NotAFilterError,
-    SourceNeuron,
-    Taps,
-    TwoPole,
-    register_source,
-    unregister_source,
-)
+from .sources.description import NotAFilterError, SourceNeuron, register_source, unregister_source
 from .sources.stepping import Stepping, register_stepping, unregister_stepping
 
 __all__ = [

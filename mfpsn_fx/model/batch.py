@@ -1,4 +1,4 @@
-"""A batch of what a network takes, in the forms in which users have it."""
+"""One batch of arguments of a network, from the forms in which data loaders yield it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch:
 
     @classmethod
     def of(cls, value: object) -> Batch:
-        """A tensor is the one argument, a tuple or list the arguments, a mapping the keyword arguments.
+        """Make a batch of a tensor (the only argument), a tuple or list (arguments) or a mapping (keyword arguments).
 
         Raises:
             TypeError: it is none of these.
@@ -48,7 +48,7 @@ class Batch:
         )
 
     def run(self, model: nn.Module):
-        """``model(*args, **kwargs)`` with the mask in force.
+        """Return ``model(*args, **kwargs)``, called under the mask.
 
         Raises:
             TypeError: the model does not take such arguments.
@@ -59,14 +59,14 @@ class Batch:
             kinds = [type(value).__name__ for value in self.args] + list(self.kwargs)
             raise TypeError(
                 f"a batch of {', '.join(kinds) or 'nothing'} does not fit what the network takes ({error}); "
-                "labels are no part of it"
+                "labels are not part of it"
             ) from error
         with contextlib.nullcontext() if self.mask is None else valid_steps(self.mask):
             return model(*self.args, **self.kwargs)
 
 
 def check_repeatable(batches: Iterable, purpose: str) -> None:
-    """Refuse what cannot be run through more than once.
+    """Raise unless ``batches`` can be iterated more than once.
 
     Raises:
         TypeError: ``batches`` is a tensor, no iterable, or a one-shot iterator.
@@ -83,7 +83,7 @@ def check_repeatable(batches: Iterable, purpose: str) -> None:
 
 
 def reset_states(model: nn.Module) -> None:
-    """Let neurons that were not converted forget what they met before."""
+    """Reset the states of neurons that were not converted."""
     for module in source_paths(model).values():
         if callable(reset := getattr(module, "reset", None)):
             reset()

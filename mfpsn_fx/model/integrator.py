@@ -1,4 +1,4 @@
-"""The membrane of a neuron that does not reset, over all of time at once."""
+"""The membrane of a neuron that does not reset, for all time steps at once."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .sources.description import Geometric, Taps, TwoPole
+from .response import Geometric, Taps, TwoPole
 
 __all__ = ["LeakyIntegrator"]
 
 
 class LeakyIntegrator(nn.Module):
-    """H[t] = rest + Σ_j response(j)·X[t−j] (paper, equation 4), one product with a triangular T x T Toeplitz matrix.
+    """H[t] = rest + Σ_j response(j)·X[t−j] (paper, equation 4), as one product with a triangular T x T Toeplitz matrix.
 
-    A network's readout: a leaky neuron whose threshold is out of reach, and whose membrane is what is looked at.
+    The readout of a network: a leaky neuron that never fires, and whose output is its membrane.
 
     Args:
-        response: what a unit of input does to the membrane j steps later.
+        response: the effect of a unit of input on the membrane j steps later.
         rest: () or (C,), added to the membrane.
         trainable: names of the response's tensors that are parameters; the others are buffers. A decay (``ratio``,
-            ``current``, ``membrane``) that is trained is held in [0, 1].
+            ``current``, ``membrane``) that is trained is clamped to [0, 1].
 
     Shapes: input (T, N, *), or (T, N, C, *) where the response differs between channels; output the same.
 
@@ -61,10 +61,12 @@ class LeakyIntegrator(nn.Module):
 
     @property
     def response(self) -> Geometric | Taps | TwoPole:
-        """As it is now; differentiable in what is trained."""
+        """The response with its current tensors, differentiable in the trainable ones."""
         values = {name: getattr(self, name) for name in self.tensors}
-        held = {n: v.clamp(0, 1) if n in self._DECAYS and isinstance(v, nn.Parameter) else v for n, v in values.items()}
-        return self.kind(**held, **self.constants)
+        clamped = {
+            n: v.clamp(0, 1) if n in self._DECAYS and isinstance(v, nn.Parameter) else v for n, v in values.items()
+        }
+        return self.kind(**clamped, **self.constants)
 
     def forward(self, x: Tensor) -> Tensor:
         taps, rest = self._taps(x.shape[0]).to(x.dtype), self.rest.to(x.dtype)
@@ -81,12 +83,12 @@ class LeakyIntegrator(nn.Module):
         return torch.einsum("cts,snc...->tnc...", _toeplitz(taps), x) + rest
 
     def _taps(self, steps: int) -> Tensor:
-        """The response at lags 0 … steps−1, (T,) or (C, T)."""
+        """Return the response at lags 0 … steps−1, (T,) or (C, T)."""
         response = self.response
         lags = torch.arange(steps, device=self.rest.device)
         if not isinstance(response, TwoPole):
             return response(lags)
-        # One exponential through the other: a product that compiles, where the response itself recurs.
+        # One exponential convolved with the other: torch.compile takes this product, but not TwoPole's loop over lags.
         one = torch.ones((), dtype=torch.float64, device=lags.device)
         current, membrane = (Geometric(one, decay)(lags) for decay in (response.current, response.membrane))
         taps = (_toeplitz(membrane) @ current.unsqueeze(-1)).squeeze(-1) * response.gain.double().unsqueeze(-1)
@@ -98,7 +100,7 @@ class LeakyIntegrator(nn.Module):
 
 
 def _toeplitz(taps: Tensor) -> Tensor:
-    """(…, T) → the causal (…, T, T): row t has taps[t − s] in column s."""
+    """Build the causal Toeplitz matrix (…, T, T) of taps (…, T): row t has taps[t − s] in column s."""
     lags = torch.arange(taps.shape[-1], device=taps.device)
     distance = lags.unsqueeze(1) - lags
     return torch.where(distance >= 0, taps[..., distance.clamp(min=0)], 0.0)

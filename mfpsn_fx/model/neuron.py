@@ -18,7 +18,7 @@ from mfpsn_fx.kernels.registry import Problem, default_kernel, get_kernel
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, get_surrogate
 
 from .channel_dims import DEFAULT_DIMS, channels_back, channels_together, check_dims
-from .distributed.group import Group, joined
+from .distributed.group import Group, active_group
 from .distributed.neuron import neuron_over_ranks
 from .padding_mask import current_mask
 from .recompute import RecomputeGuard
@@ -39,19 +39,19 @@ class MulFreePSN(nn.Module):
 
     Args:
         channels: C.
-        order: k, the number of taps. ``weight[:, k−1]`` meets the present step.
-        dilation: d, the distance of taps in steps. Taps that reach before t = 0 read zeros.
-        surrogate: what stands for the derivative of Θ in backward.
+        order: k, the number of taps. ``weight[:, k−1]`` multiplies the current step.
+        dilation: d, the distance between taps in steps. Taps before t = 0 read zeros.
+        surrogate: replaces the derivative of Θ in backward.
         gradient: of the quantizer: ``"straight-through"`` (16), ``"round-only"`` (15) or ``"none"`` (no quantizer).
-        layout: of the input where the call does not say: ``"time_first"`` (T, N, C, *) or ``"time_last"`` (N, C, *, T).
+        layout: of the input unless passed to the call: ``"time_first"`` (T, N, C, *) or ``"time_last"`` (N, C, *, T).
         eps, momentum: as in ``torch.nn.BatchNorm1d``.
         min_exponent, max_exponent: bounds on the exponents of the quantized weights, within −126 … 127.
-        channel_dims: the dims of the input that hold its channels, counted in time-first order: 2, or others, or
-            several that are channels together, such as (2, 3) of (T, N, heads, width, L).
+        channel_dims: the dims of the input that hold its channels, counted in time-first order: 2, another one, or
+            several that are merged, such as (2, 3) of (T, N, heads, width, L).
 
     Shapes: input (T, N, C, *) or (N, C, *, T), floating point; output the same, of zeros and ones. Parameters
     ``weight`` (C, k), ``gamma`` (C,) = 1, ``beta`` (C,) = −1; buffers ``running_mean``, ``running_var`` (C,). They
-    stay float32 when the model is moved to half precision, and go to float64 with it.
+    stay float32 when the model is moved to half precision, and become float64 with it.
 
     Raises:
         ValueError: an argument is out of range or unknown.
@@ -92,12 +92,12 @@ class MulFreePSN(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.channel_dims = check_dims(channel_dims)
         self.min_exponent, self.max_exponent = min_exponent, max_exponent
-        # Where there is no node to carry a binding (inside a leaf), the module's own defaults do; "": not bound.
+        # defaults for calls that pass no kernel, such as those inside of a leaf; "": not bound
         self.kernel = self.eval_kernel = ""
-        self.path = ""  # what messages call this layer
+        self.path = ""  # the name of this layer in messages
         self.source: SourceNeuron | None = None
-        self.calibrated: Calibrated | None = None  # what calibration found, if there was one
-        self.ranks: Group | None = None  # over whose values batch statistics are taken; None: this process's
+        self.calibrated: Calibrated | None = None  # the result of calibration, if there was one
+        self.ranks: Group | None = None  # batch statistics are taken over these ranks; None: this process alone
         self._recompute_guard = RecomputeGuard()
         factory = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(channels, order, **factory))
@@ -108,7 +108,7 @@ class MulFreePSN(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """W as a depthwise convolution's (uniform in ±1/√k), γ = 1, β = −1, running statistics (0, 1)."""
+        """Initialize W as a depthwise convolution (uniform in ±1/√k), γ = 1, β = −1, running statistics (0, 1)."""
         with torch.no_grad():
             bound = 1 / math.sqrt(self.order)
             self.weight.uniform_(-bound, bound)
@@ -128,21 +128,21 @@ class MulFreePSN(nn.Module):
         kernel: str | None = None,
         eval_kernel: str | None = None,
     ) -> Tensor:
-        """Spikes of ``x``.
+        """Return the spikes of ``x``.
 
         Args:
             x: (T, N, C, *) or (N, C, *, T), as ``layout`` says.
-            mask: (T, N) of bool, the steps that are valid; others are read as zero, count in no statistic and
+            mask: (T, N) of bool, the steps that are valid; others are read as zero, are excluded from statistics and
                 do not fire. None: that of :func:`mfpsn_fx.valid_steps`, if there is one.
-            scale, shift: (C,), or None for 1 and 0: the neuron meets scale · x + shift, which is nowhere written down.
-                Steps before the first, and those that are not valid, are zero after that.
+            scale, shift: (C,), or None for 1 and 0: the neuron's input is scale · x + shift, computed on load and never
+                stored. Steps before the first, and those that are not valid, are zero after that.
             layout, kernel, eval_kernel: this call's binding; None for the module's own. A kernel ``""`` is the one of
                 highest rank that can serve the input.
 
         Raises:
             TypeError: x is not floating point.
             ValueError: rank or channels do not fit, or there is one value per channel in training.
-            RuntimeError: a checkpointed layer is run again, and perhaps not with the mask that it had.
+            RuntimeError: a checkpointed layer is recomputed, possibly with another mask than in its first run.
         """
         mask = current_mask() if mask is None else mask
         recompute = self._recompute_guard.is_recompute(mask, self.training, self.path or "MulFreePSN")
@@ -160,8 +160,8 @@ class MulFreePSN(nn.Module):
         return spikes
 
     def constants(self, layout: str | None = None, kernel: str = "") -> NeuronConstants:
-        """Return what the op takes beside its tensors, under ``layout`` (default: the module's own) on ``kernel``."""
-        # Dynamo keeps no cache, and has symbolic numbers that cannot be checked; the op checks in any case
+        """Return the op's non-tensor arguments, under ``layout`` (default: the module's own) on ``kernel``."""
+        # Dynamo cannot use the cache of checked(), nor check symbolic numbers; the op itself checks in any case
         make = NeuronConstants if torch.compiler.is_compiling() else NeuronConstants.checked
         return make(
             eps=self.eps,
@@ -186,8 +186,8 @@ class MulFreePSN(nn.Module):
         update: bool,
         constants: NeuronConstants,
     ) -> Tensor:
-        """Spikes; ``update``: the running statistics take the batch's."""
-        group = joined(self) if self.training else None
+        """Return the spikes; if ``update``, update the running statistics with the batch's."""
+        group = active_group(self) if self.training else None
         if group is not None:
             spikes, mean, var, count = neuron_over_ranks(
                 group, x, self.weight, self.gamma, self.beta, scale, shift, mask, constants
@@ -205,7 +205,7 @@ class MulFreePSN(nn.Module):
         return spikes
 
     def channels_together(self, x: Tensor, layout: str) -> Tensor:
-        """``x`` as the kernels see it: (T, N, C, *) or (N, C, *, T), wherever its channels are."""
+        """Return ``x`` as the kernels take it, (T, N, C, *) or (N, C, *, T), with ``channel_dims`` merged into C."""
         if self.channel_dims == DEFAULT_DIMS:
             return x
         if max(self.channel_dims) >= x.ndim:
@@ -231,13 +231,13 @@ class MulFreePSN(nn.Module):
             running.lerp_(batch if batch.dtype is running.dtype else batch.to(running.dtype), momentum)
 
     def folded(self) -> Fold:
-        """Taps W_q (C, k) and bias b_f (C,) that evaluation fires with (appendix C), and what they are made of."""
+        """Return the taps W_q (C, k) and bias b_f (C,) of evaluation (appendix C), and their intermediate values."""
         with torch.no_grad():
             tensors = (self.weight, self.gamma, self.beta, self.running_mean, self.running_var)
             return fold(*tensors, **self.constants().arguments(FOLDING))
 
     def bind(self, *, layout: str | None = None, kernel: str | None = None, eval_kernel: str | None = None) -> None:
-        """Set the defaults of this module; ``ValueError`` if a layout or kernel is unknown."""
+        """Set this module's default layout and kernels; ``ValueError`` if one is unknown."""
         if layout is not None:
             self.layout = str(Layout.parse(layout))
         if kernel is not None:
@@ -246,9 +246,9 @@ class MulFreePSN(nn.Module):
             self.eval_kernel = eval_kernel and get_kernel(eval_kernel).name
 
     def default_kernel(self, layout: str | None = None, training: bool = True) -> str:
-        """The kernel that runs where none is bound: that of highest rank, for a small input of the weight's dtype.
+        """Return the kernel that runs if none is bound: that of highest rank, for a small input of the weight's dtype.
 
-        Nothing is compiled to find out: until the first call it is taken that what would be compiled can be.
+        Nothing is compiled: kernels that have to be built are assumed to be available until the first call.
         """
         constants = dataclasses.replace(self.constants(layout), training=training)
         shape = constants.parsed_layout.shape_from((4, 2, self.channels, 1), Layout.TIME_FIRST)

@@ -1,4 +1,4 @@
-"""Which steps of a batch of sequences are valid: a (T, N) mask that reaches every neuron of a network."""
+"""The (T, N) mask of valid steps of a padded batch of sequences, in force for all neurons of a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["current_mask", "lengths_to_mask", "masked_mean", "valid_steps"]
 
 
 class _State:
-    """One attribute, so that torch.compile guards on what it holds and takes the mask as an input of the graph."""
+    """The mask as an attribute: torch.compile guards on its value and takes the mask as an input of the graph."""
 
     mask: Tensor | None = None
 
@@ -22,7 +22,7 @@ _state = _State()
 
 
 def lengths_to_mask(lengths: Tensor, steps: int | None = None) -> Tensor:
-    """(N,) lengths → (T, N) of bool, true for the first ``lengths[n]`` steps; T is ``steps`` or the greatest length.
+    """Make the (T, N) bool mask that is true for the first ``lengths[n]`` steps; T is ``steps`` or the maximal length.
 
     Raises:
         ValueError: lengths are not a vector of integers, or one is negative or greater than ``steps``.
@@ -50,18 +50,18 @@ def _checked(mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def valid_steps(mask: Tensor) -> Iterator[Tensor]:
-    """Within this context every neuron of every converted network takes ``mask`` as its (T, N) mask of valid steps.
+    """Set the (T, N) mask of valid steps for every neuron of every converted network, as a context manager.
 
-    It reaches neurons in traced graphs, in leaves and under torch.compile. Steps that are not valid are read as
-    zeros, count in no statistic of a neuron, and do not fire; a mask given to a neuron's call comes first. Enter it
-    around forward *and* backward if layers are checkpointed, since those run forward again in backward. Contexts
-    nest; the state is the process's, not the thread's.
+    It applies to neurons in traced graphs, in leaves and under torch.compile. Invalid steps are read as zeros, are
+    excluded from all statistics of a neuron, and do not fire; a mask passed to a neuron's call takes precedence. Enter
+    it around forward *and* backward if layers are checkpointed, since those run forward again in backward. Contexts
+    nest; the state is per process, not per thread.
 
     Args:
         mask: (T, N) of bool, on the device of the network's input.
 
     Raises:
-        ValueError: it is no such tensor.
+        ValueError: ``mask`` is not a bool tensor of shape (T, N).
     """
     before = _state.mask
     _state.mask = _checked(mask)
@@ -72,15 +72,15 @@ def valid_steps(mask: Tensor) -> Iterator[Tensor]:
 
 
 def current_mask() -> Tensor | None:
-    """The mask of the innermost :func:`valid_steps`, or None."""
+    """Return the mask of the innermost :func:`valid_steps`, or None."""
     return _state.mask
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(T, N, *) → (N, *): the mean over the valid steps of each sequence, for readouts; zero where there are none.
+    """Mean over the valid steps of each sequence, (T, N, *) → (N, *), for readouts; zero where there are none.
 
-    Without a mask, the one of :func:`valid_steps` serves; outside of that it is ``x.mean(0)``. A network whose forward
-    calls it converts: the call stays one node of the graph, and finds the mask when it runs.
+    ``mask`` defaults to that of :func:`valid_steps`; without one, the result is ``x.mean(0)``. A network whose forward
+    calls it can be converted: the call stays one node of the graph, which looks the mask up when it runs.
 
     Raises:
         ValueError: the mask is not bool of shape (T, N).
@@ -96,6 +96,6 @@ def masked_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
             f"found {mask.dtype} of shape {tuple(mask.shape)}"
         )
     valid = mask.reshape(*mask.shape, *([1] * (x.ndim - 2)))
-    # not a product: what stands in the padding, NaN included, must not be read
+    # not a product, in which NaN in the padding would survive
     count = mask.sum(0).clamp(min=1).reshape(-1, *([1] * (x.ndim - 2)))
     return x.masked_fill(~valid, 0).sum(0) / count

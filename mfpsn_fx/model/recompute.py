@@ -1,4 +1,4 @@
-"""The second run of a checkpointed layer, within backward: what it must do otherwise, and under which mask."""
+"""Detection of the recomputation of a checkpointed layer within backward, and of its mask."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["RecomputeGuard"]
 
 
 class RecomputeGuard:
-    """Belongs to one layer; copies and pickles of the layer start afresh.
+    """Tells the recomputation of one layer from its first run; copies and pickles of the layer get a new guard.
 
-    Checkpointing keeps neither the mask of a run nor a number for it, so that a rerun has the right mask is known only
-    if all checkpointed runs since the last rerun had the same.
+    Checkpointing stores neither the mask of a run nor an id of it. A recomputation is therefore known to have the right
+    mask only if all checkpointed runs since the last recomputation had the same.
     """
 
     def __init__(self) -> None:
-        self._masks: list[Tensor | None] = []  # those of the runs since the last rerun, two at most
-        self._over = False
+        self._masks: list[Tensor | None] = []  # distinct masks of the runs since the last recomputation, two at most
+        self._recomputing = False
 
     def __reduce__(self):
         return RecomputeGuard, ()
@@ -26,17 +26,17 @@ class RecomputeGuard:
         return RecomputeGuard()
 
     def is_recompute(self, mask: Tensor | None, training: bool, layer: str) -> bool:
-        """Return True if this run is a second one, whose statistics have been counted already.
+        """Return True if this run recomputes an earlier one, which has updated the running statistics already.
 
         Raises:
-            RuntimeError: it is, and may have had another mask before.
+            RuntimeError: it does, and the earlier run may have had another mask.
         """
         if torch.compiler.is_compiling():  # the compiler recomputes values, not calls
             return False
-        if torch._C._current_graph_task_id() == -1:  # not within a backward
-            if self._over:
-                self._masks, self._over = [], False
-            if training and _checkpointed() and not any(mask is other for other in self._masks):
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            if self._recomputing:
+                self._masks, self._recomputing = [], False
+            if training and _may_be_checkpointed() and not any(mask is other for other in self._masks):
                 self._masks = [*self._masks, mask][:2]
             return False
         masks = self._masks
@@ -48,10 +48,10 @@ class RecomputeGuard:
                 f"{layer}: its checkpointed forward runs again with {found}, and ran {before} before; call backward "
                 "inside the valid_steps that forward had, and before the next forward"
             )
-        self._over = True
+        self._recomputing = True
         return True
 
 
-def _checkpointed() -> bool:
-    """Whether this may be the first run of a checkpointed layer: without gradients, or with hooks on what is saved."""
+def _may_be_checkpointed() -> bool:
+    """Return True if gradients are off or saved-tensor hooks are set, as in the first run of a checkpointed layer."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

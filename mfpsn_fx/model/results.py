@@ -1,4 +1,4 @@
-"""What planning found out and chose, kept with the converted network: plain data that copies and pickles."""
+"""Records of planning and calibration that are kept with the converted network, as plain data that pickles."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PRESERVED = "_user_preserved_attributes"  # gm.meta: the attributes that FX's d
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A kernel under a layout for one layer: milliseconds, or the error that it raised or the refusal it gave.
+    """Measured times of a kernel under a layout for one layer, in milliseconds, or why it did not run.
 
-    Each time is the lowest of its samples. A spread is how far below it the true time may lie: of forward and backward
-    together, and of the forward in evaluation. ``samples`` are pairs of a part (``"forward"``, ``"backward"``,
-    ``"eval"``) and its times.
+    Each time is the lowest of its samples. A spread is how far below it the true time may lie: ``spread_ms`` for
+    forward and backward together, ``eval_spread_ms`` for the forward in evaluation. ``samples`` are pairs of a part
+    (``"forward"``, ``"backward"``, ``"eval"``) and its times. ``error`` is the message of an exception or a refusal.
     """
 
     layout: str
@@ -34,7 +34,7 @@ class Candidate:
 
     @property
     def training_ms(self) -> float | None:
-        """Forward and backward together; None if it was not measured."""
+        """Time of forward and backward together; None if it was not measured."""
         if self.forward_ms is None or self.backward_ms is None:
             return None
         return self.forward_ms + self.backward_ms
@@ -42,7 +42,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One call of a neuron: what it met (shape in time-first order, dtype, device) and every candidate's times."""
+    """One call of a neuron: its input (shape in time-first order, dtype, device) and the times of every candidate."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,27 +52,27 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was chosen for a network, and from what. All times are milliseconds of forward and backward together.
+    """Layouts and kernels chosen for a network. All times are milliseconds of forward and backward together.
 
     Attributes:
         time_last: the nodes that run time-last, by name, with the form that a layer takes there; all others are
             time-first. None: every node keeps its layout.
-        kernels: for each neuron by name, its kernels for training and for evaluation; neurons that it leaves out keep
-            theirs.
+        kernels: for each neuron by name, its kernels for training and for evaluation; neurons that are not in it
+            keep theirs.
         fuse_norms: True if neurons apply the batch norms in front of them on load.
         layout: ``"time_first"``, ``"time_last"``, ``"mixed"``, or ``"keep"`` where each neuron kept its own.
-        totals: predicted for all of the network in one layout, by its name, and for ``"plan"``, where there is one:
+        totals: predicted times of the whole network in one layout, by its name, and of ``"plan"``, if there is one:
             neurons at their fastest kernels, other layers at their fastest forms, conversions.
-        neuron_totals, conversion_totals: the neurons' part of it, and the conversions'.
-        conversions, conversion_bytes: of the layout that was chosen: how many, and the sizes of the tensors that are
-            converted in one forward.
-        pinned: (operator, why, how many) of what stays time-first between layers.
-        seconds, repeats: what measuring took, and the fewest samples.
-        noise: how far the median of a kernel's samples lay above the lowest, relative to it, in the middle of all.
-        measured, kept: how many ways were measured for the plan, and how many had been earlier.
+        neuron_totals, conversion_totals: the shares of neurons and of conversions in ``totals``.
+        conversions, conversion_bytes: number of layout conversions in one forward of the chosen plan, and the size in
+            bytes of the converted tensors.
+        pinned: (operator, reason, count) of operators between layers that stay time-first.
+        seconds, repeats: duration of measuring, and the smallest number of samples.
+        noise: relative distance of the median of a kernel's samples from the lowest; the median over all kernels.
+        measured, kept: how many candidates were measured for the plan, and how many times were known from earlier.
         verified: (``"eager"`` or ``"compiled"``, name as in ``totals``, milliseconds of a training step, their
-            spread) of what was measured end to end.
-        verdict: what that measurement said of the prediction.
+            spread) of the alternatives that were measured end to end.
+        verdict: how that measurement compares with the prediction.
     """
 
     time_last: Mapping[str, str] | None = None
@@ -96,12 +96,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionRecord:
-    """What a converted network remembers of how it was made.
+    """How a converted network was made.
 
     Attributes:
         measured: for each neuron by name, every candidate's times.
-        plan: what was chosen; None: nothing was measured.
-        unconverted: for each source neuron that stayed, by path, why.
+        plan: the chosen layouts and kernels; None: nothing was measured.
+        unconverted: source neurons that were not converted, path → reason.
     """
 
     measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
@@ -115,23 +115,23 @@ def record_of(gm: fx.GraphModule) -> ConversionRecord:
 
 
 def keep_record(gm: fx.GraphModule, record: ConversionRecord) -> None:
-    """Keep ``record`` with ``gm``, its deep copies and its pickles."""
+    """Store ``record`` with ``gm``, so that deep copies and pickles keep it."""
     setattr(gm, _RECORD, record)
     gm.meta.setdefault(_PRESERVED, {})[_RECORD] = record
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """What calibration did to one neuron; rates and shares in 0 … 1, over all its steps and units on the data.
+    """Result of calibration of one neuron; rates and shares in 0 … 1, over all its steps and units on the data.
 
     Attributes:
-        source_rate: how often the source neuron fired.
-        rate_before, rate_after: how often ours did, before and after calibration of the whole network.
+        source_rate: the source neuron's firing rate.
+        rate_before, rate_after: our firing rate, before and after calibration of the whole network.
         agreement_before, agreement_after: share of steps at which both fired or neither did.
         spikes_before, spikes_after: share of all spikes, the source's or ours, that both fired (Jaccard's index; 1
-            where neither ever fires), which says more where spikes are few.
-        fit: R² of the quantized filter against what it was fitted to, the source's membrane; mean over channels.
-        steps: how many values of the membrane, per channel, it was fitted to.
+            where neither ever fires), more informative than agreement where spikes are rare.
+        fit: R² of the quantized filter against its target, the source's membrane; mean over channels.
+        steps: number of membrane values per channel in the fit.
     """
 
     source_rate: float

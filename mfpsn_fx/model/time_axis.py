@@ -1,6 +1,6 @@
-"""The time axis of a sequence, folded into the batch for layers that know no time, and unfolded again.
+"""Functions on the time axis of a sequence: flatten T into the batch for stateless layers, and restore it.
 
-Graph nodes call these by name, so that a printed graph shows where time is folded.
+Graph nodes call these by name, so that a printed graph shows where time is flattened.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ __all__ = ["expect_steps", "fold_time", "repeat_in_time", "unfold_time", "with_i
 
 
 def fold_time(x: Tensor) -> Tensor:
-    """(T, N, *) → (T·N, *): what a layer without a memory sees."""
+    """Flatten (T, N, *) to (T·N, *), the input of a stateless layer."""
     return x.flatten(0, 1)
 
 
 def unfold_time(x: Tensor, steps: int) -> Tensor:
-    """(T·N, *) → (T, N, *) with T = ``steps``; the inverse of :func:`fold_time`."""
+    """Restore (T·N, *) to (T, N, *) with T = ``steps``; the inverse of :func:`fold_time`."""
     return x.unflatten(0, (steps, -1))
 
 
 def repeat_in_time(x: Tensor, steps: int) -> Tensor:
-    """(N, *) → (T, N, *) with T = ``steps``: the same at every step, without a copy."""
+    """Expand (N, *) to (T, N, *) with T = ``steps``, the same values at every step, without a copy."""
     return x.unsqueeze(0).expand(steps, *x.shape)
 
 
 def expect_steps(x: Tensor, dim: int, steps: int) -> Tensor:
-    """``x`` as it is, if it has ``steps`` along ``dim``: a loop that was rolled up knows its length.
+    """Check that ``x`` has ``steps`` along ``dim``, the length of the loop that was rolled up, and return it.
 
     Raises:
         ValueError: it has another length.
@@ -40,7 +40,7 @@ def expect_steps(x: Tensor, dim: int, steps: int) -> Tensor:
 
 
 def with_item(x: Tensor, index: object, value: object) -> Tensor:
-    """Return what ``x`` is after ``x[index] = value``; ``x`` stays as it is."""
+    """Return a copy of ``x`` after ``x[index] = value``; ``x`` is unchanged."""
     x = x.clone()
     x[index] = value
     return x

@@ -1,7 +1,7 @@
-"""Layers without a memory on time-last tensors ``(N, C, *, T)`` (paper, appendix B).
+"""Stateless layers on time-last tensors ``(N, C, *, T)`` (paper, appendix B).
 
-The layer module itself stays as it is, under its own name, with its parameters, statistics and mode; only how it is
-called changes: ``run_time_last(layer, x, method)`` in the place of ``layer(x)``.
+The layer module is unchanged, with its name, parameters, statistics and mode; only the call is replaced:
+``run_time_last(layer, x, method)`` instead of ``layer(x)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .sources.description import qualified_name
 
 __all__ = [
     "has_hooks",
-    "has_own_forms",
+    "has_registered_forms",
     "register_forms",
     "run_time_last",
     "shape_time_first",
@@ -34,22 +34,22 @@ _DIMS = {"1d": 1, "2d": 2, "3d": 3}
 
 
 def run_time_last(layer: nn.Module, x: Tensor, method: str = "") -> Tensor:
-    """What ``layer`` makes of a sequence, for a sequence in time-last layout.
+    """Run ``layer`` on a sequence in time-last layout.
 
     Args:
         layer: a layer with a time-last form: those of :func:`time_last_methods`.
-        x: (N, C, *, T), where ``layer(x)`` would take (T, N, C, *).
-        method: ``"wide"``: the layer of one dim more, with size and stride 1 in T. ``"fold"``: T folded into the
-            batch and back, which is what ``torch.vmap`` over T comes down to, in operations that ``torch.export``
-            can follow. ``"matmul"`` (linear layers) and ``"direct"`` (the others): no dims are moved. ``""``: the
-            first that the layer has.
+        x: (N, C, *, T); ``layer(x)`` would take (T, N, C, *).
+        method: ``"wide"``: the layer with one more spatial dim, of size and stride 1 in T. ``"fold"``: T flattened into
+            the batch and back, as ``torch.vmap`` over T does, in operations that ``torch.export`` can trace.
+            ``"matmul"`` (linear layers) and ``"direct"`` (the others): no dims are moved. ``""``: the first that the
+            layer has.
 
     Returns:
         (N, C', *', T), contiguous.
 
-    A layer that has no such form, or not any more (it has been given hooks, a parametrization, another padding mode,
-    or is sharded), is called as it is, on the sequence converted to time-first and back: hooks fire, and see what they
-    would see otherwise.
+    A layer that has no such form, or no longer has it (after hooks, a parametrization or another padding mode were set,
+    or it was sharded), is called as a module on the sequence converted to time-first and back: its hooks run, on the
+    same values as without conversion.
     """
     if has_torch_function_unary(x):  # an fx.Proxy: stay one node of the graph when it is traced again
         if isinstance(x, fx.Proxy):
@@ -63,58 +63,58 @@ def run_time_last(layer: nn.Module, x: Tensor, method: str = "") -> Tensor:
 
 
 def shape_time_first(x: Tensor) -> tuple[int, ...]:
-    """The shape that a tensor (N, C, *, T) has as (T, N, C, *)."""
+    """Return the shape of a tensor (N, C, *, T) after conversion to (T, N, C, *)."""
     if has_torch_function_unary(x):
         return handle_torch_function(shape_time_first, (x,), x)
     return (x.shape[-1], *x.shape[:-1])
 
 
 def time_last_methods(layer: nn.Module) -> tuple[str, ...]:
-    """The ways in which ``layer``, set as it is, can run on time-last tensors; none for a layer that cannot."""
+    """Return the methods by which ``layer`` can run on time-last tensors with its current settings; () if none."""
     return tuple(_forms(layer))
 
 
 def has_hooks(m: nn.Module) -> bool:
-    """Return True if calling ``m`` does more than its class's forward: hooks, or a forward of the instance's own."""
+    """Return True if calling ``m`` does more than its class's forward: hooks, or an instance attribute ``forward``."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(m, name, None) for name in hooks) or "forward" in vars(m)
 
 
-_OWN: dict[str, dict[str, Form]] = {}  # of users, by qualified class name
+_REGISTERED: dict[str, dict[str, Form]] = {}  # forms of users, by qualified class name
 
 
 def register_forms(name: str, forms: Mapping[str, Form]) -> None:
-    """Give layers of the class with qualified name ``name`` time-last forms, each called with (layer, x)."""
-    _OWN[name] = dict(forms)
+    """Register time-last forms, each called with (layer, x), for layers of the class with qualified name ``name``."""
+    _REGISTERED[name] = dict(forms)
 
 
 def unregister_forms(name: str) -> None:
-    """Take back what :func:`register_forms` gave."""
-    _OWN.pop(name, None)
+    """Undo :func:`register_forms`."""
+    _REGISTERED.pop(name, None)
 
 
-def has_own_forms(layer: nn.Module) -> bool:
-    """Whether a user gave layers of this class time-last forms."""
-    return qualified_name(type(layer)) in _OWN
+def has_registered_forms(layer: nn.Module) -> bool:
+    """Return True if a user registered time-last forms for layers of this class."""
+    return qualified_name(type(layer)) in _REGISTERED
 
 
 def _forms(layer: nn.Module) -> dict[str, Form]:
     name = qualified_name(type(layer))
-    if name in _OWN:
-        return _OWN[name]
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name.startswith(_SPIKINGJELLY):
         if getattr(layer, "step_mode", "m") != "m":
             return {}
-        return _forms_of_kind(type(layer).__name__, layer)
+        return _spikingjelly_forms(type(layer).__name__, layer)
     if type(layer) is nn.Linear:
-        return {"matmul": _linear, "fold": _linear_folded}
+        return {"matmul": _linear, "fold": _linear_flattened}
     if type(layer) is nn.Flatten:
-        return {"direct": _flatten} if layer.start_dim >= 2 and _end(layer) else {}
+        return {"direct": _flatten} if layer.start_dim >= 2 and _ends_before_time(layer) else {}
     return {}
 
 
-def _forms_of_kind(kind: str, layer: nn.Module) -> dict[str, Form]:
-    """Of SpikingJelly's layers in step mode 'm', which are torch.nn's with T folded into the batch."""
+def _spikingjelly_forms(kind: str, layer: nn.Module) -> dict[str, Form]:
+    """Return the forms of a SpikingJelly layer in step mode 'm': a torch.nn layer with T flattened into the batch."""
     dims = _DIMS.get(kind[-2:], 0)
     if kind in ("Conv1d", "Conv2d", "Conv3d"):
         wide = {"wide": _conv} if dims < 3 and layer.padding_mode == "zeros" else {}
@@ -131,32 +131,34 @@ def _forms_of_kind(kind: str, layer: nn.Module) -> dict[str, Form]:
     elif kind in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
         return {"direct": _batch_norm}
     elif kind == "Linear":
-        return {"matmul": _linear, "fold": _linear_folded}
+        return {"matmul": _linear, "fold": _linear_flattened}
     elif kind == "Flatten":
-        return {"direct": _flatten} if layer.start_dim >= 1 and _end(layer) else {}
+        return {"direct": _flatten} if layer.start_dim >= 1 and _ends_before_time(layer) else {}
     elif kind in ("Dropout", "Dropout2d"):
         return {"direct": _dropout}
     elif kind in ("GroupNorm", "Upsample"):
         wide = {}
     else:
         return {}
-    return {**wide, "fold": _folded}
+    return {**wide, "fold": _flattened}
 
 
-def _plain(layer: nn.Module) -> Form:
-    """The forward of torch.nn's layer, which knows no step mode."""
+def _single_step_forward(layer: nn.Module) -> Form:
+    """Return the forward of torch.nn's layer of the same name, which has no step mode."""
     return getattr(nn, type(layer).__name__).forward
 
 
-def _folded(layer: nn.Module, x: Tensor) -> Tensor:
+def _flattened(layer: nn.Module, x: Tensor) -> Tensor:
     batch, steps = x.shape[0], x.shape[-1]
-    y = _plain(layer)(layer, x.movedim(-1, 0).flatten(0, 1))
+    y = _single_step_forward(layer)(layer, x.movedim(-1, 0).flatten(0, 1))
     return y.unflatten(0, (steps, batch)).movedim(0, -1)
 
 
-def _wide(value: int | tuple[int | None, ...] | str | None, last: int, layer: nn.Module) -> tuple[int, ...] | str:
-    """A setting of the layer for one dim more, in which it is ``last``."""
-    if isinstance(value, str):  # padding "same" or "valid": nothing to be padded along a kernel of 1
+def _with_time_dim(
+    value: int | tuple[int | None, ...] | str | None, last: int, layer: nn.Module
+) -> tuple[int, ...] | str:
+    """Return a setting of the layer with one more dim, in which it is ``last``."""
+    if isinstance(value, str):  # padding "same" or "valid" is 0 along T, where the kernel has size 1
         return value
     dims = _DIMS[type(layer).__name__[-2:]]
     return (*(value if isinstance(value, tuple) else (value,) * dims), last)
@@ -165,24 +167,25 @@ def _wide(value: int | tuple[int | None, ...] | str | None, last: int, layer: nn
 def _conv(layer: nn.Module, x: Tensor) -> Tensor:
     conv = F.conv2d if x.ndim == 4 else F.conv3d
     stride, padding, dilation = (
-        _wide(value, last, layer) for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
+        _with_time_dim(value, last, layer)
+        for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
     )
     return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, dilation, layer.groups)
 
 
 def _conv_transpose(layer: nn.Module, x: Tensor) -> Tensor:
     conv = F.conv_transpose2d if x.ndim == 4 else F.conv_transpose3d
-    stride, padding, beyond, dilation = (
-        _wide(value, last, layer)
+    stride, padding, output_padding, dilation = (
+        _with_time_dim(value, last, layer)
         for value, last in ((layer.stride, 1), (layer.padding, 0), (layer.output_padding, 0), (layer.dilation, 1))
     )
-    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, beyond, layer.groups, dilation)
+    return conv(x, layer.weight.unsqueeze(-1), layer.bias, stride, padding, output_padding, layer.groups, dilation)
 
 
 def _max_pool(layer: nn.Module, x: Tensor) -> Tensor:
     pool = F.max_pool2d if x.ndim == 4 else F.max_pool3d
     size, stride, padding, dilation = (
-        _wide(value, last, layer)
+        _with_time_dim(value, last, layer)
         for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0), (layer.dilation, 1))
     )
     return pool(x, size, stride, padding, dilation, layer.ceil_mode)
@@ -190,7 +193,8 @@ def _max_pool(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
     size, stride, padding = (
-        _wide(value, last, layer) for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
+        _with_time_dim(value, last, layer)
+        for value, last in ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
     )
     if x.ndim == 4:
         return F.avg_pool2d(x, size, stride, padding, layer.ceil_mode, layer.count_include_pad)
@@ -201,12 +205,12 @@ def _avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _adaptive_avg_pool(layer: nn.Module, x: Tensor) -> Tensor:
     pool = F.adaptive_avg_pool2d if x.ndim == 4 else F.adaptive_avg_pool3d
-    return pool(x, _wide(layer.output_size, x.shape[-1], layer))
+    return pool(x, _with_time_dim(layer.output_size, x.shape[-1], layer))
 
 
 def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """Statistics go over N, * and T: T may as well be the end of the last dim of *."""
-    norm = _plain(layer)
+    """Run the norm with T merged into the last dim of *: its statistics are over N, * and T in any case."""
+    norm = _single_step_forward(layer)
     if x.ndim == 3:
         return norm(layer, x)
     return norm(layer, x.flatten(-2)).unflatten(-1, x.shape[-2:])
@@ -217,23 +221,23 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias.unsqueeze(-1)
 
 
-def _linear_folded(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear_flattened(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x.transpose(-1, -2), layer.weight, layer.bias).transpose(-1, -2)
 
 
-def _end(layer: nn.Module) -> bool:
-    """Whether a flatten ends where T is not."""
+def _ends_before_time(layer: nn.Module) -> bool:
+    """Return True if a flatten of the channel and inner dims does not include T."""
     return layer.end_dim == -1 or layer.end_dim >= layer.start_dim
 
 
 def _flatten(layer: nn.Module, x: Tensor) -> Tensor:
-    # SpikingJelly's counts dims of one step's (N, C, *), torch.nn's those of the sequence (T, N, C, *)
+    # SpikingJelly counts the dims of one step (N, C, *), torch.nn those of the sequence (T, N, C, *)
     before = 0 if qualified_name(type(layer)).startswith(_SPIKINGJELLY) else 1
     return x.flatten(layer.start_dim - before, -2 if layer.end_dim == -1 else layer.end_dim - before)
 
 
 def _dropout(layer: nn.Module, x: Tensor) -> Tensor:
-    """One mask for all steps, kept until the network is reset, as SpikingJelly has it."""
+    """Apply one mask to all steps, kept until the network is reset, as SpikingJelly does."""
     if not layer.training:
         return x
     if layer.mask is None:

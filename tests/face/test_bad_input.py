@@ -58,7 +58,7 @@ def test_nothing_can_be_converted(example):
 
 def test_step_by_step_mode(net, example):
     functional.set_step_mode(net, "s")
-    with pytest.raises(ConversionError, match=r"features\.2: it is in step-by-step mode.*set_step_mode\(net, 'm'\)"):
+    with pytest.raises(ConversionError, match=r"features\.2: it is in single-step mode.*set_step_mode\(net, 'm'\)"):
         mfpsn_fx.convert(net)
 
 

@@ -204,7 +204,7 @@ class TestVariableLengths:
 
     def test_norms_that_are_not_known(self):
         model = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3))
-        with pytest.raises(TypeError, match=r"1: torch\..*SyncBatchNorm is no batch norm that could be masked"):
+        with pytest.raises(TypeError, match=r"1: torch\..*SyncBatchNorm is not a batch norm that can be masked"):
             mfpsn_fx.mask_batch_norms(model)
         assert type(model[0]) is nn.BatchNorm1d
 

@@ -324,7 +324,7 @@ def test_conversion(rng):
     model = mfpsn_fx.convert(net, x, repeats=1, progress=False)
     rows = mfpsn_fx.selection(model).rows
     assert [(row.layer, row.source) for row in rows] == [("lif", "NIR LIF"), ("cubalif", "NIR CubaLIF")]
-    assert "v_leak folded into the threshold" in str(rows[1].notes)
+    assert "v_leak subtracted from the threshold" in str(rows[1].notes)
     assert isinstance(model.li, LeakyIntegrator)
     model(x).sum().backward()
     assert float(model.conv2d.weight.grad.abs().sum()) > 0
@@ -389,7 +389,7 @@ def altered(rng, nodes=None, edges=(), without=()):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nodes": {"train": nir.Delay(np.ones(4))}}, "node 'train' is a Delay, which is not taken; taken are A"),
+        ({"nodes": {"train": nir.Delay(np.ones(4))}}, "'train' is a Delay, which is not supported; supported are A"),
         ({"nodes": {"train": lif(4, tau=5e-5)}}, r"'train' \(LIF\): tau is 5e-05 s, but a step is dt = 0.0001 s"),
         ({"nodes": {"train": lif(4, v_threshold=np.inf)}}, r"'train' \(LIF\): v_threshold is NaN or infinite: a node"),
         ({"nodes": {"train": lif(4, r=np.nan)}}, r"'train' \(LIF\): r is NaN or infinite"),

@@ -145,8 +145,8 @@ def test_filters_fire_as_their_neurons_until_the_first_reset(make):
 
 def test_klif_says_that_the_relu_is_dropped():
     assert "ReLU on the membrane dropped" in describe(klif(1.2)).notes
-    assert any("rest 0.25 folded" in note for note in describe(klif(1.0, v_reset=0.25)).notes)
-    with pytest.raises(NotAFilterError, match="its membrane has no rest"):
+    assert any("rest 0.25 subtracted" in note for note in describe(klif(1.0, v_reset=0.25)).notes)
+    with pytest.raises(NotAFilterError, match="its membrane has no resting value"):
         describe(klif(3.0, v_reset=0.25))
 
 
@@ -174,7 +174,7 @@ def test_klif_says_that_the_relu_is_dropped():
         (lambda: neuron.FlexSN(lambda x, v: (surrogate.heaviside(v + x - 1), v + x + 0.1 * v * v), 1), "linear"),
         (lambda: neuron.FlexSN(lambda x, v: (x + v, v), 1), "other values than 0 and 1"),
         (lambda: neuron.FlexSN(lambda x, y, v: (x * 0, v), 1), "2 inputs and 1 outputs"),
-        (lambda: neuron.FlexSN(lambda x, v: (x * 0, v), 1), "never seen to fire"),
+        (lambda: neuron.FlexSN(lambda x, v: (x * 0, v), 1), "did not fire on any probe"),
     ],
 )
 def test_what_is_no_filter_says_why(make, reason):
@@ -230,7 +230,7 @@ class TestStepMode:
             def forward(self, x):
                 return self.net[5](self.net[4](self.net[2](self.net[1](self.net[0](x))).flatten(1)))
 
-        with pytest.raises(ConversionError, match=r"(?s)2 of 2.*net\.2: it is in step-by-step mode, .*one step"):
+        with pytest.raises(ConversionError, match=r"(?s)2 of 2.*net\.2: it is in single-step mode, .*one step"):
             quick(Flattens(), torch.randn(STEPS, 2, 1, 8))
 
         class Centres(Stepwise):
@@ -262,7 +262,7 @@ class TestStepMode:
         ("container", "reason"),
         [
             (lambda n: layer.MultiStepContainer(n), "inside a MultiStepContainer, which steps it through time"),
-            (lambda n: layer.SeqToANNContainer(n), "inside a SeqToANNContainer, which folds time into the batch"),
+            (lambda n: layer.SeqToANNContainer(n), "inside a SeqToANNContainer, which flattens time into the batch"),
             (lambda n: layer.LinearRecurrentContainer(n, 4, 4, step_mode="m"), "feeds its output back into its input"),
             (lambda n: layer.ElementWiseRecurrentContainer(n, torch.add, step_mode="m"), "feeds its output back"),
         ],
@@ -594,7 +594,7 @@ class TestShapesOfCode:
         assert float(expected[0]) == pytest.approx(torch.sigmoid(net[1].w).item())
         converted = quick(net, x)
         assert parametrize.is_parametrized(converted.get_submodule("0"))
-        assert "parametrization dropped, its present value taken" in mfpsn_fx.selection(converted).rows[0].notes
+        assert "parametrization dropped, its current value taken" in mfpsn_fx.selection(converted).rows[0].notes
         converted(x).sum().backward()
         assert converted.get_submodule("0").parametrizations.weight.original1.grad is not None
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 import mfpsn_fx
 from mfpsn_fx import ConversionError, MulFreePSN, NotAFilterError
 from mfpsn_fx.model import LeakyIntegrator, Stepping, register_stepping, unregister_stepping
-from mfpsn_fx.model.capturing.split_layers import split_fused_layers
+from mfpsn_fx.model.capturing.split_layers import split_inner_layers
 from mfpsn_fx.model.capturing.steps import capture_steps
 from mfpsn_fx.model.sources.description import describe
 from mfpsn_fx.model.sources.stepping import stepping_of
@@ -174,12 +174,12 @@ class TestSources:
                 "use torch.nn.Linear and StateLeaky",
             ),
             (lambda: snntorch.SLSTM(3, 3), "LSTM"),
-            (lambda: snntorch.StateLeaky(beta=0.5, channels=3, output=False), "puts out its membrane"),
+            (lambda: snntorch.StateLeaky(beta=0.5, channels=3, output=False), "its output is its membrane"),
             (lambda: norse.LIFRecurrentCell(3, 3), "its spikes feed back"),
             (lambda: norse.LSNNCell(), "adapts to its own spikes"),
             (lambda: norse.IzhikevichCell(tonic_spiking), "quadratic"),
             (lambda: norse.LIFAdExCell(), "exponential"),
-            (lambda: norse.LICell(), "puts out its membrane"),
+            (lambda: norse.LICell(), "its output is its membrane"),
             (lambda: norse.LILinearCell(3, 3), "use torch.nn.Linear and LICell"),
             (lambda: norse.LIFCell(lif_parameters(tau_mem_inv=2000.0)), "it oscillates"),
         ],
@@ -968,7 +968,7 @@ class TestNetworks:
         """With the source's own neurons, resets and all, one after the other over time."""
         network = self.listed(name)
         model = network.build().eval()
-        split_fused_layers(model)
+        split_inner_layers(model)
         args = network.example()
         example = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
         unrolled, one_step = capture_steps(model, args)

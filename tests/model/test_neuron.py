@@ -84,7 +84,7 @@ def test_weights_follow_the_device_and_stay_wide():
 
 
 def test_gradients_flow_through_the_statistics():
-    """Training and evaluation with equal statistics fire alike; W's gradients differ by what the statistics carry."""
+    """With equal statistics training and evaluation fire the same; gradients differ by those through the statistics."""
     sn, x = MulFreePSN(2).double(), torch.randn(6, 3, 2, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(6, 3, 2, dtype=torch.float64)
     mean, var = torch.ops.mfpsn.statistics(x.detach(), sn.weight.detach())
@@ -105,7 +105,7 @@ def test_gradients_flow_through_the_statistics():
 
 
 def test_the_kernel_that_is_shown_is_the_one_that_runs():
-    """Without a kernel being built to find out; the dtype, the device and the registry count."""
+    """No kernel is built for the display, which depends on the dtype, the device and the registry."""
     asked = []
 
     @register_kernel("shown", rank=99, devices=["cpu"], dtypes=[torch.float32], unavailable=lambda: asked.append(1))

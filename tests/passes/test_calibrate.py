@@ -17,7 +17,8 @@ from torch import nn
 
 import mfpsn_fx
 from mfpsn_fx import Batch, Geometric, MulFreePSN, SourceNeuron, Taps
-from mfpsn_fx.model.sources.description import TwoPole, describe
+from mfpsn_fx.model.response import TwoPole
+from mfpsn_fx.model.sources.description import describe
 from mfpsn_fx.model.sources.simulate import SimulatedNeuron, charging, simulate
 from mfpsn_fx.passes import Calibrate, Pipeline, conversion_nodes
 from mfpsn_fx.passes.fit_taps import Moments, Tail, filtered, fit_taps

@@ -1,1 +1,1 @@
-"""From a module to an FX graph over all time steps."""
+"""Capture of modules as FX graphs over all time steps."""

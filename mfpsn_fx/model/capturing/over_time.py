@@ -1,4 +1,4 @@
-"""A neuron of another library run over a whole sequence: what a rolled-up graph has before its neurons are replaced."""
+"""A neuron of another library run over a whole sequence, for rolled-up graphs whose neurons are not replaced yet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["OverTime"]
 
 
 class OverTime(nn.Module):
-    """The source's own neuron, reset included, from its initial state through all steps of (T, N, *).
+    """Run the source's own neuron, reset included, from its initial state over all steps of (T, N, *).
 
-    ``forward`` returns its spikes (T, N, *). A module that steps is called T times, one that runs over sequences
+    ``forward`` returns its spikes (T, N, *). A single-step module is called T times, a multi-step one
     once. The wrapped neuron's parameters are the source's own.
     """
 
@@ -39,10 +39,12 @@ class OverTime(nn.Module):
 
 @register_source(OverTime)
 def over_time(m: OverTime) -> SourceNeuron:
+    """Describe the wrapped neuron, with the wrapper's notes."""
     source = describe(m.neuron)
     return dataclasses.replace(source, notes=(*source.notes, *m.notes))
 
 
 @register_stepping(OverTime)
 def once(m: OverTime) -> Stepping:
+    """Return the calling convention: one call over a sequence, which returns spikes."""
     return Stepping((), ("spikes",), sequence=True)

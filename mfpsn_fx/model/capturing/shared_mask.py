@@ -1,4 +1,4 @@
-"""SpikingJelly's dropout under a forward that loops over time: one mask for all steps, also when they run at once."""
+"""SpikingJelly's dropout in a forward that loops over time: one mask for all steps, also after roll-up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _DROPOUTS = tuple(f"spikingjelly.activation_based.layer.dropout.{name}" for name
 
 
 class SharedMask(nn.Module):
-    """One step (N, *) a call of SpikingJelly's dropout, which keeps its mask until it is reset.
+    """Call SpikingJelly's dropout, which keeps its mask until it is reset, for one step (N, *).
 
-    In a rolled-up graph the dropout itself stands in its place, in step mode 'm', and sees (T, N, *); where all steps
-    have one input, this module stays.
+    In a rolled-up graph it is replaced by the dropout itself, in step mode 'm' on (T, N, *); where all steps have the
+    same input, it remains.
     """
 
     def __init__(self, dropout: nn.Module) -> None:

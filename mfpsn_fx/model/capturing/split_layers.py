@@ -1,4 +1,4 @@
-"""Neurons with a linear layer inside, taken apart into that layer and the neuron."""
+"""Split neurons that contain a linear layer into that layer and the neuron."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ..sources.description import NotAFilterError, qualified_name
 from .over_time import OverTime
 
-__all__ = ["LinearThenCell", "has_fused_layers", "split_fused_layers"]
+__all__ = ["LinearThenCell", "has_inner_layers", "split_inner_layers"]
 
-_PARALLEL = "snntorch._neurons.leakyparallel.LeakyParallel"
+_LEAKY_PARALLEL = "snntorch._neurons.leakyparallel.LeakyParallel"
 _LINEAR_LEAKY = "snntorch._neurons.linearleaky.LinearLeaky"
 _LI_LINEAR = "norse.torch.module.leaky_integrator.LILinearCell"
 
 
 class LinearThenCell(nn.Module):
-    """A linear layer and a cell that hands its state in and out, called as the cell is."""
+    """A linear layer followed by a cell with explicit state, with the call signature of the cell."""
 
     def __init__(self, linear: nn.Linear, cell: nn.Module) -> None:
         super().__init__()
@@ -28,16 +28,19 @@ class LinearThenCell(nn.Module):
         return self.cell(self.linear(x), state)
 
 
-def has_fused_layers(model: nn.Module) -> bool:
+def has_inner_layers(model: nn.Module) -> bool:
+    """Return True if ``model`` has neurons that :func:`split_inner_layers` splits."""
     return any(qualified_name(type(m)) in _SPLIT for m in model.modules())
 
 
-def split_fused_layers(model: nn.Module) -> None:
-    """Put a linear layer and a neuron in the place of snnTorch's LeakyParallel and LinearLeaky and Norse's
-    LILinearCell, in place. The layer's weights are the source's own parameters.
+def split_inner_layers(model: nn.Module) -> None:
+    """Replace neurons with a linear layer inside by that layer and a neuron, in place.
+
+    These are snnTorch's LeakyParallel and LinearLeaky, and Norse's LILinearCell. The layer's weights are the source's
+    own parameters.
 
     Raises:
-        NotAFilterError: the neurons inside are wired to each other.
+        NotAFilterError: the neurons inside are connected to each other.
     """
     for path, module in list(model.named_modules()):
         split = _SPLIT.get(qualified_name(type(module)))
@@ -54,7 +57,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 
 
 def _leaky_parallel(path: str, m: nn.Module) -> nn.Module:
-    """ReLU(β·h[t−1] + W·x[t] + b) as W·x[t] + b and a Leaky without reset; its ReLU is dropped."""
+    """Split ReLU(β·h[t−1] + W·x[t] + b) into W·x[t] + b and a Leaky without reset; its ReLU is dropped."""
     recurrent = m.rnn.weight_hh_l0.detach()
     decay = recurrent.diagonal().clone()
     if bool((recurrent != torch.diag(decay)).any()):
@@ -85,4 +88,4 @@ def _li_linear(path: str, m: nn.Module) -> nn.Module:
     return LinearThenCell(_linear(m.input_weights, None), cell).train(m.training)
 
 
-_SPLIT = {_PARALLEL: _leaky_parallel, _LINEAR_LEAKY: _linear_leaky, _LI_LINEAR: _li_linear}
+_SPLIT = {_LEAKY_PARALLEL: _leaky_parallel, _LINEAR_LEAKY: _linear_leaky, _LI_LINEAR: _li_linear}

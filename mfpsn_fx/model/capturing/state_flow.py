@@ -1,4 +1,4 @@
-"""Which of a step's arguments are states, and which of its outputs the next step takes for them."""
+"""State arguments of a one-step forward, and the outputs that the next step takes for them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..sources.stepping import stepping_of
-from .steps import _traced, first_step
+from .steps import first_step, trace_steps
 
 __all__ = ["StateArguments", "state_arguments"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StateArguments:
-    """How the states of a one-step forward go round.
+    """How the states of a one-step forward are passed from step to step.
 
     Attributes:
-        links: by argument, pairs of a place within it and the place of the output that the next step takes there;
-            places are tuples of keys, ``()`` the whole, in the output those of ``torch.utils._pytree``.
-        lost: by argument, the neuron whose state goes in there and does not come out.
+        links: by argument, pairs of a path within it and the path of the output that the next step takes there; paths
+            are tuples of keys, ``()`` the whole, in the output those of ``torch.utils._pytree``.
+        lost: by argument, the neuron whose state is passed in there and is not returned.
     """
 
     links: Mapping[str, tuple[tuple[tuple, tuple], ...]]
     lost: Mapping[str, str]
 
     def first(self, name: str) -> object:
-        """An argument of the first step: None for every state in it."""
+        """Return an argument of the first step, with None for every state in it."""
         return self._built(self.links[name], lambda _: None)
 
     def following(self, result: object) -> dict[str, object]:
-        """The arguments of the next step, from what a step returned."""
+        """Return the state arguments of the next step, from the result of a step."""
         return {
             name: self._built(pairs, lambda path: pytree.key_get(result, path)) for name, pairs in self.links.items()
         }
@@ -54,20 +54,20 @@ class StateArguments:
 
 
 def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArguments:
-    """Read from one traced step of ``model`` which arguments carry states, given or not.
+    """Find from one traced step of ``model`` which arguments carry states, whether the example has them or not.
 
     Args:
-        example: by the names of the arguments, tensors with T first.
+        example: argument name → value, tensors with T first.
 
     Raises:
-        NotSteppedError: the step cannot be traced with its states handed in.
+        NotSteppedError: the step cannot be traced with its states passed in.
     """
     given = first_step(example)
     parameters = inspect.signature(model.forward).parameters.values()
-    # a default of None would be traced as a constant: what it stands for shows only where something is handed in,
-    # of which no shape is known, as it may be a list of states
-    handed = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
-    gm = _traced(model, given | handed)
+    # a default of None would be traced as a constant, which hides its use as a state. A tuple is passed instead: it
+    # becomes a proxy without a shape, as the argument may be a list of states
+    omitted = {p.name: (torch.zeros(()),) for p in parameters if p.name not in given and p.default is None}
+    gm = trace_steps(model, given | omitted)
     (output,) = (node.args[0] for node in gm.graph.nodes if node.op == "output")
     returned = {leaf: path for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, fx.Node)}
     links: dict[str, list] = {}
@@ -93,7 +93,7 @@ def state_arguments(model: nn.Module, example: Mapping[str, object]) -> StateArg
 
 
 def _within_argument(state: object) -> tuple[str | None, tuple]:
-    """The argument that a state comes from, and where in it."""
+    """Return the argument that a state comes from, and the path in it; (None, ()) if there is none."""
     inside: list = []
     while isinstance(state, fx.Node) and state.target is operator.getitem:
         inside.insert(0, state.args[1])

@@ -1,4 +1,4 @@
-"""From SpikingJelly's step-by-step mode to its multi-step mode, where that changes nothing but the calls."""
+"""Switch of SpikingJelly networks from single-step to multi-step mode, where both compute the same."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Switched", "to_multi_step"]
 _LAYERS = "spikingjelly.activation_based.layer"
 _MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 _NET = "spikingjelly.activation_based.functional"
-# Containers whose children stay in step mode 's', and what that means for a neuron in them.
+# Containers whose children stay in step mode 's', and what a message says about a neuron in them.
 _CONTAINERS = {
     "MultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
     "TLastMultiStepContainer": "which steps it through time; take it out and set its step_mode to 'm'",
     "StepModeContainer": "which steps it through time; take it out and set its step_mode to 'm'",
-    "SeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
-    "TLastSeqToANNContainer": "which folds time into the batch, where a neuron has no sense of it; take it out",
+    "SeqToANNContainer": "which flattens time into the batch, so that a neuron in it sees no steps; take it out",
+    "TLastSeqToANNContainer": "which flattens time into the batch, so that a neuron in it sees no steps; take it out",
     "ElementWiseRecurrentContainer": "which feeds its output back into its input: no filter",
     "LinearRecurrentContainer": "which feeds its output back into its input: no filter",
 }
-# Layers of torch.nn that know no time axis, and that set_step_mode cannot tell of one.
-_BOUND = (
+# Layers of torch.nn that depend on the number of dims; set_step_mode does not reach them.
+_WITHOUT_STEP_MODE = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
     nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -41,7 +41,7 @@ NOTE = "step mode 's' switched to 'm'"
 
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """Notes of the neurons that were switched, and why others could not be; both by path.
+    """Result of :func:`to_multi_step`: path → note of switched neurons, and path → reason of the others.
 
     ``looped``: the reason is that the model's own forward calls neurons several times, as a loop over time does.
     """
@@ -52,44 +52,44 @@ class Switched:
 
 
 def to_multi_step(model: nn.Module, args: tuple, kwargs: Mapping) -> Switched:
-    """Set ``model``, in place, to step mode 'm' if its neurons are in 's' and the two agree on the example.
+    """Set ``model``, in place, to step mode 'm' if its neurons are in 's' and both modes agree on the example.
 
-    The example is a whole sequence: each tensor in it has T first. It is run through a copy step by step, as the
-    model is, and at once, as it would be; both in evaluation mode, in float64 and from fresh states. Only if the
-    outputs and what each neuron meets are the same is the model switched.
+    The example is a whole sequence: each tensor in it has T first. Two copies run it, one step by step and one in step
+    mode 'm', both in evaluation mode, in float64 and from reset states. The model is switched only if the outputs and
+    the inputs of each neuron are the same.
 
     Args:
-        model: with neurons of SpikingJelly; others are left alone.
-        args, kwargs: the example, or nothing: then a model in step mode 's' stays so, and its neurons' adapters say so.
+        model: neurons of other libraries than SpikingJelly are ignored.
+        args, kwargs: the example. Without one, a model in step mode 's' is unchanged, and its neurons' adapters refuse.
     """
     stepping = {p: m for p, m in source_paths(model).items() if _mode(m) == "s"}
     if not stepping:
         return Switched()
     refusals = {p: reason for p in stepping if (reason := _inside_container(model, p)) is not None}
-    rest = [p for p in stepping if p not in refusals]
+    switchable = [p for p in stepping if p not in refusals]
     set_mode = getattr(sys.modules.get(_NET), "set_step_mode", None)
-    if not rest or set_mode is None or not (args or kwargs):
+    if not switchable or set_mode is None or not (args or kwargs):
         return Switched(refusals=refusals)
-    if (calls := _calls(model, rest, args, kwargs)) > 1:
+    if (calls := _most_calls(model, switchable, args, kwargs)) > 1:
         reason = (
-            "it is in step-by-step mode, and the model's own forward steps through time: it calls this neuron "
+            "it is in single-step mode, and the model's own forward steps through time: it calls this neuron "
             f"{calls} times (or shares it between places); move the loop out of the forward, or set step mode 'm' "
             "and feed (T, N, C, *)"
         )
-        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)}, looped=not refusals)
-    reason = _disagreement(model, rest, args, dict(kwargs), set_mode)
+        return Switched(refusals={**refusals, **dict.fromkeys(switchable, reason)}, looped=not refusals)
+    reason = _disagreement(model, switchable, args, dict(kwargs), set_mode)
     if reason is not None:
-        return Switched(refusals={**refusals, **dict.fromkeys(rest, reason)})
+        return Switched(refusals={**refusals, **dict.fromkeys(switchable, reason)})
     set_mode(model, "m")
-    return Switched(dict.fromkeys(rest, NOTE), refusals)
+    return Switched(dict.fromkeys(switchable, NOTE), refusals)
 
 
 def _mode(m: nn.Module) -> str | None:
     return getattr(m, "step_mode", None)
 
 
-def _container(m: nn.Module) -> str | None:
-    """The name of SpikingJelly's container that ``m`` is or derives from."""
+def _container_class(m: nn.Module) -> str | None:
+    """Return the name of the SpikingJelly container that ``m`` is or derives from; None if there is none."""
     for cls in type(m).__mro__:
         if cls.__name__ in _CONTAINERS and qualified_name(cls).startswith(f"{_LAYERS}."):
             return cls.__name__
@@ -99,19 +99,19 @@ def _container(m: nn.Module) -> str | None:
 def _inside_container(model: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     for end in range(len(parts)):
-        kind = _container(model.get_submodule(".".join(parts[:end])))
+        kind = _container_class(model.get_submodule(".".join(parts[:end])))
         if kind is not None:
             return f"it is inside a {kind}, {_CONTAINERS[kind]}"
     return None
 
 
-def _follows(model: nn.Module) -> str | None:
-    """Why the model's layers would not follow set_step_mode; None if they do."""
+def _layer_without_step_mode(model: nn.Module) -> str | None:
+    """Return a message naming a layer that does not follow set_step_mode; None if all do."""
     for path, m in model.named_modules():
-        bound = isinstance(m, _BOUND) or (type(m) is nn.Flatten and m.start_dim >= 0)
-        if bound and _mode(m) is None and path and _inside_container(model, path) is None:
+        fixed = isinstance(m, _WITHOUT_STEP_MODE) or (type(m) is nn.Flatten and m.start_dim >= 0)
+        if fixed and _mode(m) is None and path and _inside_container(model, path) is None:
             return (
-                f"it is in step-by-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
+                f"it is in single-step mode, and {path} ({qualified_name(type(m))}) has no step mode to follow: take "
                 f"spikingjelly.activation_based.layer.{type(m).__name__}, or feed the neurons (T, N, C, *) yourself"
             )
     return None
@@ -120,65 +120,65 @@ def _follows(model: nn.Module) -> str | None:
 def _disagreement(
     model: nn.Module, paths: list[str], args: tuple, kwargs: dict, set_mode: Callable[[nn.Module, str], None]
 ) -> str | None:
-    """Why stepping and running at once are not the same on the example; None if they are."""
-    flat, spec = _wide(args, kwargs)
+    """Return why single-step and multi-step mode differ on the example; None if they agree."""
+    flat, spec = _to_double(args, kwargs)
     tensors = [v for v in flat if isinstance(v, Tensor) and v.ndim]
     steps = {len(v) for v in tensors}
     with preserved_rng(), torch.no_grad():
-        if (reason := _follows(model)) is not None:
+        if (reason := _layer_without_step_mode(model)) is not None:
             return reason
         if len(steps) != 1:
             return (
-                "it is in step-by-step mode, and the example's tensors do not share their first dim, T: give a whole "
+                "it is in single-step mode, and the example's tensors do not share their first dim, T: give a whole "
                 "sequence (T, N, C, *), or call functional.set_step_mode(net, 'm') yourself"
             )
         try:
-            stepped = _stepped(_fresh(model), paths, flat, spec, steps.pop())
+            stepped = _run_step_by_step(_reset_copy(model), paths, flat, spec, steps.pop())
         except Exception as error:
             return (
-                "it is in step-by-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
-                f"each step ({type(error).__name__}: {_line(error)}); give one"
+                "it is in single-step mode, and the example is no sequence (T, N, C, *) of what the model takes at "
+                f"each step ({type(error).__name__}: {_first_line(error)}); give one"
             )
-        whole = _fresh(model)
+        whole = _reset_copy(model)
         try:
             set_mode(whole, "m")
             args, kwargs = pytree.tree_unflatten(flat, spec)
-            with _inputs(whole, paths) as met:
+            with _recorded_inputs(whole, paths) as seen:
                 at_once = pytree.tree_leaves(whole(*args, **kwargs))
-            at_once += [x for path in paths for x in met[path]]
+            at_once += [x for path in paths for x in seen[path]]
         except Exception as error:
             return (
-                f"it is in step-by-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
-                f"{_line(error)}): its forward is written for one step"
+                f"it is in single-step mode, and the model does not run in step mode 'm' ({type(error).__name__}: "
+                f"{_first_line(error)}): its forward is written for one step"
             )
     if len(at_once) != len(stepped) or not all(map(_equal, stepped, at_once)):
         return (
-            "it is in step-by-step mode, and in step mode 'm' the model computes something else on the example: its "
+            "it is in single-step mode, and in step mode 'm' the model computes something else on the example: its "
             "forward is written for one step (it may flatten or average over dims that move)"
         )
     return None
 
 
-def _wide(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
+def _to_double(args: tuple, kwargs: Mapping) -> tuple[list, pytree.TreeSpec]:
     flat, spec = pytree.tree_flatten((args, dict(kwargs)))
     return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in flat], spec
 
 
-def _fresh(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode and float64, its states reset, without the monitors that a user has on its neurons."""
-    fresh = copied(model, share=True).eval().double()
-    for m in fresh.modules():
+def _reset_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in evaluation mode and float64, its states reset, without the user's hooks on its neurons."""
+    copy = copied(model, share=True).eval().double()
+    for m in copy.modules():
         if any(qualified_name(cls) == _MEMORY for cls in type(m).__mro__):
             m.reset()
-    for m in source_paths(fresh).values():
+    for m in source_paths(copy).values():
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
-    return fresh
+    return copy
 
 
-def _calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
-    """How often one forward of the model as it is calls the neuron that it calls most."""
-    counts, fresh = dict.fromkeys(paths, 0), _fresh(model)
+def _most_calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> int:
+    """Return the maximal number of calls of a neuron in one forward of the unchanged model."""
+    counts, copy = dict.fromkeys(paths, 0), _reset_copy(model)
 
     def count(path: str):
         def hook(_module, _args):
@@ -187,37 +187,37 @@ def _calls(model: nn.Module, paths: list[str], args: tuple, kwargs: Mapping) -> 
         return hook
 
     for path in paths:
-        fresh.get_submodule(path).register_forward_pre_hook(count(path))
-    args, kwargs = pytree.tree_unflatten(*_wide(args, kwargs))
-    # It may take one step and was given all: what it called until then is what counts.
+        copy.get_submodule(path).register_forward_pre_hook(count(path))
+    args, kwargs = pytree.tree_unflatten(*_to_double(args, kwargs))
+    # The model may take one step and fail on the whole sequence: the calls before that are counted.
     with preserved_rng(), torch.no_grad(), contextlib.suppress(Exception):
-        fresh(*args, **kwargs)
+        copy(*args, **kwargs)
     return max(counts.values())
 
 
 @contextlib.contextmanager
-def _inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What each neuron meets: spikes alone would agree between networks that hardly fire."""
-    met: dict[str, list[Tensor]] = {path: [] for path in paths}
+def _recorded_inputs(model: nn.Module, paths: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the inputs of each neuron: spikes alone would agree between networks that hardly fire."""
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: met[path].append(args[0]))
+        model.get_submodule(path).register_forward_pre_hook(lambda _m, args, path=path: seen[path].append(args[0]))
         for path in paths
     ]
     try:
-        yield met
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _stepped(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
-    """The outputs of all steps, then the inputs of each neuron."""
+def _run_step_by_step(model: nn.Module, paths: list[str], flat: list, spec, steps: int) -> list[object]:
+    """Run the sequence step by step; return the outputs of all steps, then the inputs of each neuron."""
     results = []
     for t in range(steps):
         args, kwargs = pytree.tree_unflatten([v[t] if isinstance(v, Tensor) and v.ndim else v for v in flat], spec)
-        with _inputs(model, paths) as met:
+        with _recorded_inputs(model, paths) as seen:
             outputs = pytree.tree_leaves(model(*args, **kwargs))
-        results.append(outputs + [x for path in paths for x in met[path]])
+        results.append(outputs + [x for path in paths for x in seen[path]])
     return [
         torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in zip(*results, strict=True)
     ]
@@ -229,5 +229,5 @@ def _equal(a: object, b: object) -> bool:
     return not isinstance(a, Tensor) and not isinstance(b, Tensor)
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]

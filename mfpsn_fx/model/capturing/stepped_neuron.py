@@ -1,7 +1,7 @@
-"""SpikingJelly's neurons in step mode 's' under a forward that loops over time: known as stepping ones by a wrapper.
+"""Wrapper of SpikingJelly's neurons in step mode 's' in a forward that loops over time.
 
-The library's classes serve both step modes, and only the modules say which; what the rolling up of loops asks of a
-neuron is known by its class.
+SpikingJelly's classes serve both step modes, and only the instance has the mode, whereas the roll-up of loops looks up
+neurons by class. The wrapper is the class of the single-step ones.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _MEMORY = "spikingjelly.activation_based.base.MemoryModule"
 
 
 class SteppedNeuron(nn.Module):
-    """One step (N, *) a call of a neuron of SpikingJelly, which keeps its state in itself.
+    """Call a SpikingJelly neuron, which keeps its state in itself, for one step (N, *).
 
-    The neuron is set to step mode 'm', in which its adapter describes it, and is called for single steps all the same.
+    The neuron is set to step mode 'm', which its adapter requires; forward calls its single-step forward nevertheless.
     """
 
     def __init__(self, neuron: nn.Module) -> None:
@@ -37,13 +37,13 @@ class SteppedNeuron(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             raise AttributeError(
-                f"{name!r} of a {type(self._modules['neuron']).__name__} is read by code outside of it, and what a "
-                "neuron keeps from step to step is not there when all steps run at once"
+                f"{name!r} of a {type(self._modules['neuron']).__name__} is read by code outside of it, but a "
+                "neuron has no state of single steps when all steps run at once"
             ) from None
 
 
 def wrap_stepping_neurons(model: nn.Module) -> list[str]:
-    """Wrap ``model``'s neurons in step mode 's', in place; returns their paths."""
+    """Wrap ``model``'s neurons in step mode 's', in place, and return their paths."""
     wrapped: dict[nn.Module, SteppedNeuron] = {}
     stepping = [path for path, m in source_paths(model).items() if getattr(m, "step_mode", None) == "s"]
     for parent in list(model.modules()):
@@ -57,7 +57,7 @@ def wrap_stepping_neurons(model: nn.Module) -> list[str]:
 
 
 def memory_layers(model: nn.Module) -> dict[str, str]:
-    """Path → class of SpikingJelly's layers that keep something from step to step, but neurons and wrapped dropouts."""
+    """Return path → class of SpikingJelly's stateful layers other than neurons and wrapped dropouts."""
     masks = {m.dropout for m in model.modules() if isinstance(m, SharedMask)}
     return {
         path: type(m).__name__

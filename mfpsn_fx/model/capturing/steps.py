@@ -1,4 +1,4 @@
-"""Capture of networks that step through time: the graph of their whole loop, one call of each neuron a step."""
+"""Capture of networks that step through time: the graph of their unrolled loop, with one call of each neuron a step."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from torch.utils import _pytree as pytree
 from ..sources.description import qualified_name
 from ..sources.stepping import is_stepping, stepping_of
 from ..time_axis import fold_time, unfold_time
-from .capture import (
-    _differing_owner,
-    _first_line,
-    _has_hooks,
-    _LeafTracer,
-    _submodule,
-    _Untraceable,
-    _with_constants,
-    copied,
-    preserved_rng,
-    same_tensor,
-)
+from ..time_last import has_hooks
+from .capture import copied, preserved_rng, submodule_or_none, with_constants
 from .split_layers import LinearThenCell
+from .tracer import LeafTracer, Untraceable, differing_owner, first_line, same_tensor
 
 __all__ = ["BATCH_LAYERS", "NotSteppedError", "bound_example", "capture_steps", "has_batch_statistics", "has_steps"]
 
-# meta of the output node: the layers of a loop that normalize with the statistics of one step's batch
+# key in the output node's meta: paths of layers in the loop that normalize with the statistics of one step's batch
 BATCH_LAYERS = "batch_layers"
 
 _LIFT = "norse.torch.module.lift.Lift"
@@ -36,16 +27,16 @@ _TRACED = ("norse.torch.module.sequential.SequentialState",)
 
 
 class NotSteppedError(ValueError):
-    """A network that steps through time, but whose steps cannot be told from its code."""
+    """Raised for a network that steps through time, but whose steps cannot be traced from its code."""
 
 
 def has_steps(model: nn.Module) -> bool:
-    """Whether some neuron of ``model`` is called step by step, or hands its state in and out."""
+    """Return True if a neuron of ``model`` is called step by step, or takes and returns its state."""
     return any(is_stepping(m) for m in model.modules())
 
 
-class _Shaped(fx.Proxy):
-    """A proxy that knows its shape from the example: loops over it, and zeros like it, need numbers."""
+class _ShapedProxy(fx.Proxy):
+    """Proxy with the shape of the example, which loops over it and constructors such as ``zeros`` need."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, meta: object) -> None:
         super().__init__(node, tracer)
@@ -75,29 +66,31 @@ class _Shaped(fx.Proxy):
         return iter([self[index] for index in range(len(self._meta))])
 
 
-class _Given(fx.Proxy):
-    """An argument that is no tensor, such as a list of states: what is put into it is what is read there again."""
+class _ArgumentProxy(fx.Proxy):
+    """Proxy of a non-tensor argument, such as a list of states: items that are assigned are read back."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer) -> None:
         super().__init__(node, tracer)
-        self.__dict__["_put"] = {}
+        self.__dict__["_items"] = {}
 
     def __setitem__(self, key: object, value: object) -> None:
-        self._put[key] = value
+        self._items[key] = value
 
     def __getitem__(self, key: object) -> object:
-        if key in self._put:
-            return self._put[key]
-        return fx.Proxy(self.node, self.tracer)[key]  # as an argument this one would be all that was put into it
+        if key in self._items:
+            return self._items[key]
+        return fx.Proxy(self.node, self.tracer)[key]  # create_arg would replace ``self`` by its assigned items
 
     def structure(self) -> object:
-        """As it is now, if something was put into it."""
-        if all(isinstance(key, int) for key in self._put):
-            return [self[key] for key in range(max(self._put) + 1)]
-        return dict(self._put)
+        """Return the assigned items as a list or a dict."""
+        if all(isinstance(key, int) for key in self._items):
+            return [self[key] for key in range(max(self._items) + 1)]
+        return dict(self._items)
 
 
-class _StepTracer(_LeafTracer):
+class _StepTracer(LeafTracer):
+    """Trace a forward that steps through time, with tensor arguments that have the shapes of ``example``."""
+
     def __init__(self, leaves: dict[str, str] | None = None, example: Mapping | None = None) -> None:
         super().__init__(leaves)
         self.example = dict(example or {})
@@ -108,21 +101,21 @@ class _StepTracer(_LeafTracer):
         if is_stepping(m):
             return True
         traced = isinstance(m, LinearThenCell) or qualified_name(type(m)) in _TRACED
-        if traced and not _has_hooks(m):
+        if traced and not has_hooks(m):
             return module_qualified_name in self.leaves
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m, forward, args, kwargs):
-        if qualified_name(type(m)) == _LIFT and not _has_hooks(m):
+        if qualified_name(type(m)) == _LIFT and not has_hooks(m):
             return self._lift(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def _lift(self, m: nn.Module, x):
-        """Norse's Lift: the module inside on all steps at once; a neuron inside runs over the sequence."""
+        """Trace Norse's Lift: run the module inside on all steps at once, a neuron inside over the sequence."""
         if isinstance(x, tuple):
             x, state = x
             if state is not None:
-                raise ValueError("Lift was given a state: a sequence starts from the initial one")
+                raise ValueError("Lift has a state as input, but a sequence starts from the initial one")
         inner = m.lifted_module
         if is_stepping(inner):
             node = self.create_proxy("call_module", self.path_of_module(inner), (x, None), {})
@@ -139,9 +132,9 @@ class _StepTracer(_LeafTracer):
 
     def create_node(self, *args, **kwargs):
         if not torch.is_grad_enabled():
-            raise _Untraceable(
+            raise Untraceable(
                 self.inside[-1],
-                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on what comes out",
+                "part of it runs under torch.no_grad(), which a graph does not keep: call detach() on its results",
             )
         node = super().create_node(*args, **kwargs)
         if node.op == "placeholder" and node.target in self.example:
@@ -155,14 +148,14 @@ class _StepTracer(_LeafTracer):
                 trained = isinstance(value, nn.Parameter)
                 node.meta["zero"] = not trained and not bool((value != 0).any())
         elif node.op in ("call_function", "call_method"):
-            self._follow(node)
+            self._propagate_shapes(node)
         return node
 
-    def _follow(self, node: fx.Node) -> None:
-        """What the op makes of shapes that are known; nothing where one is not."""
+    def _propagate_shapes(self, node: fx.Node) -> None:
+        """Run the op on meta tensors if all of its inputs have known shapes."""
         if not node.all_input_nodes or any(
             n not in self.metas and n.op != "get_attr" for n in node.all_input_nodes
-        ):  # the shapes behind layers are the graph's own business
+        ):  # shapes after layers are not tracked
             return
         if not any(n in self.metas for n in node.all_input_nodes):
             return
@@ -180,20 +173,20 @@ class _StepTracer(_LeafTracer):
                 result = getattr(args[0], node.target)(*args[1:], **kwargs)
             else:
                 result = node.target(*args, **kwargs)
-        except Exception:  # it will fail, or tell, when the graph runs
+        except Exception:  # an error of the op, if it is one, is raised when the graph runs
             return
         if isinstance(result, (Tensor, tuple, list)):
             self.metas[node] = result
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node in self.metas:
-            return _Shaped(node, self, self.metas[node])
+            return _ShapedProxy(node, self, self.metas[node])
         if node.op == "placeholder":
-            return _Given(node, self)
-        return fx.Proxy(node, self)  # sums over steps are read as additions, whichever way they are written
+            return _ArgumentProxy(node, self)
+        return fx.Proxy(node, self)  # not in-place: the roll-up reads ``total += x`` as an addition
 
     def create_arg(self, a):
-        return super().create_arg(a.structure() if isinstance(a, _Given) and a._put else a)
+        return super().create_arg(a.structure() if isinstance(a, _ArgumentProxy) and a._items else a)
 
     def device_of(self, node: fx.Node) -> torch.device:
         devices = [v.device for v in self.example.values() if isinstance(v, Tensor)]
@@ -201,7 +194,7 @@ class _StepTracer(_LeafTracer):
 
 
 def _attribute(root: nn.Module, path: str) -> object:
-    """What a ``get_attr`` node means; past ``getattr``, which is a proxy's while tracing."""
+    """Return the value of a ``get_attr`` node without ``getattr``, which FX patches while tracing."""
     owner = root
     *outer, name = path.split(".")
     for part in outer:
@@ -213,14 +206,14 @@ def _attribute(root: nn.Module, path: str) -> object:
 
 
 def has_batch_statistics(m: nn.Module) -> bool:
-    """Whether the layer normalizes with, or keeps, statistics over the batch."""
+    """Return True if the layer normalizes with, or tracks, statistics over the batch."""
     if isinstance(m, nn.modules.instancenorm._InstanceNorm):
         return m.track_running_stats
     return isinstance(m, nn.modules.batchnorm._NormBase)
 
 
 def bound_example(model: nn.Module, args: tuple, kwargs: Mapping) -> dict[str, object]:
-    """The example by the names of ``forward``'s parameters; ``TypeError`` if it does not fit."""
+    """Return the example as parameter name → value of ``forward``; ``TypeError`` if it does not fit."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
     except TypeError as error:
@@ -229,16 +222,15 @@ def bound_example(model: nn.Module, args: tuple, kwargs: Mapping) -> dict[str, o
 
 
 def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = None) -> tuple[fx.GraphModule, bool]:
-    """The graph of ``model`` with its loops over time unrolled and its neurons, states and all, as leaves.
+    """Trace ``model`` with its loops over time unrolled, and with its neurons, including their states, as leaves.
 
     Args:
-        model: left as it is; the graph shares its submodules.
+        model: unchanged; the graph shares its submodules.
         args, kwargs: one real batch. A forward that is one step is traced with the first step of each tensor.
 
     Returns:
-        The graph module, and whether it is one step of time. In the first case its inputs are whole, and each neuron
-        is called once a step, or once for a sequence; in the second its inputs are (N, *), and each neuron is called
-        once.
+        The graph module, and True if it is one step of time. Otherwise its inputs are whole sequences, and each neuron
+        is called once a step, or once for a sequence; one step has inputs (N, *), and calls each neuron once.
 
     Raises:
         NotSteppedError: it cannot be traced, or its code differs between training and evaluation.
@@ -247,10 +239,10 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
     """
     example = bound_example(model, args, dict(kwargs or {}))
     try:
-        gm = _traced(model, example)
+        gm = trace_steps(model, example)
     except NotSteppedError as whole:
         try:
-            gm = _traced(model, first_step(example))
+            gm = trace_steps(model, first_step(example))
         except (NotSteppedError, IndexError):
             raise whole from None
         if _is_one_step(gm):
@@ -258,16 +250,17 @@ def capture_steps(model: nn.Module, args: tuple = (), kwargs: Mapping | None = N
         raise
     if not _is_one_step(gm):
         return gm, False
-    gm = _traced(model, first_step(example))
+    gm = trace_steps(model, first_step(example))
     if not _is_one_step(gm):
         raise NotSteppedError(
-            f"of {type(model).__name__} one step was seen, which cannot tell how it goes on: use an example of at "
+            f"{type(model).__name__} ran one step only, from which a loop cannot be inferred: use an example of at "
             "least two steps"
         )
     return gm, True
 
 
 def first_step(example: Mapping) -> dict[str, object]:
+    """Return the example with the first step of each tensor, T being its first dim."""
     return {name: value[0] if isinstance(value, Tensor) and value.ndim else value for name, value in example.items()}
 
 
@@ -282,14 +275,15 @@ def _is_one_step(gm: fx.GraphModule) -> bool:
     return bool(calls) and max(calls.values()) == 1
 
 
-def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
+def trace_steps(model: nn.Module, example: Mapping) -> fx.GraphModule:
+    """Trace ``model`` in training and evaluation mode on the example; ``NotSteppedError`` if that fails or differs."""
     name = type(model).__name__
-    if _has_hooks(model):
+    if has_hooks(model):
         raise NotSteppedError(
             f"{name} has hooks or a forward of its own, which a graph of all steps at once would call once: remove them"
         )
     leaves: dict[str, str] = {}
-    concrete = _concrete(model, example)
+    concrete = _concrete_arguments(model, example)
     with preserved_rng(), torch.enable_grad():
         while True:
             tracers, scratches = [], []
@@ -297,22 +291,22 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
             try:
                 for training in (True, False):
                     scratch = copied(model, share=True).train(training)
-                    for m in scratch.modules():  # states of earlier batches are none of this one's
+                    for m in scratch.modules():  # states of earlier batches do not belong to this one
                         if (stepping := stepping_of(m)) is not None and stepping.reset is not None:
                             stepping.reset(m)
                     tracer = _StepTracer(leaves, example)
                     try:
                         tracer.trace(scratch, concrete)
-                    except _Untraceable:
+                    except Untraceable:
                         raise
                     except Exception as error:
-                        reason = f"{type(error).__name__}: {_first_line(error)}"
-                        raise _Untraceable("", reason) from error
+                        reason = f"{type(error).__name__}: {first_line(error)}"
+                        raise Untraceable("", reason) from error
                     tracers.append(tracer)
                     scratches.append(scratch)
-                owner = _differing_owner(*tracers)
+                owner = differing_owner(*tracers)
                 reason = "its code differs between training and evaluation; use layers (torch.nn.Dropout) for that"
-            except _Untraceable as error:
+            except Untraceable as error:
                 owner, reason = error.path, error.reason
             if owner is None:
                 break
@@ -332,23 +326,23 @@ def _traced(model: nn.Module, example: Mapping) -> fx.GraphModule:
             ours, theirs = (_attribute(scratch, node.target) for scratch in scratches)
             if not same_tensor(ours, theirs):
                 raise NotSteppedError(
-                    f"{name}'s forward draws random numbers of a fixed shape, which would be the same ones from now "
-                    "on: draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
+                    f"{name}'s forward draws random numbers of a fixed shape, which the graph would keep as constants: "
+                    "draw them like a tensor (torch.rand_like(x), torch.bernoulli(x))"
                 )
     _drop_specializations(graph, concrete)
-    gm = fx.GraphModule(_with_constants(model, scratches[0], graph), graph, name)
-    # a fact of the graph as a whole stands at its output
+    gm = fx.GraphModule(with_constants(model, scratches[0], graph), graph, name)
+    # facts about the graph as a whole are kept at its output node
     gm.graph.output_node().meta[BATCH_LAYERS] = tuple(tracers[0].batch_layers)
     gm.training = model.training
     for path, child in gm.named_modules():
-        source = _submodule(model, path)
+        source = submodule_or_none(model, path)
         if source is not None and source is not child:
             child.training = source.training
     return gm
 
 
 def _restore_output(graph: fx.Graph) -> None:
-    """Give back the output's structure, which FX flattens where an argument is a list or a dict of constants."""
+    """Restore the output's structure, which FX flattens if an argument is a list or a dict of constants."""
     codegen = graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):
         (output,) = (node for node in graph.nodes if node.op == "output")
@@ -356,8 +350,8 @@ def _restore_output(graph: fx.Graph) -> None:
         graph.set_codegen(fx.graph.CodeGen())
 
 
-def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
-    """Arguments that are no tensors, and defaults of those not given: Python looks at them while tracing."""
+def _concrete_arguments(model: nn.Module, example: Mapping) -> dict[str, object]:
+    """Return arguments without tensors, and defaults of omitted ones: Python may branch on them while tracing."""
     concrete = {}
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.name in example:
@@ -370,12 +364,12 @@ def _concrete(model: nn.Module, example: Mapping) -> dict[str, object]:
 
 
 def _drop_specializations(graph: fx.Graph, concrete: Mapping) -> None:
-    """FX asserts that what was traced as a constant stays one; such arguments are gone from the new network."""
+    """Remove arguments that were traced as constants, and FX's assertions on their values."""
     for node in reversed(list(graph.nodes)):
         if node.users:
             continue
         asserts = node.op == "call_function" and node.target in (torch._assert, fx._symbolic_trace._assert_is_none)
         compared = node.op == "call_function" and getattr(node.target, "__name__", "") == "eq"
-        given = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
-        if asserts or compared or given:
+        placeholder = node.op == "placeholder" and node.target.rpartition("_")[0] in concrete
+        if asserts or compared or placeholder:
             graph.erase_node(node)

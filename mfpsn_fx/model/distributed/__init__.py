@@ -1,1 +1,1 @@
-"""Neurons whose batch is spread over ranks."""
+"""Neurons whose batch is distributed over ranks."""

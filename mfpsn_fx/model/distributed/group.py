@@ -1,4 +1,4 @@
-"""Batch statistics over the ranks of a process group: what is sent, and what comes of it."""
+"""Batch statistics over the ranks of a process group, and the messages that they take."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Group", "joined"]
+__all__ = ["Group", "active_group"]
 
 
 class Group:
-    """A process group that layers share; None is the default one, whichever that is when it is needed.
+    """A process group that layers share; None is the default one at the time of use.
 
     Copies of a layer share its group; only the default group can be pickled.
     """
@@ -30,16 +30,16 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many ranks there are: 1 where no process group was set up, or this rank is in none."""
+        """Number of ranks; 1 if no process group is initialized, or this rank is not in it."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return max(1, dist.get_world_size(self.process_group))  # -1 for a rank outside of the group
 
     def moments(self, mean: Tensor, var: Tensor, count: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        """(μ, σ², M) of all ranks' values from those of each: (C,), (C,) biased, and a number.
+        """Combine (μ, σ², M) of each rank's values into those of all: (C,), (C,) biased, and a number.
 
-        About the common mean, by the formula of Chan et al.: nothing large is subtracted. A rank that has no values
-        counts for nothing. One message of 2C + 1 numbers.
+        By the formula of Chan et al., about the common mean, which avoids cancellation. A rank without values has
+        weight 0. One message of 2C + 1 numbers.
         """
         channels = mean.numel()
         mine = torch.cat([mean, var, torch.as_tensor(count, dtype=mean.dtype, device=mean.device).reshape(1)])
@@ -52,14 +52,14 @@ class Group:
         return mean, var, total
 
     def total(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The sums over all ranks of tensors of one dtype, in one message."""
+        """Sum tensors of one dtype over all ranks, in one message."""
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat, dist.ReduceOp.SUM, self.process_group)
         parts = flat.split([t.numel() for t in tensors])
         return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))
 
 
-def joined(layer: nn.Module) -> Group | None:
-    """The group over which ``layer`` takes its batch statistics; None if that is this process alone."""
+def active_group(layer: nn.Module) -> Group | None:
+    """Return the group over which ``layer`` computes its batch statistics; None if that is this process alone."""
     group = getattr(layer, "ranks", None)
     return None if group is None or group.size == 1 else group

@@ -1,4 +1,4 @@
-"""The neuron whose batch statistics are those of all ranks, from the parts of its op."""
+"""The neuron with batch statistics over all ranks, composed of the parts of its op."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def neuron_over_ranks(
     mask: Tensor | None,
     constants: NeuronConstants,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(S, μ, σ², M) of ``mfpsn::neuron`` in training, with μ and σ² over the M values per channel of all ranks.
+    """Return (S, μ, σ², M) of ``mfpsn::neuron`` in training, with μ and σ² over all ranks' M values per channel.
 
     Two messages: 2C + 1 numbers forward, C·(k + 1) backward. Ranks may have batches of different sizes, or none, and
     different kernels.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))  # as the op itself does it
+        x = x.to(torch.get_autocast_dtype(device))  # as the op itself does
     with torch.no_grad():
         mean, var = statistics(x.detach(), weight, scale, shift, mask, **constants.arguments(COMMON))
         count = x.numel() // max(x.shape[constants.parsed_layout.channel_dim], 1)
@@ -45,7 +45,7 @@ def neuron_over_ranks(
 
 
 class _OverRanks(torch.autograd.Function):
-    """The neuron from the parts of its op, with a message between ranks after each of the two reductions.
+    """Autograd function of the neuron, with a message between ranks after each of the two reductions.
 
     Gradients of parameters are this rank's share of the gradient of the sum of all ranks' losses, as those of other
     layers are: DistributedDataParallel and FSDP average them over ranks.

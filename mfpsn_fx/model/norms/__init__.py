@@ -1,1 +1,1 @@
-"""Batch norms around neurons: masked, fused into a neuron, synchronized."""
+"""Batch norms next to neurons: masked, fused with a neuron, synchronized over ranks."""

@@ -1,4 +1,4 @@
-"""Neurons and batch norms whose batch statistics are those of all ranks of a process group."""
+"""Neurons and batch norms whose batch statistics are over all ranks of a process group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["SynchronizedBatchNorm", "synchronize_statistics"]
 
 
 class SynchronizedBatchNorm(MaskedBatchNorm):
-    """A batch norm whose statistics in training are those of the values on all ranks.
+    """A batch norm whose statistics in training are over the values of all ranks.
 
-    On any device, and of any rank of tensor, which ``torch.nn.SyncBatchNorm`` is not. Like :class:`MaskedBatchNorm` it
-    leaves out steps that :func:`valid_steps` excludes. Names in the ``state_dict`` are those of the norm that it was
-    made from.
+    Unlike ``torch.nn.SyncBatchNorm`` it runs on any device and takes inputs of any number of dims. Like
+    :class:`MaskedBatchNorm` it excludes steps that :func:`valid_steps` excludes. Names in the ``state_dict`` are those
+    of the norm that it was made from.
 
     Args:
         norm: a BatchNorm1d, 2d or 3d, or a MaskedBatchNorm; its parameters and buffers are shared.
@@ -34,7 +34,7 @@ class SynchronizedBatchNorm(MaskedBatchNorm):
         self.ranks = Group(process_group)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` normalized; ``ValueError`` if its rank, its channels or the mask do not fit."""
+        """Return ``x`` normalized; ``ValueError`` if its number of dims, its channels or the mask do not fit."""
         channel = 2 if self.time_first else 1
         if x.ndim <= channel or x.shape[channel] != self.num_features:
             raise ValueError(
@@ -47,24 +47,24 @@ class SynchronizedBatchNorm(MaskedBatchNorm):
 
 
 def synchronize_statistics(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> int:
-    """Let neurons and batch norms of ``model`` take their batch statistics over all ranks, in place.
+    """Make neurons and batch norms of ``model`` compute their batch statistics over all ranks, in place.
 
-    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does for batch norms: a network that is trained so on W ranks,
-    each with its share of a batch, is the network trained on the whole batch. In evaluation, and where no process group
-    was set up, nothing changes. Each layer costs two short messages a training step. Call it on every rank, before the
-    model is wrapped or compiled and before anything is sharded; calling it again changes the group.
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does for batch norms: training on W ranks, each with its share
+    of a batch, gives the same network as training on the whole batch. In evaluation, and if no process group is
+    initialized, nothing changes. Each layer sends two short messages a training step. Call it on every rank, before the
+    model is wrapped, compiled or sharded; calling it again changes the group.
 
     Args:
         model: a network with :class:`MulFreePSN` neurons. Its batch norms become :class:`SynchronizedBatchNorm`;
             parameters stay the same objects, so optimizers keep holding them.
-        process_group: the ranks; None for the default group, whichever that is at the time of a step.
+        process_group: the ranks; None for the default group at the time of a step.
 
     Returns:
-        How many layers were synchronized.
+        The number of layers that were synchronized.
 
     Raises:
-        TypeError: a batch norm is of a class that is not known, or has hooks or a forward of its own; nothing is
-            changed then.
+        TypeError: a batch norm is of an unsupported class, or has hooks or an instance attribute ``forward``; then
+            nothing is changed.
     """
     model = getattr(model, "_orig_mod", model)
     count = replace_batch_norms(

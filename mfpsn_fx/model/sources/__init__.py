@@ -1,1 +1,1 @@
-"""What source neurons are: one adapter a library."""
+"""Descriptions of source neurons as filters, with one adapter module for each library."""

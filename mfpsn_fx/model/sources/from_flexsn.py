@@ -1,4 +1,4 @@
-"""SpikingJelly's FlexSN, whose dynamics are a function of its user's: whether that is a filter is found by probing."""
+"""SpikingJelly's FlexSN as a filter: its dynamics, a function of the user's, are probed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .description import NotAFilterError, SourceNeuron, register_source
-from .from_spikingjelly import class_names, with_all_steps
+from .from_spikingjelly import class_names, require_multi_step
 
 __all__ = ["Recurrence"]
 
@@ -27,7 +27,7 @@ class Recurrence:
     d: Tensor
 
     def __call__(self, lags: Tensor) -> Tensor:
-        """lags (k,) of int → (k,) in float64."""
+        """Return the taps at ``lags`` (k,), as (k,) in float64."""
         state, response = self.b, [self.d]
         for _ in range(int(lags.max()) if lags.numel() else 0):
             response.append(self.c @ state)
@@ -37,12 +37,13 @@ class Recurrence:
 
 @register_source(*class_names("FlexSN", "flexsn"))
 def flexible(m: nn.Module) -> SourceNeuron:
-    """A core of one input and one output that is linear in input and states where it does not fire.
+    """Describe a core of one input and one output that is linear in input and states unless it fires.
 
     The core is called on small vectors in float64: along each axis the smallest value that fires is bisected, which
-    gives the hyperplane at which it fires; the states' update is read off below it; both are then tried at random.
+    gives the hyperplane at which it fires; the states' update is measured below it; both are verified at random
+    points.
     """
-    with_all_steps(m)
+    require_multi_step(m)
     core = _core(m)
     fires_at, sign = _thresholds(core, m.num_states)
     plane = torch.where(sign == 0, 0.0, sign / fires_at)
@@ -56,7 +57,7 @@ def flexible(m: nn.Module) -> SourceNeuron:
 
 
 def _core(m: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Points (P, 1 + states) of input and states → outputs (P,), next states (P, states)."""
+    """Return a function from points (P, 1 + states) of input and states to outputs (P,) and next states (P, states)."""
     if (m._num_inputs, m._num_outputs) != (1, 1):
         raise NotAFilterError(
             f"its core has {m._num_inputs} inputs and {m._num_outputs} outputs, where a neuron has one of each"
@@ -73,18 +74,20 @@ def _core(m: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
             raise NotAFilterError(f"its core cannot be probed ({type(error).__name__}: {error}); {_HINT}") from error
         output, *states = (found,) if isinstance(found, Tensor) else tuple(found)
         if not bool(((output == 0) | (output == 1)).all()):
-            raise NotAFilterError("its core puts out other values than 0 and 1")
+            raise NotAFilterError("its core returns other values than 0 and 1")
         return output.double(), torch.stack([s.double() for s in states], 1) if states else points[:, :0]
 
     return call
 
 
 def _thresholds(core: Callable, states: int) -> tuple[Tensor, Tensor]:
-    """For each axis the smallest value that fires and its sign; 0 for an axis that does not fire either way."""
+    """Return for each axis the smallest value that fires and its sign; sign 0 for an axis that does not fire."""
     axes = 1 + states
     output, moved = core(torch.zeros(1, axes, dtype=torch.float64))
     if bool(output.any()) or bool(moved.any()):
-        raise NotAFilterError(f"its core fires or moves without input, so that it is no linear filter; {_HINT}")
+        raise NotAFilterError(
+            f"its core fires or changes its states without input, so that it is no linear filter; {_HINT}"
+        )
     fires_at, signs = torch.ones(axes, dtype=torch.float64), torch.zeros(axes, dtype=torch.float64)
     for axis in range(axes):
         for sign in (1.0, -1.0):
@@ -98,7 +101,7 @@ def _thresholds(core: Callable, states: int) -> tuple[Tensor, Tensor]:
                 raise NotAFilterError(f"its core does not fire at a threshold of something linear; {_HINT}")
             signs[axis], fires_at[axis] = sign, _bisect(core, axis, sign, _SCALES[first - 1], _SCALES[first], axes)
     if not bool(signs.any()):
-        raise NotAFilterError(f"its core was never seen to fire; {_HINT}")
+        raise NotAFilterError(f"its core did not fire on any probe; {_HINT}")
     return fires_at, signs
 
 
@@ -121,4 +124,4 @@ def _check_at_random(core: Callable, plane: Tensor, small: Tensor, update: Tenso
     silent = output == 0
     expected = (points @ update.T)[silent]
     if not torch.allclose(moved[silent], expected, rtol=1e-5, atol=1e-7 * float(small.max())):
-        raise NotAFilterError(f"its core's states do not move linearly where it does not fire; {_HINT}")
+        raise NotAFilterError(f"its core's states do not change linearly where it does not fire; {_HINT}")

@@ -1,7 +1,7 @@
-"""Norse's neurons as filters, and how they are called. Classes are known by name; the library is not imported here.
+"""Norse's neurons as filters, and their calling conventions, by class name: the library is not imported.
 
-All fire above their threshold only (``strict``), and jump to v_reset in the same step. Voltages start at v_leak
-(IAF: at v_reset), so in the distance from there they are linear and the threshold moves along.
+All fire above their threshold only (``strict``), and are set to v_reset in the same step. Voltages start at v_leak
+(IAF: at v_reset): relative to it they are linear, and it is subtracted from the threshold.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, refuse_source, register_source
+from ..response import Geometric, TwoPole
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 from .stepping import Stepping, register_stepping
 
 _MODULES = "norse.torch.module"
@@ -24,7 +25,7 @@ _LI_BOX = (f"{_MODULES}.leaky_integrator_box.LIBoxCell",)
 
 
 def _values(m: nn.Module, *names: str) -> list[Tensor]:
-    """() or (C,) copies in float64 of fields of ``m.p``; NotAFilterError naming what is not finite or has more dims."""
+    """Copy fields of ``m.p`` as () or (C,) in float64; NotAFilterError if one is not finite or has more dims."""
     found = []
     for name in names:
         tensor = torch.as_tensor(getattr(m.p, name)).detach().double().clone()
@@ -44,23 +45,23 @@ def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
 
 
 def _decay(rate: Tensor, m: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """(share that a step takes up, share that it keeps) of an inverse time constant."""
-    taken = rate * m.dt
-    if bool((taken < 0).any()) or bool((taken > 1).any()):
-        raise NotAFilterError(f"{name}·dt of its {type(m).__name__} is {taken.tolist()}, outside [0, 1]: it oscillates")
-    return taken, 1 - taken
+    """Return (gain, ratio) of one step, with an inverse time constant ``rate``: (rate·dt, 1 − rate·dt)."""
+    gain = rate * m.dt
+    if bool((gain < 0).any()) or bool((gain > 1).any()):
+        raise NotAFilterError(f"{name}·dt of its {type(m).__name__} is {gain.tolist()}, outside [0, 1]: it oscillates")
+    return gain, 1 - gain
 
 
 def _membrane(m: nn.Module) -> Geometric | TwoPole:
-    """v[t] = (1−a)·v[t−1] + a·i[t], and i[t] = x[t] + (1−b)·i[t−1] where there is a current."""
+    """Return the response of v[t] = (1−a)·v[t−1] + a·i[t], with i[t] = x[t] + (1−b)·i[t−1] if there is a current."""
     (rate,) = _values(m, "tau_mem_inv")
-    taken, kept = _decay(rate, m, "tau_mem_inv")
+    gain, ratio = _decay(rate, m, "tau_mem_inv")
     if not hasattr(m.p, "tau_syn_inv"):
-        return Geometric(taken, kept)
+        return Geometric(gain, ratio)
     (synaptic,) = _values(m, "tau_syn_inv")
     _, current = _decay(synaptic, m, "tau_syn_inv")
-    taken, current, kept = (value.clone() for value in torch.broadcast_tensors(taken, current, kept))
-    return TwoPole(taken, current, kept)
+    gain, current, ratio = (value.clone() for value in torch.broadcast_tensors(gain, current, ratio))
+    return TwoPole(gain, current, ratio)
 
 
 def _neuron(m: nn.Module, response, rest: Tensor) -> SourceNeuron:
@@ -70,7 +71,7 @@ def _neuron(m: nn.Module, response, rest: Tensor) -> SourceNeuron:
     if bool((v_reset != rest).any()):
         notes += ("v_reset is not v_leak",)
     if bool((rest != 0).any()):
-        notes += ("v_leak folded into the threshold",)
+        notes += ("v_leak subtracted from the threshold",)
     method = getattr(getattr(m.p, "reset_method", None), "__name__", "reset_value")
     threshold = threshold - rest
     channels = max((v.numel() for v in (threshold, response.gain) if v.ndim), default=None)
@@ -84,13 +85,13 @@ def _neuron(m: nn.Module, response, rest: Tensor) -> SourceNeuron:
 
 @register_source(*_LIF, *_BOX)
 def leaky(m: nn.Module) -> SourceNeuron:
-    """LIF: a current and a membrane in series, no delay between them; LIFBox: the membrane alone."""
+    """Describe LIF, a current and a membrane in series without delay, and LIFBox, the membrane alone."""
     return _neuron(m, _membrane(m), *_values(m, "v_leak"))
 
 
 @register_source(*_IAF)
 def integrate_and_fire(m: nn.Module) -> SourceNeuron:
-    """v[t] = v[t−1] + x[t], from v_reset on."""
+    """Describe IAF: v[t] = v[t−1] + x[t], starting at v_reset."""
     one = torch.ones((), dtype=torch.float64)
     return _neuron(m, Geometric(one, one.clone()), *_values(m, "v_reset"))
 
@@ -129,7 +130,7 @@ _REFUSED = {
 
 for _path, _reason in _REFUSED.items():
     refuse_source(_reason, f"{_MODULES}.{_path}")
-refuse_source("it puts out its membrane, not spikes", *_LI, *_LI_BOX)
+refuse_source("its output is its membrane, not spikes", *_LI, *_LI_BOX)
 
 
 def _integrator(m: nn.Module) -> LeakyIntegrator:
@@ -142,12 +143,13 @@ def _integrator(m: nn.Module) -> LeakyIntegrator:
 
 @register_stepping(*_LIF, *_BOX, *_IAF, *(f"{_MODULES}.{path}" for path in _REFUSED))
 def stepping(m: nn.Module) -> Stepping:
+    """Return the calling convention of spiking neurons, which take and return their state."""
     sequence = hasattr(m, "record_states")
     return Stepping(
         ("state",),
         ("spikes", "state"),
         sequence=sequence,
-        # over a sequence only the last step's state comes back
+        # a call over a sequence returns only the last state
         membrane_of=None if sequence else "v",
         integrator=_integrator,
     )
@@ -155,5 +157,6 @@ def stepping(m: nn.Module) -> Stepping:
 
 @register_stepping(*_LI, *_LI_BOX)
 def integrating(m: nn.Module) -> Stepping:
+    """Return the calling convention of leaky integrators, whose output is their membrane."""
     sequence = hasattr(m, "record_states")
     return Stepping(("state",), ("membrane", "state"), sequence=sequence, integrator=_integrator, reads_out=True)

@@ -1,7 +1,8 @@
-"""snnTorch's neurons as filters, and how they are called. Classes are known by name; the library is not imported here.
+"""snnTorch's neurons as filters, and their calling conventions, by class name: the library is not imported.
 
-All fire above their threshold only (``strict``). A spike acts on the next step's membrane: ``subtract`` takes the
-threshold from it after its decay and input, ``zero`` clears what decays into it (Leaky) or all of it (the others).
+All fire above their threshold only (``strict``). A spike acts on the next step's membrane: ``subtract``
+subtracts the threshold from it after its decay and input, ``zero`` clears its decayed part (Leaky) or all of it (the
+others).
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, Taps, TwoPole, refuse_source, register_source
+from ..response import Geometric, Taps, TwoPole
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 from .stepping import Stepping, register_stepping, zeros
 
 _NEURONS = "snntorch._neurons"
 
 
 def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
-    """The surrogate behind a closure of ``snntorch.surrogate``, or ATan with a note."""
+    """Return the surrogate of a closure made by ``snntorch.surrogate``, or ATan with a note."""
     function = m.spike_grad
     if getattr(m, "surrogate_disable", False):
-        return ATan(), ("had no surrogate gradient; ATan(2) from now on",)
+        return ATan(), ("had no surrogate gradient; ATan(2) is used",)
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
     kind = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
     values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)} if code else {}
@@ -36,7 +38,7 @@ def _surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
 
 
 def _values(m: nn.Module, **values: object) -> list[Tensor]:
-    """() or (C,) copies in float64; NotAFilterError naming what is not finite, or differs within a channel."""
+    """Copy values as () or (C,) in float64; NotAFilterError if one is not finite or differs within a channel."""
     found = []
     for name, value in values.items():
         tensor = torch.as_tensor(value).detach().double().clone()
@@ -53,26 +55,26 @@ def _values(m: nn.Module, **values: object) -> list[Tensor]:
     return found
 
 
-def _plain(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
-    """Refuse what no filter with a threshold has; the surrogate and notes of the others."""
+def _checked_surrogate(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
+    """Return surrogate and notes; NotAFilterError for settings that a filter with a threshold cannot have."""
     if getattr(m, "inhibition", False):
         raise NotAFilterError("it has inhibition=True: neurons of a layer suppress each other")
     if getattr(m, "state_quant", False):
         raise NotAFilterError("it has state_quant: its membrane is rounded at every step")
     factor = getattr(m, "graded_spikes_factor", torch.ones(()))
     if isinstance(factor, nn.Parameter) or bool((torch.as_tensor(factor) != 1).any()):
-        raise NotAFilterError("it has graded spikes: it puts out other values than zeros and ones")
+        raise NotAFilterError("it has graded spikes: its output has other values than zeros and ones")
     return _surrogate(m)
 
 
-def _neuron(m: nn.Module, response, late: str, *values: Tensor) -> SourceNeuron:
-    surrogate, notes = _plain(m)
+def _neuron(m: nn.Module, response, zero_reset: str, *values: Tensor) -> SourceNeuron:
+    surrogate, notes = _checked_surrogate(m)
     (threshold,) = _values(m, threshold=m.threshold)
     reset = m.reset_mechanism
     if reset != "none":
         notes = ("reset dropped", *notes)
         if getattr(m, "reset_delay", True):
-            reset = {"subtract": "late-subtract", "zero": late}[reset]
+            reset = {"subtract": "late-subtract", "zero": zero_reset}[reset]
     sizes = {value.numel() for value in (threshold, *values) if value.ndim}
     if len(sizes) > 1:
         raise NotAFilterError(f"its threshold and decays are for different numbers of channels: {sorted(sizes)}")
@@ -84,14 +86,14 @@ def _neuron(m: nn.Module, response, late: str, *values: Tensor) -> SourceNeuron:
 
 @register_source(f"{_NEURONS}.leaky.Leaky")
 def leaky(m: nn.Module) -> SourceNeuron:
-    """U[t] = β·U[t−1] + X[t]: β^j at lag j, β held in [0, 1]."""
+    """Describe U[t] = β·U[t−1] + X[t]: β^j at lag j, β clamped to [0, 1]."""
     (beta,) = _values(m, beta=m.beta.clamp(0, 1))
     return _neuron(m, Geometric(torch.ones_like(beta), beta), "zero", beta)
 
 
 @register_source(f"{_NEURONS}.lapicque.Lapicque")
 def lapicque(m: nn.Module) -> SourceNeuron:
-    """U[t] = (1 − Δt/RC)·U[t−1] + (Δt/C)·X[t]."""
+    """Describe U[t] = (1 − Δt/RC)·U[t−1] + (Δt/C)·X[t]."""
     gain, ratio = _values(m, C=m.time_step / m.C, R=1 - m.time_step / (m.R * m.C))
     gain, ratio = (value.clone() for value in torch.broadcast_tensors(gain, ratio))
     return _neuron(m, Geometric(gain, ratio), "late-zero", ratio)
@@ -99,7 +101,7 @@ def lapicque(m: nn.Module) -> SourceNeuron:
 
 @register_source(f"{_NEURONS}.synaptic.Synaptic")
 def synaptic(m: nn.Module) -> SourceNeuron:
-    """I[t] = α·I[t−1] + X[t], U[t] = β·U[t−1] + I[t]."""
+    """Describe I[t] = α·I[t−1] + X[t], U[t] = β·U[t−1] + I[t]."""
     alpha, beta = _values(m, alpha=m.alpha.clamp(0, 1), beta=m.beta.clamp(0, 1))
     alpha, beta = (value.clone() for value in torch.broadcast_tensors(alpha, beta))
     return _neuron(m, TwoPole(torch.ones_like(alpha), alpha, beta), "late-zero", alpha)
@@ -107,10 +109,10 @@ def synaptic(m: nn.Module) -> SourceNeuron:
 
 @register_source(f"{_NEURONS}.stateleaky.StateLeaky")
 def state_leaky(m: nn.Module) -> SourceNeuron:
-    """exp(−j/τ) at lag j with τ = 1/(1−β), up to where its kernel is cut."""
+    """Describe exp(−j/τ) at lag j with τ = 1/(1−β), up to the length of its kernel."""
     if not m.output:
-        raise NotAFilterError("it has output=False: it puts out its membrane, not spikes")
-    surrogate, notes = _plain(m)
+        raise NotAFilterError("it has output=False: its output is its membrane, not spikes")
+    surrogate, notes = _checked_surrogate(m)
     threshold, tau = _values(m, threshold=m.threshold, tau=m.tau)
     response = Geometric(torch.ones_like(tau), torch.exp(-1 / tau))
     if m.kernel_truncation_steps is not None:
@@ -138,12 +140,12 @@ for _path, _reason in _REFUSED.items():
     refuse_source(_reason, f"{_NEURONS}.{_path}")
 
 
-def _forget(m: nn.Module) -> None:
+def _reset_memory(m: nn.Module) -> None:
     m.reset_mem()
 
 
 def _integrator(m: nn.Module) -> LeakyIntegrator:
-    """The membrane alone: thresholds, surrogates and graded spikes do not matter here."""
+    """Return the membrane as a module; thresholds, surrogates and graded spikes do not matter for it."""
     if m.state_quant:
         raise NotAFilterError("it has state_quant: its membrane is rounded at every step")
     kind = type(m).__name__
@@ -174,6 +176,7 @@ def _reads_out(m: nn.Module) -> bool:
     *(f"{_NEURONS}.{path}" for path in _REFUSED if path.split(".")[1] in ("RLeaky", "RSynaptic", "Alpha")),
 )
 def stepping(m: nn.Module) -> Stepping:
+    """Return the calling convention of neurons that run one step a call, with or without state arguments."""
     kind = type(m).__name__
     if kind in ("Synaptic", "RSynaptic"):
         states = ("syn", "mem")
@@ -189,7 +192,7 @@ def stepping(m: nn.Module) -> Stepping:
     return Stepping(
         () if m.init_hidden else states,
         outputs,
-        reset=_forget,
+        reset=_reset_memory,
         initial=zeros(len(states)),
         integrator=_integrator,
         reads_out=_reads_out(m),
@@ -206,5 +209,6 @@ def _state_leaky_integrator(m: nn.Module) -> LeakyIntegrator:
 
 @register_stepping(f"{_NEURONS}.stateleaky.StateLeaky")
 def sequence(m: nn.Module) -> Stepping:
+    """Return the calling convention of StateLeaky, which runs over a sequence."""
     outputs = ("spikes", "membrane") if m.output else ("membrane",)
     return Stepping((), outputs, sequence=True, integrator=_state_leaky_integrator, reads_out=True)

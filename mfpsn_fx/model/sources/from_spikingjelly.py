@@ -1,4 +1,4 @@
-"""SpikingJelly's neurons as filters. Classes are known by name; the library is not imported here."""
+"""SpikingJelly's neurons as filters, by class name: the library is not imported."""
 
 from __future__ import annotations
 
@@ -7,53 +7,56 @@ from torch import Tensor, nn
 
 from mfpsn_fx.kernels.surrogate import ATan, Sigmoid, Surrogate
 
-from .description import Geometric, NotAFilterError, PerStep, SourceNeuron, Taps, refuse_source, register_source
+from ..response import Geometric, PerStep, Taps
+from .description import NotAFilterError, SourceNeuron, refuse_source, register_source
 
-__all__ = ["class_names", "finite", "reset_neuron", "surrogate_of", "with_all_steps"]
+__all__ = ["class_names", "finite_values", "integrate_and_fire_source", "require_multi_step", "surrogate_of"]
 
 _NEURONS = "spikingjelly.activation_based.neuron"
 _SURROGATES = {"ATan": ATan, "Sigmoid": Sigmoid}
 
 
 def class_names(cls: str, module: str) -> tuple[str, ...]:
-    """Where version 2 keeps the class, and where older ones, whose neurons are one file, do."""
+    """Return the qualified names of a class in version 2 and in older ones, whose neurons are in one file."""
     return f"{_NEURONS}.{module}.{cls}", f"{_NEURONS}.{cls}"
 
 
 def surrogate_of(m: nn.Module) -> tuple[Surrogate, tuple[str, ...]]:
+    """Return the surrogate, ATan(2) with a note if it is unknown; NotAFilterError if the neuron does not spike."""
     function = m.surrogate_function
     kind = type(function).__name__
     if getattr(function, "spiking", True) is False:
-        raise NotAFilterError(f"its surrogate function {kind} has spiking=False: it puts out no spikes")
+        raise NotAFilterError(f"its surrogate function {kind} has spiking=False: it has no spikes as output")
     if kind in _SURROGATES and isinstance(getattr(function, "alpha", None), (int, float)):
         return _SURROGATES[kind](float(function.alpha)), ()
     return ATan(), (f"surrogate {kind} replaced by ATan(2)",)
 
 
-def finite(m: nn.Module, **values: object) -> list[Tensor]:
-    """Copies of the values in float64; NotAFilterError naming those that are NaN or infinite."""
+def finite_values(m: nn.Module, **values: object) -> list[Tensor]:
+    """Copy values in float64; NotAFilterError naming those that are NaN or infinite."""
     tensors = {name: torch.as_tensor(value).detach().double().clone() for name, value in values.items()}
     if bad := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise NotAFilterError(f"{', '.join(bad)} of its {type(m).__name__} is NaN or infinite")
     return list(tensors.values())
 
 
-def with_all_steps(m: nn.Module) -> None:
+def require_multi_step(m: nn.Module) -> None:
+    """Raise NotAFilterError if ``m`` is in step mode 's'."""
     if getattr(m, "step_mode", "m") == "s":
         raise NotAFilterError(
-            "it is in step-by-step mode, but all of time is needed at once: call "
+            "it is in single-step mode, but all time steps are needed at once: call "
             "spikingjelly.activation_based.functional.set_step_mode(net, 'm') and feed (T, N, C, *)"
         )
 
 
-def reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
-    """IF and the LIFs: V relaxes to v_reset, so in V − v_reset it is linear and the threshold moves along."""
-    with_all_steps(m)
+def integrate_and_fire_source(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
+    """Describe IF and LIF neurons: V decays to v_reset, so that V − v_reset is linear, with threshold − v_reset."""
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    threshold, rest = finite(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
+    threshold, rest = finite_values(m, v_threshold=m.v_threshold, v_reset=m.v_reset or 0.0)
     notes = ("reset dropped", *notes)
     if float(rest) != 0:
-        notes += (f"v_reset {float(rest):g} folded into the threshold",)
+        notes += (f"v_reset {float(rest):g} subtracted from the threshold",)
     if getattr(m, "store_v_seq", False):
         notes += ("the membrane sequence is no longer stored",)
     reset = "subtract" if m.v_reset is None else "zero"
@@ -62,33 +65,33 @@ def reset_neuron(m: nn.Module, gain: Tensor, ratio: Tensor) -> SourceNeuron:
 
 @register_source(*class_names("IFNode", "integrate_and_fire"))
 def integrate_and_fire(m: nn.Module) -> SourceNeuron:
-    """H[t] = V[t−1] + X[t]: all ones."""
+    """Describe H[t] = V[t−1] + X[t]: taps of one."""
     one = torch.ones((), dtype=torch.float64)
-    return reset_neuron(m, one, one.clone())
+    return integrate_and_fire_source(m, one, one.clone())
 
 
 @register_source(*class_names("LIFNode", "lif"))
 def leaky(m: nn.Module) -> SourceNeuron:
-    """(1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
-    (tau,) = finite(m, tau=m.tau)
+    """Describe LIF: (1/τ)(1−1/τ)^j with decay_input, (1−1/τ)^j without."""
+    (tau,) = finite_values(m, tau=m.tau)
     rate = 1 / tau
-    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return integrate_and_fire_source(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
 @register_source(*class_names("ParametricLIFNode", "plif"))
 def parametric_leaky(m: nn.Module) -> SourceNeuron:
-    """LIF with 1/τ = sigmoid(w)."""
-    (w,) = finite(m, w=m.w)
+    """Describe LIF with 1/τ = sigmoid(w)."""
+    (w,) = finite_values(m, w=m.w)
     rate = torch.sigmoid(w)
-    return reset_neuron(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
+    return integrate_and_fire_source(m, rate if m.decay_input else torch.ones_like(rate), 1 - rate)
 
 
 @register_source(*class_names("GatedLIFNode", "lif_variants"))
 def gated_leaky(m: nn.Module) -> SourceNeuron:
-    """V ← (1 − α(1−τ))·V + (1 − β(1−conduct))·X − (1−α)·leak, every parameter behind its sigmoid."""
-    with_all_steps(m)
+    """Describe V ← (1 − α(1−τ))·V + (1 − β(1−conduct))·X − (1−α)·leak, with sigmoids of the raw parameters."""
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    raw = finite(
+    raw = finite_values(
         m, alpha=m.alpha, beta=m.beta, tau=m.tau, v_threshold=m.v_threshold, linear_decay=m.linear_decay,
         conduct=m.conduct,
     )  # fmt: skip
@@ -96,9 +99,9 @@ def gated_leaky(m: nn.Module) -> SourceNeuron:
     ratio = 1 - alpha * (1 - tau)
     gain = 1 - beta * (1 - conduct.mean(0))
     steps = torch.arange(1, m.T + 1, dtype=torch.float64)
-    # what the constant leak has added up to, in the mean over the T steps
+    # the accumulated constant leak, whose mean over the T steps is taken
     drift = ((1 - alpha) * leak / (1 - ratio)).unsqueeze(-1) * (1 - ratio.unsqueeze(-1) ** steps)
-    notes = ("reset dropped", "constant leak folded into the threshold in its mean over T", *notes)
+    notes = ("reset dropped", "constant leak added to the threshold in its mean over T", *notes)
     if bool((conduct != conduct[:1]).any()):
         notes += ("conduct averaged over T",)
     channels = alpha.numel() if alpha.ndim else None
@@ -111,7 +114,7 @@ def gated_leaky(m: nn.Module) -> SourceNeuron:
 
 def _per_step(m: nn.Module, weight: Tensor) -> SourceNeuron:
     surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=weight, bias=m.bias)
+    weight, bias = finite_values(m, weight=weight, bias=m.bias)
     mean = bias.mean()
     notes = ("T x T weights averaged along diagonals", *notes)
     return SourceNeuron(type(m).__name__, PerStep(weight, bias.flatten() - mean), -mean, surrogate, notes=notes)
@@ -119,35 +122,35 @@ def _per_step(m: nn.Module, weight: Tensor) -> SourceNeuron:
 
 @register_source(*class_names("PSN", "psn"))
 def parallel(m: nn.Module) -> SourceNeuron:
-    """H = W X + B: each step its own weights, averaged over the steps for each lag where a filter is asked for."""
+    """Describe H = W X + B, with weights for each pair of steps, averaged for each lag to make a filter."""
     return _per_step(m, m.weight)
 
 
 @register_source(*class_names("MaskedPSN", "psn"))
 def masked_parallel(m: nn.Module) -> SourceNeuron:
-    """PSN behind its mask at the present λ."""
-    with_all_steps(m)
+    """Describe PSN with the weights that are masked at the current λ."""
+    require_multi_step(m)
     return _per_step(m, m.masked_weight())
 
 
 @register_source(*class_names("SlidingPSN", "psn"))
 def sliding_parallel(m: nn.Module) -> SourceNeuron:
-    """One filter of k taps for all channels, the newest last: exactly ours."""
-    with_all_steps(m)
+    """Describe one filter of k taps, the newest last, for all channels, which converts exactly."""
+    require_multi_step(m)
     surrogate, notes = surrogate_of(m)
-    weight, bias = finite(m, weight=m.weight, bias=m.bias)
+    weight, bias = finite_values(m, weight=m.weight, bias=m.bias)
     return SourceNeuron("SlidingPSN", Taps(weight.flip(0)), -bias.reshape(()), surrogate, notes=notes)
 
 
 _REFUSED = {
     "it fires integers, not zeros and ones": ("ilif.ILIFNode",),
-    "it puts out its activation, not spikes": ("lif_variants.LIAFNode",),
+    "its output is its activation, not spikes": ("lif_variants.LIAFNode",),
     "it trains online, step by step": ("online_learning.OTTTLIFNode", "online_learning.SLTTLIFNode"),
     "its membrane is quadratic, not a linear filter": ("nonlinear_if.QIFNode",),
     "its membrane is exponential, not a linear filter": ("nonlinear_if.EIFNode",),
     "its membrane is quadratic and adapts, not a linear filter": ("adapt.IzhikevichNode",),
     "it fires -1, 0 and 1": ("ternary.TernaryIFNode", "ternary.TernaryLIFNode", "spikezip.STBIFNode"),
-    "it puts out its membrane, not spikes": (
+    "its output is its membrane, not spikes": (
         "integrate_and_fire.NonSpikingIFNode", "lif.NonSpikingLIFNode", "noisy.NoisyNonSpikingIFNode",
     ),
     "it fires its threshold, not ones, and is trained through firing rates": ("dsr.DSRIFNode", "dsr.DSRLIFNode"),

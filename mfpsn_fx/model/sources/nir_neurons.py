@@ -1,13 +1,13 @@
 """NIR's neurons as modules: differential equations stepped by forward Euler, time first.
 
-Between spikes all of them are one recursion, with the coefficients that a time step dt gives them:
+Between spikes all of them are one recursion, with coefficients that depend on the time step dt:
 
     i[t] = a·i[t−1] + b·x[t]                      a = 1 − dt/τ_syn, b = w_in·dt/τ_syn (CubaLIF, CubaLI; i = x elsewhere)
     v[t] = rest + c·(v[t−1] − rest) + g·i[t]      c = 1 − dt/τ,     g = r·dt/τ       (IF, I: c = 1, g = r·dt)
 
-from i = 0 and v = rest. That is what SpikingJelly, snnTorch and Norse make of an NIR graph: the membrane sees this
-step's current, a spike (v > v_threshold) is put out in the step that reaches it, and v is then v_reset. NIR does not
-say where v starts; rest is v_leak, and v_reset for the IF, which has no leak.
+from i = 0 and v = rest. SpikingJelly, snnTorch and Norse read an NIR graph in the same way: the membrane takes the
+current of the same step, the neuron spikes in the step in which v > v_threshold, and v is then v_reset. NIR does not
+define the initial v; rest is v_leak, and v_reset for the IF, which has no leak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mfpsn_fx.kernels.surrogate import ATan, Surrogate, spike
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, SourceNeuron, TwoPole, register_source
+from ..response import Geometric, TwoPole
+from .description import NotAFilterError, SourceNeuron, register_source
 
 __all__ = ["NIRNeuron", "nir_integrator"]
 
@@ -26,21 +27,21 @@ _COEFFICIENTS = ("gain", "decay", "rest", "threshold", "reset", "current_gain", 
 
 
 class NIRNeuron(nn.Module):
-    """A spiking primitive of NIR (LIF, CubaLIF, IF, Threshold), stepped one by one with its reset.
+    """A spiking primitive of NIR (LIF, CubaLIF, IF, Threshold), run step by step with its reset.
 
-    (T, N, *) → spikes (T, N, *), differentiable through ``surrogate``. This is the reference that ``convert`` starts
-    from and is compared with; ``convert`` puts a :class:`MulFreePSN` in its place.
+    (T, N, *) → spikes (T, N, *), differentiable through ``surrogate``. This is the baseline that ``convert`` is
+    compared with; ``convert`` replaces it by a :class:`MulFreePSN`.
 
     Args:
         primitive: NIR's name of it.
         dtype: of the buffers.
         surrogate: None for ``ATan(2.0)``.
-        coefficients: those above as tensors, each of the neurons' shape, or () or (1,) where all are alike: ``gain``
+        coefficients: those above as tensors, each of the neurons' shape, or () or (1,) if all are equal: ``gain``
             g, ``decay`` c, ``rest``, ``threshold``, ``reset``, and for a CubaLIF ``current_gain`` b, ``current_decay``
             a.
 
     Raises:
-        ValueError: the input is not of the neurons' shape: nothing is broadcast that was not meant to be.
+        ValueError: the input is not of the neurons' shape; it is not broadcast.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class NIRNeuron(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         shape = tuple(self.gain.shape)
-        alike = shape in ((), (1,))
-        if x.ndim < 3 or (not alike and tuple(x.shape[2:]) != shape):
-            wanted = "*" if alike else ", ".join(map(str, shape))
+        shared = shape in ((), (1,))
+        if x.ndim < 3 or (not shared and tuple(x.shape[2:]) != shape):
+            wanted = "*" if shared else ", ".join(map(str, shape))
             raise ValueError(
                 f"{self.path}: NIR's {self.primitive} takes (T, N, {wanted}), time first, found {tuple(x.shape)}"
             )
@@ -80,7 +81,7 @@ class NIRNeuron(nn.Module):
 
 
 def nir_integrator(primitive: str, dtype: torch.dtype, **coefficients: Tensor) -> LeakyIntegrator:
-    """A primitive that puts out its membrane (LI, CubaLI, I), for all steps at once: nothing resets it.
+    """Make the module of a primitive whose output is its membrane (LI, CubaLI, I), for all steps at once.
 
     Raises:
         NotAFilterError: a coefficient varies within a channel.
@@ -103,7 +104,7 @@ def _response(
 
 
 def _by_channel(primitive: str, name: str, value: Tensor) -> Tensor:
-    """Of the neurons' shape → () or (C,), in float64."""
+    """Reduce a value of the neurons' shape to () or (C,), in float64."""
     value = value.detach().double()
     if not bool(torch.isfinite(value).all()):
         raise NotAFilterError(f"{name} of this NIR {primitive} is NaN or infinite")
@@ -120,7 +121,7 @@ def _by_channel(primitive: str, name: str, value: Tensor) -> Tensor:
 
 @register_source(NIRNeuron)
 def nir_neuron(m: NIRNeuron) -> SourceNeuron:
-    """The recursion without its reset, one filter a channel."""
+    """Describe the recursion without its reset, with one filter for each channel."""
     values = {
         name: _by_channel(m.primitive, name, value) for name in _COEFFICIENTS if (value := getattr(m, name)) is not None
     }
@@ -129,7 +130,7 @@ def nir_neuron(m: NIRNeuron) -> SourceNeuron:
     if m.primitive != "Threshold":
         notes += ("reset dropped",)
         if bool((rest != 0).any()):
-            notes += (f"{'v_reset' if m.primitive == 'IF' else 'v_leak'} folded into the threshold",)
+            notes += (f"{'v_reset' if m.primitive == 'IF' else 'v_leak'} subtracted from the threshold",)
         if bool((reset != rest).any()):
             notes += ("v_reset is not v_leak: calibration resets to v_leak",)
     return SourceNeuron(

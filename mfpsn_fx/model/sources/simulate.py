@@ -1,4 +1,4 @@
-"""What a source neuron would have done, its reset included, simulated step by step from its description."""
+"""Step-by-step simulation of a source neuron, including its reset, from its description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mfpsn_fx.kernels.layout import Layout, per_channel, to_layout
 
 from ..channel_dims import DEFAULT_DIMS, channels_back, channels_together
 from ..padding_mask import current_mask
-from .description import Geometric, PerStep, SourceNeuron, TwoPole
+from ..response import Geometric, PerStep, TwoPole
+from .description import SourceNeuron
 
 __all__ = ["SimulatedNeuron", "charging", "simulate"]
 
@@ -21,16 +22,16 @@ Charge = Callable[[Tensor, Tensor], Tensor]
 
 @singledispatch
 def charging(response: object, like: Tensor) -> Charge | None:
-    """The recursion of a response: a function (V after the last step's reset, X) → H, or None if it has none.
+    """Return the recursion of a response, a function (V after the last step's reset, X) → H, or None if it has none.
 
-    Register the response class of a neuron with a memory of its own (``charging.register``); ``like`` is one step of
-    the input, (N, C, *), whose shape, dtype and device states take.
+    Response classes are registered with ``charging.register``. ``like`` is one step of the input, (N, C, *), whose
+    shape, dtype and device the states take.
     """
     return None
 
 
 def _broadcast(value: Tensor, like: Tensor) -> Tensor:
-    """() or (C,) so that it broadcasts against (N, C, *)."""
+    """Reshape () or (C,) to broadcast against (N, C, *)."""
     value = value.to(like)
     return value if value.ndim == 0 else per_channel(value, like.ndim + 1, Layout.TIME_FIRST)
 
@@ -44,7 +45,7 @@ def _geometric(response: Geometric, like: Tensor) -> Charge:
 @charging.register
 def _two_pole(response: TwoPole, like: Tensor) -> Charge:
     gain, current, membrane = (_broadcast(p, like) for p in (response.gain, response.current, response.membrane))
-    history = [torch.zeros_like(like)] * (response.delay + 1)  # i[t−delay] … i[t]; a reset leaves the current alone
+    history = [torch.zeros_like(like)] * (response.delay + 1)  # i[t−delay] … i[t]; a reset does not change the current
 
     def charge(v: Tensor, x: Tensor) -> Tensor:
         history.append(current * history[-1] + x)
@@ -54,8 +55,8 @@ def _two_pole(response: TwoPole, like: Tensor) -> Charge:
     return charge
 
 
-def _filtered(source: SourceNeuron, x: Tensor) -> Tensor:
-    """Σ_j response(j)·X[t−j] over all of the past, or what a neuron with weights for every pair of steps makes of X."""
+def _convolved(source: SourceNeuron, x: Tensor) -> Tensor:
+    """Return Σ_j response(j)·X[t−j] over all past steps, or the membrane of a :class:`PerStep` response."""
     if isinstance(source.response, PerStep):
         try:
             return source.response.membrane(x)
@@ -72,18 +73,18 @@ def _filtered(source: SourceNeuron, x: Tensor) -> Tensor:
 
 
 def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the neuron that ``source`` describes, from rest, with its reset (paper, equations 1 to 3).
+    """Simulate the neuron that ``source`` describes, from rest, with its reset (paper, equations 1 to 3).
 
     Args:
-        source: the description; V is counted from the neuron's rest, as ``source.threshold`` is.
+        source: the description; V is relative to the neuron's rest, as ``source.threshold`` is.
         x: input (T, N, C, *), floating point; half precision is computed in float32.
 
     Returns:
-        H (T, N, C, *), the membrane after the charge and before the spike of each step; and the spikes, zeros and
-        ones, of the same shape and dtype.
+        H (T, N, C, *), the membrane after the input and before the reset of each step; and the spikes, zeros and ones,
+        of the same shape and dtype.
 
     Raises:
-        ValueError: the reset is unknown, or the response has a reset but no recursion that is known.
+        ValueError: the reset is unknown, or there is a reset but the response has no known recursion.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
@@ -94,7 +95,7 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
     threshold = _broadcast(source.threshold, x[0])
     fires = torch.gt if source.strict else torch.ge
     if source.reset == "none":
-        h = _filtered(source, x) if charging(source.response, x[0]) is None else _charged(source, x)
+        h = _convolved(source, x) if charging(source.response, x[0]) is None else _run_without_reset(source, x)
         return h, fires(h, threshold).to(x.dtype)
     charge = charging(source.response, x[0])
     if charge is None:
@@ -102,22 +103,23 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
             f"{source.name}: its response {type(source.response).__name__} has no recursion that its reset "
             f"{source.reset!r} could act on; register one with mfpsn_fx.model.sources.simulate.charging"
         )
-    late = source.reset.startswith("late-")
+    delayed = source.reset.startswith("late-")
     zero = source.reset.endswith("zero")
     v = spike = torch.zeros_like(x[0])
     membrane, spikes = [], []
     for step in x:
         h = charge(v, step)
-        if late:
+        if delayed:
             h = h * (1 - spike) if zero else h - spike * threshold
         spike = fires(h, threshold).to(x.dtype)
-        v = h if late else h * (1 - spike) if zero else h - spike * threshold
+        v = h if delayed else h * (1 - spike) if zero else h - spike * threshold
         membrane.append(h)
         spikes.append(spike)
     return torch.stack(membrane), torch.stack(spikes)
 
 
-def _charged(source: SourceNeuron, x: Tensor) -> Tensor:
+def _run_without_reset(source: SourceNeuron, x: Tensor) -> Tensor:
+    """Return the membrane of a neuron that does not reset, by its recursion."""
     charge, v, membrane = charging(source.response, x[0]), torch.zeros_like(x[0]), []
     for step in x:
         v = charge(v, step)
@@ -126,9 +128,9 @@ def _charged(source: SourceNeuron, x: Tensor) -> Tensor:
 
 
 class SimulatedNeuron(nn.Module):
-    """A source neuron in a network, from its description alone; it takes what ``MulFreePSN.forward`` takes.
+    """Module that simulates a source neuron from its description, with the arguments of ``MulFreePSN.forward``.
 
-    Not for training: no gradient passes.
+    Not for training: no gradient flows.
     """
 
     def __init__(
@@ -138,12 +140,12 @@ class SimulatedNeuron(nn.Module):
         self.source, self.layout, self.channel_dims = source, layout, channel_dims
 
     def channels_together(self, x: Tensor, layout: str) -> Tensor:
-        """``x`` with its channels in their place; see :class:`MulFreePSN`."""
+        """Return ``x`` with ``channel_dims`` merged into C; see :class:`MulFreePSN`."""
         return x if self.channel_dims == DEFAULT_DIMS else channels_together(x, self.channel_dims, layout)
 
     @torch.no_grad()
     def forward(self, x: Tensor, mask: Tensor | None = None, *, layout: str | None = None, **binding) -> Tensor:
-        """Spikes (T, N, C, *) or (N, C, *, T), zero where ``mask`` (or :func:`valid_steps`) is false."""
+        """Return spikes (T, N, C, *) or (N, C, *, T), zero where ``mask`` (or :func:`valid_steps`) is false."""
         layout = layout or self.layout
         mask = current_mask() if mask is None else mask
         shape = x.shape

@@ -1,4 +1,4 @@
-"""How a stateful neuron of another library is called: what it takes beside its input, and what it returns."""
+"""Calling conventions of stateful neurons of other libraries: their state arguments and their results."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from ..integrator import LeakyIntegrator
-from .description import Geometric, NotAFilterError, Taps, TwoPole, describe, qualified_name
+from ..response import Geometric, Taps, TwoPole
+from .description import NotAFilterError, describe, qualified_name
 
 __all__ = ["Stepping", "is_stepping", "register_stepping", "stepping_of", "unregister_stepping"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stepping:
-    """The calling convention of a neuron that keeps its state outside, or steps through time, or both.
+    """The calling convention of a neuron that takes its state as an argument, or runs step by step, or both.
 
     Attributes:
         states: names of the arguments after the input that carry the state, () if the module keeps it itself.
-        outputs: what a call returns, in order: ``"spikes"``, ``"membrane"``, ``"state"`` or the name of a state; a
-            single one comes bare, several come as a tuple.
-        sequence: one call runs over all of time, (T, N, *); otherwise a call is one step, (N, *).
-        reset: makes the module forget the state that it keeps itself; None where it keeps none.
-        initial: states of a first step with an input like the one given; None starts with None for each.
-        membrane_of: the membrane in a ``"state"`` that is more than the membrane, by attribute name.
+        outputs: results of a call, in order: ``"spikes"``, ``"membrane"``, ``"state"`` or the name of a state. A
+            single result is returned as such, several as a tuple.
+        sequence: True if one call runs over all time steps, (T, N, *); False if a call is one step, (N, *).
+        reset: resets the state that the module keeps itself; None if it keeps none.
+        initial: returns the states of the first step from its input; None: each state is None.
+        membrane_of: attribute of the membrane in a ``"state"`` with several fields.
         integrator: makes the parallel module that returns the neuron's membrane without reset; None: from
             ``describe``.
-        reads_out: the membrane is exact without a reset: the neuron never resets.
+        reads_out: True if the neuron never resets, so that its membrane is exact without a reset.
     """
 
     states: tuple[str, ...] = ()
@@ -41,7 +42,7 @@ class Stepping:
     reads_out: bool = False
 
     def first(self, m: nn.Module, x: Tensor) -> object:
-        """Call ``m`` on ``x`` with its state as it is before the first step."""
+        """Call ``m`` on ``x`` in its initial state."""
         if self.reset is not None:
             self.reset(m)
         if not self.states:
@@ -49,7 +50,7 @@ class Stepping:
         return m(x, *(self.initial(x) if self.initial is not None else (None,) * len(self.states)))
 
     def output(self, result: object, name: str) -> object:
-        """``"spikes"`` or ``"membrane"`` in what a call returned."""
+        """Return ``"spikes"`` or ``"membrane"`` from the result of a call."""
         if len(self.outputs) == 1:
             return result
         if name in self.outputs:
@@ -57,7 +58,7 @@ class Stepping:
         return getattr(result[self.outputs.index("state")], self.membrane_of)
 
     def next_states(self, result: object) -> tuple:
-        """The state arguments of the next call."""
+        """Return the state arguments of the next call, from the result of a call."""
         if not self.states:
             return ()
         if "state" in self.outputs:
@@ -65,16 +66,16 @@ class Stepping:
         return tuple(result[self.position(name)] for name in self.states)
 
     def position(self, state: str) -> int:
-        """Where a call's result has what the next call takes as ``state``."""
+        """Return the index in a call's result of what the next call takes as ``state``."""
         if "state" in self.outputs:
             return self.outputs.index("state")
         return self.outputs.index({"mem": "membrane", "spk": "spikes"}.get(state, state))
 
     def leaky_integrator(self, m: nn.Module) -> LeakyIntegrator:
-        """The module that returns what the membrane of ``m`` would be without its reset.
+        """Return the module that computes the membrane of ``m`` without its reset.
 
         Raises:
-            NotAFilterError: the neuron's membrane is no linear filter, or takes up its input a step late.
+            NotAFilterError: the neuron's membrane is not a linear filter that can be read out.
         """
         if self.integrator is not None:
             return self.integrator(m)
@@ -88,8 +89,7 @@ _STEPPING: dict[str, Callable[[nn.Module], Stepping]] = {}
 
 
 def register_stepping(*classes: type | str):
-    """Decorator: the function tells how modules of ``classes`` are called, as :func:`register_source` tells what
-    they are. It takes the module and returns a :class:`Stepping`."""
+    """Register the decorated function, module → :class:`Stepping`, as the calling convention of ``classes``."""
     if not classes:
         raise ValueError("register_stepping needs at least one class")
 
@@ -102,24 +102,24 @@ def register_stepping(*classes: type | str):
 
 
 def unregister_stepping(*classes: type | str) -> None:
-    """Forget ``classes``; unknown ones are ignored."""
+    """Remove the calling conventions of ``classes``; unknown ones are ignored."""
     for cls in classes:
         _STEPPING.pop(cls if isinstance(cls, str) else qualified_name(cls), None)
 
 
 def is_stepping(module: nn.Module) -> bool:
-    """Whether :func:`stepping_of` knows the module's class; it reads nothing of the module, so tracing may ask."""
+    """Return True if the module's class is registered; no attribute of the module is read, so it is safe in tracing."""
     return qualified_name(type(module)) in _STEPPING
 
 
 def stepping_of(module: nn.Module) -> Stepping | None:
-    """How ``module`` is called, or None if it is no such neuron."""
+    """Return the calling convention of ``module``, or None if its class is not registered."""
     function = _STEPPING.get(qualified_name(type(module)))
     return None if function is None else function(module)
 
 
 def zeros(count: int) -> Callable[[Tensor], tuple]:
-    """``initial`` for ``count`` states that start at zero and have the input's shape."""
+    """Return the ``initial`` of ``count`` states that start at zero and have the input's shape."""
 
     def initial(x: Tensor) -> tuple:
         return tuple(torch.zeros_like(x) for _ in range(count))

@@ -1,4 +1,4 @@
-"""Capture bakes nothing in and leaves the source as it was."""
+"""Capture makes no values of the example constants, and leaves the source unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Functional(nn.Module):
 
 
 class Branches(nn.Module):
-    """Untraceable: looks at values. A neuron stands inside."""
+    """Untraceable, since it branches on values. It has a neuron inside."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def test_step_mode_layers_are_leaves():
 
 
 def test_writes_in_place_are_captured_as_such():
-    """FX's own tracer makes ``x + y`` of ``x += y``, which a view of ``x`` does not see."""
+    """FX's own tracer records ``x += y`` as ``x + y``, which does not change views of ``x``."""
 
     class Writes(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Forwards that do in one mode what they do not do in the other: their modules become leaves, and tracing ends."""
+"""Forwards that differ between training and evaluation: their modules become leaves, and tracing terminates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import mfpsn_fx
 from mfpsn_fx.kernels.registry import FALLBACK_KERNEL
 from mfpsn_fx.model import capture
 
-CAPTURE = sys.modules["mfpsn_fx.model.capturing.capture"]  # the name in the package is the function's
+CAPTURE = sys.modules["mfpsn_fx.model.capturing.capture"]  # mfpsn_fx.model.capture is the function
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +320,7 @@ def converted(model, *example, **options):
     )
     for m in gm.modules():
         if isinstance(m, mfpsn_fx.MulFreePSN):
-            nn.init.zeros_(m.beta)  # about every other step fires: what is upstream shows in the outputs
+            nn.init.zeros_(m.beta)  # about every other step fires, so that the outputs depend on upstream layers
     return gm
 
 
@@ -349,7 +349,7 @@ def test_the_module_whose_forward_differs_is_the_leaf(net, leaves):
 @pytest.mark.parametrize("example", [True, False], ids=["example", "no example"])
 @pytest.mark.parametrize("net", CASES)
 def test_converted_network_does_in_each_mode_what_the_code_says(net, example):
-    """The code itself, run with the new neurons, says what is expected."""
+    """The model's own code, run with the new neurons, gives the expected result."""
     model = net()
     assert_same_outputs(converted(model, *([batch()] if example else []), inplace=True), model)
 
@@ -428,7 +428,7 @@ class TakesAnything(nn.Module):
 
 
 class UnfitArgumentOfALeaf(WithBlock):
-    """What is given to the leaf cannot stand in a graph: its caller cannot be traced."""
+    """The leaf's argument cannot be an argument of a node, so that its caller cannot be traced."""
 
     block_class = TakesAnything
 
@@ -447,7 +447,7 @@ def test_a_call_of_a_leaf_that_cannot_be_recorded_is_its_callers():
 
 @pytest.mark.parametrize("owner", ["block", "block.inner", "block.inner.fc", "fc"])
 def test_each_turn_adds_a_leaf_whatever_is_found(owner, traces, monkeypatch):
-    monkeypatch.setattr(CAPTURE, "_differing_owner", lambda *_: owner)
+    monkeypatch.setattr(CAPTURE, "differing_owner", lambda *_: owner)
     model = TwoDeep()
     _, reasons = capture(model)
     assert list(reasons) == [""]
@@ -457,7 +457,7 @@ def test_each_turn_adds_a_leaf_whatever_is_found(owner, traces, monkeypatch):
     def untraceable(model, leaves):
         traces.append(leaves)
         assert len(traces) < 100
-        raise CAPTURE._Untraceable(owner, "of a test")
+        raise CAPTURE.Untraceable(owner, "of a test")
 
     monkeypatch.setattr(CAPTURE, "_trace", untraceable)
     assert capture(model)[1] == {"": "of a test"}
@@ -537,7 +537,7 @@ class LooksAtWhatIsHandedOn(TakesTheFirst):
 
 @pytest.mark.parametrize("net", [LooksAtTheType, TakesTheFirst, LooksForNone, LooksAtWhatIsHandedOn])
 def test_a_caller_that_may_look_at_a_result_of_two_kinds_is_the_leaf(net):
-    """As a leaf's result it would be a proxy, in which no tuple and no None can be seen."""
+    """As a leaf's result it would be a proxy, which hides tuples and None."""
     model = net()
     assert list(capture(model)[1]) == [""]
     assert_same_outputs(converted(model, batch(), inplace=True), model)

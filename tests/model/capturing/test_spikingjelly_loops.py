@@ -17,7 +17,7 @@ STEPS = 4
 
 
 class Net(nn.Module):
-    """(N, 8) → (N, 3), summed over steps of the same input, the commonest way to write it."""
+    """(N, 8) → (N, 3), summed over steps of the same input, the most common form."""
 
     def __init__(self, **extra: nn.Module):
         super().__init__()
@@ -49,7 +49,7 @@ def quick(net, x, **options):
 
 
 def in_parallel(converted, x):
-    """What ``converted`` (of :class:`OverSteps`) should be: layer after layer over all of time."""
+    """Expected output of ``converted`` (of :class:`OverSteps`): layer after layer over all time steps."""
     return converted.n2(converted.fc2(converted.n1(converted.fc1(x))))
 
 

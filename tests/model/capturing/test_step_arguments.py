@@ -1,4 +1,4 @@
-"""Networks whose forward is one step, with the states as arguments: compared with their own code, states handed on."""
+"""Networks whose forward is one step with the states as arguments, compared with their own code run step by step."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_compared(cls, current, caplog):
 
 
 def test_a_list_of_states_with_gaps(caplog):
-    """Norse's SequentialState puts states into its list at the places of its neurons alone."""
+    """Norse's SequentialState assigns states in its list only at the indices of its neurons."""
     net = norse.SequentialState(nn.Linear(3, 4), norse.LIFCell(), nn.Linear(4, 2), norse.LIFCell())
     converted = mfpsn_fx.convert(net, 20 * torch.randn(4, 2, 3), **QUICK)
     assert [row.layer for row in mfpsn_fx.selection(converted).rows] == ["1", "3"]
@@ -149,7 +149,7 @@ def test_a_state_that_does_not_come_back():
     ],
 )
 def test_membranes_that_are_read_out(returned, places, caplog):
-    """A membrane is a readout where nobody looks at the spikes, or where it is returned beside its own state."""
+    """A membrane is a readout if the spikes are not used, or if it is returned together with its own state."""
 
     class Read(Layers):
         def forward(self, x, mem1=None, mem2=None):

@@ -86,7 +86,7 @@ def test_norms_that_are_not_known(net):
     class Mine(nn.BatchNorm1d):
         pass
 
-    for bad, found in ((Mine(4), "Mine is no batch norm"), (net[1], "1: it has hooks")):
+    for bad, found in ((Mine(4), "Mine is not a batch norm"), (net[1], "1: it has hooks")):
         model = nn.Sequential(layer.Linear(3, 4), bad, mfpsn_fx.MulFreePSN(4))
         net[1].register_forward_hook(lambda *_: None)
         with pytest.raises(TypeError, match=found):

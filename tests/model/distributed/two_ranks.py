@@ -1,4 +1,4 @@
-"""What test_distributed.py runs under torchrun: training on two ranks against training on all of the batch.
+"""Script of test_distributed.py for torchrun: training on two ranks against training on the whole batch.
 
 Prints "ranks agree" from rank 0 when everything held; an assertion that fails ends the run with an error.
 """
@@ -23,7 +23,7 @@ STEPS = 3
 
 
 class Net(nn.Module):
-    """(T, N, 2, 6) → (N, 3); one norm that a neuron can take over, one that it cannot."""
+    """(T, N, 2, 6) → (N, 3), with one norm that can be fused with a neuron and one that cannot."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def train(model, parameters, x, y) -> list[float]:
 
 
 def check_state(found: dict, wanted: nn.Module, what: str) -> None:
-    """Equal on both ranks, and those of one process; equal to the bit between ranks."""
+    """Check that state is bitwise equal on both ranks, and close to that of one process."""
     for name, value in wanted.state_dict().items():
         one = found[name]
         one = one.full_tensor() if hasattr(one, "full_tensor") else one
@@ -101,16 +101,15 @@ def check_training(x, y, rank: int) -> None:
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     check_state(compiled.state_dict(), alone, "DDP, compiled")
 
-    wrapped = DistributedDataParallel(
-        not_synchronized
-    )  # what it is for: each rank's own statistics give another network
+    # without synchronization, each rank's own statistics give another network
+    wrapped = DistributedDataParallel(not_synchronized)
     train(wrapped, wrapped.parameters(), x[:, mine], y[mine])
     difference = parameters_to_vector(alone.parameters()) - parameters_to_vector(not_synchronized.parameters())
     assert difference.abs().max() > 1e-3
 
 
 def check_uneven(x, rank: int, first: int) -> None:
-    """Shares of ``first`` sequences and the rest, padding that does not count: gradients of the sum of all losses."""
+    """Check gradients of the sum of all losses, for shares of ``first`` and of all other sequences, with padding."""
     mask = mfpsn_fx.lengths_to_mask(torch.tensor([5, 2, 4, 1, 5, 3]))
     mine = slice(0, first) if rank == 0 else slice(first, None)
     alone, model = network(x), network(x)

@@ -1,4 +1,4 @@
-"""What SpikingJelly's neurons are as filters, against those neurons themselves."""
+"""SpikingJelly's neurons as filters, compared with the neurons themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def convolved(source: SourceNeuron, x: torch.Tensor) -> torch.Tensor:
 
 
 def membrane_without_reset(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The neuron's own membrane where it never fires."""
+    """Return the neuron's own membrane with a threshold at which it never fires."""
     m.v_threshold, m.store_v_seq = 1e9, True
     m(x)
     return m.v_seq.double()
@@ -46,7 +46,7 @@ def test_charge_without_reset(kind, v_reset, decay_input):
     source = describe(m)
     assert "reset dropped" in source.notes
     h = convolved(source, x)
-    # in V − v_reset the neuron is linear, so comparing H with the moved threshold is comparing V with its own
+    # V − v_reset is linear, so comparing it with threshold − v_reset is comparing V with the threshold
     expected = membrane_without_reset(m, x)
     torch.testing.assert_close(h - source.threshold, expected - 0.7, rtol=1e-6, atol=1e-6)
 
@@ -104,7 +104,7 @@ def test_psn_family():
 
 @pytest.mark.parametrize("name", ["PSN", "MaskedPSN"])
 def test_calibration_aims_at_what_weights_of_their_own_for_each_step_do(name):
-    """Their filter is a mean, but what is simulated is the neuron itself, to the bit."""
+    """Their filter is a mean, but the simulation is exactly the neuron itself."""
     m = neuron.PSN(T=STEPS) if name == "PSN" else neuron.MaskedPSN(k=3, T=STEPS, lambda_init=0.5, step_mode="m")
     nn.init.normal_(m.weight)
     nn.init.normal_(m.bias)
@@ -126,7 +126,7 @@ def test_surrogates():
     other = describe(neuron.LIFNode(surrogate_function=surrogate.Erf(), step_mode="m"))
     assert other.surrogate == ATan(2.0)
     assert "surrogate Erf replaced by ATan(2)" in other.notes
-    # one of its own: the default is one object for all neurons
+    # a new object: the default is shared by all neurons
     m = neuron.LIFNode(surrogate_function=surrogate.Sigmoid(), step_mode="m")
     m.surrogate_function.set_spiking_mode(False)
     with pytest.raises(NotAFilterError, match="spiking=False"):
