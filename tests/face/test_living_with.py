@@ -311,7 +311,7 @@ class TestMonitor:
     def test_refused(self, net, example):
         with pytest.raises(TypeError, match="LifNet has no MulFreePSN neuron to monitor"):
             mfpsn_fx.monitor(net)
-        with pytest.raises(TypeError, match="a compiled network leaves hooks out"):
+        with pytest.raises(TypeError, match="a compiled network ignores hooks"):
             mfpsn_fx.monitor(torch.compile(quick(net, example)))
 
 
@@ -428,7 +428,7 @@ class TestSourceCheckpoint:
                            r"head\.weight has shape \(2, 2\), the model's \(3, 6\)"):  # fmt: skip
             mfpsn_fx.load_source_checkpoint(model, state)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
+        with pytest.raises(TypeError, match=r"not a network that mfpsn_fx.convert returned"):
             mfpsn_fx.load_source_checkpoint(net, state)
 
 
