@@ -396,7 +396,7 @@ class TestSourceCheckpoint:
             trained.features[4].w.fill_(1.3)
         model = quick(net.eval(), example)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"what 1 neurons learned \(features\.4\.w\): give source="):
+        with pytest.raises(ValueError, match=r"parameters of 1 neurons \(features\.4\.w\): give source="):
             mfpsn_fx.load_source_checkpoint(model, trained.state_dict(), example)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         mfpsn_fx.load_source_checkpoint(model, trained.state_dict(), example, source=net)
