@@ -1,4 +1,4 @@
-"""mfpsn_fx: a spiking network goes in, a multiplication-free, quantized, kernel-bound one comes out."""
+"""Convert spiking networks into multiplication-free, quantized ones whose kernels are measured and bound."""
 
 from mfpsn_fx.kernels import (
     ATan,

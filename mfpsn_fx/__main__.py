@@ -25,7 +25,7 @@ _SCRIPTS = {"demo": "digits.py", "compatibility": "compatibility/report.py"}
 
 
 def kernel_rows() -> list[list[str]]:
-    """A row for each registered kernel: name, layouts, dtypes, where it runs here, or why not, what it does."""
+    """Return a row for each registered kernel: name, layouts, dtypes, devices here (or why not), summary."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for kernel in kernels():
@@ -45,7 +45,7 @@ def kernel_rows() -> list[list[str]]:
 
 
 def build(archs: Sequence[str] = ()) -> int:
-    """Compile the C++ kernels, and the CUDA ones for ``archs``, or for the device there is; 1 if some did not build."""
+    """Compile the C++ kernels, and the CUDA ones for ``archs`` or this device; return 1 if one fails, else 0."""
     status = 0
     builds = {"fused-cpp": cpu_build.unavailable}
     if archs:
@@ -61,7 +61,7 @@ def build(archs: Sequence[str] = ()) -> int:
 
 
 def cache(clear: bool) -> int:
-    """Say where measured times are kept and how many there are, or remove them; 1 if that fails."""
+    """Print where measured times are kept and how many there are, or remove them; return 1 if that fails, else 0."""
     kept = SelectionCache.of_user()
     if kept is None:
         print("measured times are not kept: MFPSN_FX_CACHE is off, or there is no home folder")
@@ -81,7 +81,7 @@ def cache(clear: bool) -> int:
 
 
 def example(name: str, arguments: list[str]) -> int:
-    """Run ``name`` in ``examples/`` of this checkout."""
+    """Run the script ``examples/<name>`` of this checkout; return 1 if there is no checkout, else 0."""
     script = _EXAMPLES / name
     if not script.exists():
         print(
@@ -96,7 +96,7 @@ def example(name: str, arguments: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mfpsn_fx", description="Multiplication-free spiking networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("kernels", help="list every registered kernel, where it can run here, and if not, why")

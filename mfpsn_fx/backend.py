@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="mfpsn_fx")``: plan layouts, bind the fastest kernels, hand over to a compiler."""
+"""The Dynamo backend ``"mfpsn_fx"``: plan layouts, bind the fastest kernels, then call another compiler."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _log = logging.getLogger("mfpsn_fx")
 
 
 def backend_pipeline(layout: str = "auto", repeats: int = 5, budget_s: float = 10.0) -> Pipeline:
-    """Return the passes that the backend runs on Dynamo's graph: those of :func:`plan`, and conversions are lowered.
+    """Return the passes that the backend runs on Dynamo's graph: those of :func:`plan`, then ``LowerConversions``.
 
-    The fake tensors in the graph stand for an example. Arguments as in :func:`plan`.
+    The fake tensors in the graph serve as the example. Arguments as in :func:`plan`.
     """
     planning = planning_pipeline(layout=layout, repeats=repeats, budget_s=budget_s, progress=False)
     return planning.inserted(LowerConversions())
@@ -31,23 +31,25 @@ def backend_pipeline(layout: str = "auto", repeats: int = 5, budget_s: float = 1
 class Backend:
     """A backend for ``torch.compile``: plan and bind the neurons of Dynamo's graph, then compile it.
 
-    ``torch.compile(model, backend=mfpsn_fx.Backend(…))``; ``backend="mfpsn_fx"`` is ``Backend()``. Any network with
-    :class:`MulFreePSN` modules will do, converted or not. Each graph is planned for the shapes, dtypes and devices of
-    the call that it was compiled for: one for training and one for evaluation, one for forward and backward together.
-    What was chosen is logged at INFO level, and stands in the graph as constants, so the caches of ``torch.compile``
-    tell graphs with other choices apart. Two backends with equal settings are equal, and share compiled graphs.
+    ``torch.compile(model, backend=mfpsn_fx.Backend(…))``; ``backend="mfpsn_fx"`` is ``Backend()``. It takes any network
+    with :class:`MulFreePSN` modules, converted or not. Each graph is planned for the shapes, dtypes and devices of the
+    call that it was compiled for: one graph for training (forward and backward together) and one for evaluation. The
+    choices are logged at INFO level and are constants in the graph, so they are part of the cache keys of
+    ``torch.compile``. Two backends with equal settings are equal, and share compiled graphs.
 
     Args:
-        passes: what to run on a graph with neurons, in place of :func:`backend_pipeline`; always run.
-        inner: the compiler behind: ``"inductor"``, another name of ``torch.compiler.list_backends``, or a callable
-            ``(graph module, example inputs) -> callable``.
+        passes: passes to run on a graph with neurons, in place of :func:`backend_pipeline`. They run even if every
+            neuron is bound already.
+        inner: the compiler to call afterwards: ``"inductor"``, another name of ``torch.compiler.list_backends``, or a
+            callable ``(graph module, example inputs) -> callable``.
         mode, options: as in ``torch.compile``, for the inner compiler.
-        replan: choose anew for neurons that ``convert`` or ``plan`` bound; otherwise they keep kernel and layout.
+        replan: choose kernels again for neurons that ``convert`` or ``plan`` bound; otherwise they keep kernel and
+            layout.
 
     Raises:
-        TypeError: ``passes`` or ``inner`` is nothing that can be called.
-        ValueError: ``passes`` cannot run in this order, there is no backend called ``inner``, or mode and options are
-            both given to Inductor, or unknown to it.
+        TypeError: ``passes`` is not iterable, or ``inner`` is neither a name nor a callable.
+        ValueError: ``passes`` cannot run in this order, there is no backend called ``inner``, or Inductor is given both
+            mode and options, or ones that it does not know.
     """
 
     passes: Pipeline | Iterable[Pass] | None = None
@@ -65,11 +67,11 @@ class Backend:
         if self.inner == "inductor":
             _inductor_options(self.mode, self.options)
 
-    def __hash__(self) -> int:  # options are a mapping
+    def __hash__(self) -> int:  # without options, a mapping that cannot be hashed
         return hash((self.passes, self.inner, self.mode, self.replan))
 
     @property
-    def __name__(self) -> str:  # what torch.compile calls it in messages
+    def __name__(self) -> str:  # shown in messages of torch.compile
         return "mfpsn_fx"
 
     def __call__(
@@ -102,12 +104,15 @@ class Backend:
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Tensor], **options) -> Callable:
-    """The Dynamo backend behind the entry point ``"mfpsn_fx"``: :class:`Backend` as it is without arguments.
+    """Compile Dynamo's graph with the default :class:`Backend`; the entry point ``"mfpsn_fx"``.
 
     Args:
         gm: Dynamo's graph.
         example_inputs: its (fake) inputs.
         options: ``mode`` and ``options`` as ``torch.compile`` gives them.
+
+    Returns:
+        The compiled graph, a callable with the graph's inputs and outputs.
     """
     return Backend()(gm, example_inputs, **options)
 
@@ -129,7 +134,7 @@ def _check_inner(inner: str | Callable) -> None:
 
 
 def _inductor_options(mode: str | None, options: Mapping[str, object] | None) -> dict[str, object]:
-    """Inductor's settings under ``mode`` or ``options``; ``ValueError`` for what it does not know."""
+    """Return Inductor's settings for ``mode`` or ``options``; ``ValueError`` for unknown ones."""
     if mode in (None, "default") and not options:
         return {}
     from torch import _inductor
@@ -148,11 +153,11 @@ def _inductor_options(mode: str | None, options: Mapping[str, object] | None) ->
 
 
 def _default_options(gm: fx.GraphModule) -> dict[str, object]:
-    """What is better for networks with neurons than Inductor's own settings.
+    """Return the Inductor settings that suit ``gm`` better than Inductor's defaults.
 
-    On CPUs it lays all convolutions out channels last, which converts weights, their gradients and spikes in every
-    step: one of SEW-ResNet-18 then took 1.2 to 1.6 times as long as in eager mode, and without 0.9 to 1.03 times as
-    long (docs/guide/compile.md).
+    On CPUs Inductor makes all convolutions channels-last, which converts weights, their gradients and spikes in every
+    step: a training step of SEW-ResNet-18 took 1.2 to 1.6 times as long as in eager mode with that, and 0.9 to 1.03
+    times as long without it (docs/guide/compile.md).
     """
     on_cpu = all(neuron.meta is not None and neuron.meta[2].type == "cpu" for neuron in neurons(gm))
     return {"layout_optimization": False} if on_cpu and neurons(gm) else {}

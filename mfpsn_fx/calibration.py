@@ -1,4 +1,4 @@
-"""``calibrate`` a converted network on data, and read what that did."""
+"""Calibration of a converted network on data, and the table of its effects."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Calibration", "calibrate", "calibration"]
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What calibration did, by layer in the order of the graph."""
+    """The effects of calibration on each layer, in the order of the graph."""
 
     layers: dict[str, Calibrated]
 
     def table(self, style: str = "simple") -> str:
-        """The table as text; ``style`` is any of tabulate's formats."""
+        """Return the table as text; ``style`` is any of tabulate's formats."""
         headers = ["layer", "source's rate", "rate before", "rate after", "agree before", "agree after"]
         headers += ["common spikes before", "common spikes after", "R2"]
         body = [
@@ -43,41 +43,43 @@ class Calibration:
         return self.table()
 
     def to_json(self) -> str:
-        """The figures as JSON text: an object by layer."""
+        """Return the figures as JSON text: an object for each layer."""
         return json.dumps({path: dataclasses.asdict(row) for path, row in self.layers.items()}, indent=2)
 
 
 def calibrate(
     model: nn.Module, batches: Iterable, *, drive: str = "source", rate: float = 1.0, progress: bool | None = None
 ) -> Calibration:
-    """Fit the neurons of a converted network to what their sources do on data, in place.
+    """Fit the neurons of a converted network to their source neurons' behavior on data, in place.
 
-    ``convert(..., calibrate=batches)`` does the same while converting. Do it before training: the source network is
-    taken to be this one with the source's neurons in their places, as their descriptions tell. No labels, no gradients.
+    ``convert(..., calibrate=batches)`` does the same while converting. Calibrate before training: the source network is
+    reconstructed from this one, with the described source neurons in the places of the converted ones. Needs neither
+    labels nor gradients.
 
     Args:
         model: what ``convert`` returned.
         batches, drive, rate, progress: as in :class:`mfpsn_fx.passes.Calibrate`.
 
     Returns:
-        Rates and agreement by layer; :func:`calibration` gives it again later.
+        Firing rates and agreement of each layer; :func:`calibration` returns them again later.
 
     Raises:
-        TypeError: ``model`` is no converted network, or ``batches`` can be run through once only or hold what is none.
-        ValueError: there is no batch, no neuron remembers its source, or an option is unknown.
+        TypeError: ``model`` is not a converted network, ``batches`` can be iterated only once, or an item of it is not
+            a batch.
+        ValueError: there is no batch, no neuron has a description of its source, or an option is unknown.
     """
     gm = graph_of(model)
     if not any(isinstance(m, MulFreePSN) and m.source is not None for m in gm.modules()):
-        raise ValueError(f"no neuron of {type(gm).__name__} remembers a source that it could be calibrated to")
+        raise ValueError(f"no neuron of {type(gm).__name__} has a source neuron that it could be calibrated to")
     Pipeline([Calibrate(batches, drive, rate, progress)], given=("neurons", "dilations"))(gm)
     return calibration(gm)
 
 
 def calibration(model: nn.Module) -> Calibration:
-    """What calibration did to ``model``, kept with its neurons (also in copies and pickles).
+    """Return the effects of ``model``'s calibration, which its neurons keep (in copies and pickles too).
 
     Raises:
-        TypeError: ``model`` is no converted network.
+        TypeError: ``model`` is not a converted network.
         ValueError: it was not calibrated.
     """
     gm: fx.GraphModule = graph_of(model)

@@ -1,4 +1,4 @@
-"""A checkpoint of the source network, loaded into the converted one."""
+"""Loading a checkpoint of the source network into the converted one."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def load_source_checkpoint(
     example_kwargs: Mapping | None = None,
     source: nn.Module | None = None,
 ) -> None:
-    """Load what the source network saved into the network that it was converted to, in place.
+    """Load a ``state_dict`` of the source network into the converted network, in place.
 
-    Synapses, norms and buffers are taken over by name; neurons start anew from their sources, as ``convert`` starts
-    them. Where the checkpoint has parameters of neurons (PLIF's ``w``, snnTorch's ``beta``), ``source`` tells what they
-    mean. Either all of it is loaded or, with an error, nothing.
+    Synapses, norms and buffers are loaded by name; neurons are initialized from their sources, as in ``convert``. If
+    the checkpoint has parameters of neurons (PLIF's ``w``, snnTorch's ``beta``), ``source`` is needed to interpret
+    them. On any error nothing is loaded.
 
     Args:
-        model: what ``convert`` returned for a network of this kind.
-        state_dict: of the source network.
+        model: a network that ``convert`` returned.
+        state_dict: of a source network of the same architecture.
         example_args, example_kwargs: one real batch, on which thresholds are set (as in ``convert``). Without it the
             network evaluates just as well, but its first step in training moves the thresholds.
-        source: a network of the source's class, whatever its weights; it is not altered.
+        source: a network of the source's class, with any weights; it is not changed.
 
     Raises:
-        TypeError: ``model`` is no converted network.
+        TypeError: ``model`` is not a converted network.
         ValueError: keys are unknown or missing, or shapes differ (all in one error); the checkpoint has parameters of
-            neurons and there is no ``source``, or ``source`` is a network of another kind.
+            neurons and ``source`` is not given, or ``source`` has another architecture.
     """
     gm = graph_of(model)
     kwargs = dict(example_kwargs or {})
@@ -59,9 +59,9 @@ def load_source_checkpoint(
         if source is None:
             shown = ", ".join(key.removeprefix(prefix) for key in of_neurons[:5])
             raise ValueError(
-                f"the checkpoint holds what {len({_within(k, neurons) for k in of_neurons})} neurons learned ({shown}"
+                f"the checkpoint holds parameters of {len({_within(k, neurons) for k in of_neurons})} neurons ({shown}"
                 f"{', …' if len(of_neurons) > 5 else ''}): give source=, a network of the class that was converted, "
-                "which tells what that means"
+                "by which they are interpreted"
             )
         described = _descriptions(source, state_dict, neurons, prefix)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def load_source_checkpoint(
 
 
 def _within(key: str, neurons: Mapping[str, nn.Module]) -> str | None:
-    """The path of the neuron that ``key`` belongs to."""
+    """Return the path of the neuron that the key belongs to, or None."""
     return next((path for path in neurons if key.startswith(f"{path}.")), None)
 
 
@@ -87,7 +87,7 @@ def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], of_neurons: l
     faults = []
     known = set(of_neurons)
     faults += [f"unknown key {key.removeprefix(prefix)}" for key in given if key not in own and key not in known]
-    # constants that tracing made are the converted network's own
+    # constants made by tracing exist in the converted network alone
     faults += [
         f"missing key {key.removeprefix(prefix)}"
         for key in own
@@ -105,7 +105,7 @@ def _check(own: Mapping[str, Tensor], given: Mapping[str, Tensor], of_neurons: l
 def _descriptions(
     source: nn.Module, state_dict: Mapping[str, Tensor], neurons: Mapping[str, nn.Module], prefix: str
 ) -> dict[int, SourceNeuron | LeakyIntegrator]:
-    """Each neuron as the checkpoint has it, by the id of the module that took its place."""
+    """Return each source neuron's description under the checkpoint, by the id of the module that replaced it."""
     twin = copied(source)
     try:
         twin.load_state_dict(dict(state_dict))
@@ -117,11 +117,11 @@ def _descriptions(
         if not readout and module.source is None:
             continue
         name = path.removeprefix(prefix)
-        # path@2 is a further use of the same neuron
+        # path@2 is the second use of the neuron at path
         name = (name.removesuffix("_membrane") if readout else name).partition("@")[0]
         try:
             neuron = twin.get_submodule(name)
-            if getattr(neuron, "step_mode", None) == "s":  # of a source that was switched, or rolled up, by convert
+            if getattr(neuron, "step_mode", None) == "s":  # convert switches or rolls up such sources
                 neuron.step_mode = "m"
             found[id(module)] = stepping_of(neuron).leaky_integrator(neuron) if readout else describe(neuron)
         except AttributeError as error:
@@ -132,7 +132,7 @@ def _descriptions(
 
 
 def _restart(module: MulFreePSN) -> None:
-    """γ, β and statistics that fold to the source's threshold, whatever W; an example makes them the data's."""
+    """Set γ, β and statistics so that they fold to the source's threshold for any W, until an example sets them."""
     module.running_mean.zero_()
     module.running_var.fill_(1)
     module.gamma.copy_(deviation(module.running_var, module.eps))

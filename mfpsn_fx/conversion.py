@@ -1,4 +1,4 @@
-"""``convert`` and ``plan``, and the pipelines that they run."""
+"""The entry points ``convert`` and ``plan``, and their pipelines."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ __all__ = ["conversion_pipeline", "convert", "plan", "planning_pipeline"]
 
 
 def conversion_pipeline(options: ConvertOptions | None = None, *, planned: bool = True, **overrides) -> Pipeline:
-    """Return the passes that :func:`convert` runs on a captured graph; the example comes with the context.
+    """Return the passes that :func:`convert` runs on a captured graph; the context supplies the example.
 
     Args:
-        options: those of a context that has none; None: the defaults.
-        planned: measure, and choose layouts and kernels, which needs an example; otherwise bind the kernels that the
-            options name.
-        overrides: options by name, in place of those in ``options``.
+        options: used where the context has none; None: the defaults.
+        planned: True to measure and choose layouts and kernels, which needs an example; False to bind the kernels that
+            the options name.
+        overrides: options by name, which take precedence over ``options``.
 
     Raises:
-        TypeError, ValueError: there is no such option, or its value is none that it takes.
+        TypeError, ValueError: there is no such option, or it does not take the value.
     """
     passes = [
         CheckSources(),
@@ -75,21 +75,21 @@ def conversion_pipeline(options: ConvertOptions | None = None, *, planned: bool 
 
 
 def planning_pipeline(options: MeasureOptions | None = None, **overrides) -> Pipeline:
-    """Return the passes that :func:`plan` runs on a converted graph; the example comes with the context.
+    """Return the passes that :func:`plan` runs on a converted graph; the context supplies the example.
 
     Args:
-        options: those of a context that has none; None: the defaults.
-        overrides: options by name, in place of those in ``options``.
+        options: used where the context has none; None: the defaults.
+        overrides: options by name, which take precedence over ``options``.
 
     Raises:
-        TypeError, ValueError: there is no such option, or its value is none that it takes.
+        TypeError, ValueError: there is no such option, or it does not take the value.
     """
     passes = [Canonicalize(), PropagateShapes(), Autoselect(), PlanLayout(), VerifyPlan(), ApplyPlan()]
     return Pipeline(passes, given=("neurons",), options=_options(MeasureOptions, options, overrides))
 
 
-def _takes(options: type[MeasureOptions]):
-    """Decorator: show the options in the function's signature and docstring, as they stand in ``options``."""
+def _documents(options: type[MeasureOptions]):
+    """Return a decorator that puts the fields of ``options`` into a function's signature and docstring."""
 
     def decorate(function):
         signature = inspect.signature(function)
@@ -107,7 +107,7 @@ def _takes(options: type[MeasureOptions]):
     return decorate
 
 
-@_takes(ConvertOptions)
+@_documents(ConvertOptions)
 def convert(
     model: nn.Module,
     *example_args,
@@ -120,26 +120,26 @@ def convert(
     """Rewrite a spiking network: every neuron becomes a multiplication-free PSN on its fastest kernel.
 
     Args:
-        model: multi-step, time first: neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. Of a
-            compiled or DataParallel model, the network inside is converted: wrap the result again. Networks of
-            snnTorch and Norse may step through time: what comes out does not (``docs/guide/stepped_networks.md``).
-        example_args, example_kwargs: one real batch, whatever ``model(...)`` takes. With it, thresholds are set from
-            the statistics that it gives, kernels are measured and layouts chosen. Without it, channels come from
-            the graph, the kernels of highest rank run, and :func:`plan` can do the rest later.
+        model: multi-step and time-first: its neurons see (T, N, C, *). It may take (N, C, *) and repeat it inside. A
+            compiled or DataParallel model is unwrapped: wrap the result again. Single-step networks of snnTorch and
+            Norse, and loops over time, become multi-step ones (``docs/guide/stepped_networks.md``).
+        example_args, example_kwargs: one real batch, the arguments of ``model(...)``. With it, thresholds are set from
+            its statistics, kernels are measured and layouts chosen. Without it, channels come from the graph, the
+            kernels of highest rank run, and :func:`plan` can measure and choose later.
         inplace: share the source's layers and put the new neurons into it, rather than work on a copy.
         accept: ``"batch_statistics"`` lets batch norms of a network that stepped through time see T·N samples.
-        options: the options below in one value; those that are given by name come before it.
+        options: the options below as one value; options given by name take precedence over it.
         overrides: options by name.
 
     Returns:
-        A GraphModule that takes what ``model`` takes; make optimizers for *its* parameters.
+        A GraphModule with the inputs of ``model``; make optimizers for *its* parameters.
 
     Raises:
-        TypeError: ``model`` is no module, there is no such option, or the example does not fit.
-        ValueError: there is no neuron in it, an option has a value that it does not take, weights are NaN, or the
-            example is empty.
-        ConversionError: with ``strict``, a neuron cannot be converted; all are named. Steps of a network that steps
-            through time are not alike, or cannot run at once.
+        TypeError: ``model`` is not a module, there is no such option, or the example does not fit.
+        ValueError: there is no neuron in it, an option does not take a value, weights are NaN, or the example is
+            empty.
+        ConversionError: with ``strict``, neurons cannot be converted; all are named. Or the steps of a network that
+            steps through time differ, or cannot run at once.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, found {type(model).__name__}")
@@ -147,7 +147,7 @@ def convert(
     example = _example(example_args, example_kwargs)
     if not example:
         _check_without_example(options)
-    if options.selection is not None:  # looked at before anything is copied
+    if options.selection is not None:  # checked before anything is copied
         choices_of(options.selection)
     check_accept(accept)
     pipeline = conversion_pipeline(options, planned=bool(example))
@@ -162,8 +162,8 @@ def convert(
             switched = to_multi_step(subject, example.args, example.kwargs)
         if inplace and (stepped or switched.looped):
             raise ValueError(
-                f"inplace=True cannot be: {type(model).__name__} steps through time, and its own forward cannot take "
-                "neurons that see all of it; use the graph that convert returns"
+                f"inplace=True is not possible: {type(model).__name__} steps through time, and its forward cannot call "
+                "multi-step neurons; use the graph that convert returns"
             )
         if stepped:
             rolled = rolled_up(subject, example.args, example.kwargs, accept)
@@ -181,7 +181,7 @@ def convert(
         else:
             gm, _ = capture(subject)
             context = PassContext(example, refusals=dict(switched.refusals))
-            with _said_why(switched.refusals):
+            with _refusals_in_errors(switched.refusals):
                 gm = pipeline(gm, context)
             _add_notes(gm, switched.notes)
         if not any(isinstance(m, MulFreePSN) for m in gm.modules()):
@@ -194,7 +194,7 @@ def convert(
     return gm
 
 
-@_takes(MeasureOptions)
+@_documents(MeasureOptions)
 def plan(
     model: nn.Module,
     *example_args,
@@ -202,16 +202,19 @@ def plan(
     options: MeasureOptions | None = None,
     **overrides,
 ) -> fx.GraphModule:
-    """Measure and choose layout and kernels of a converted network for a batch like this one, in place.
+    """Measure, and choose layouts and kernels of a converted network for this example's shape, in place.
 
-    Can be repeated, on another machine or at another shape. Weights and statistics stay as they are. Batch norms are
-    fused again if they were, where norm and neuron have one layout.
+    Can be repeated, on another machine or at another shape. Weights and statistics are unchanged. Batch norms that were
+    fused into neurons are fused again where norm and neuron have one layout.
 
     Args:
-        model: what :func:`convert` returned.
+        model: a network that :func:`convert` returned.
         example_args, example_kwargs: one real batch.
-        options: the options below in one value; those that are given by name come before it.
+        options: the options below as one value; options given by name take precedence over it.
         overrides: options by name.
+
+    Returns:
+        The converted GraphModule inside ``model``, which was changed.
 
     Raises:
         TypeError: ``model`` was not returned by ``convert``, there is no such option, or the example does not fit.
@@ -232,12 +235,12 @@ def plan(
 
 
 def _options(kind: type[MeasureOptions], given: MeasureOptions | None, overrides: Mapping[str, object]):
-    """Options of ``kind``: those given, and over them those by name."""
+    """Return options of class ``kind``: those given, replaced by those given by name."""
     if given is not None and not isinstance(given, MeasureOptions):
         raise TypeError(f"options takes {kind.__name__}, found {type(given).__name__}")
     if given is None:
         given = kind()
-    elif not isinstance(given, kind):  # what measuring needs is part of what converting needs
+    elif not isinstance(given, kind):  # ConvertOptions extend MeasureOptions
         given = kind(**vars(given))
     elif type(given) is not kind:
         given = kind(**{field.name: getattr(given, field.name) for field in dataclasses.fields(kind)})
@@ -245,11 +248,11 @@ def _options(kind: type[MeasureOptions], given: MeasureOptions | None, overrides
 
 
 def _example(args: tuple, kwargs: Mapping | None) -> Example:
-    """The example, or an error if there is nothing in one of its tensors, or options stand in its place."""
+    """Return the example; raise for an empty tensor, or for options that are given by position."""
     example = Example(args, dict(kwargs or {}))
     for value in (*args, *example.kwargs.values()):
         if isinstance(value, MeasureOptions):
-            raise TypeError(f"give {type(value).__name__} by keyword: options=…; what is not named is the example")
+            raise TypeError(f"give {type(value).__name__} by keyword: options=…; positional arguments are the example")
         if isinstance(value, torch.Tensor) and value.numel() == 0:
             raise ValueError(
                 f"the example is empty (shape {tuple(value.shape)}): statistics and times need at least one value"
@@ -259,17 +262,17 @@ def _example(args: tuple, kwargs: Mapping | None) -> Example:
 
 def _check_without_example(options: ConvertOptions) -> None:
     if options.layout == "time_last":
-        raise ValueError("layout='time_last' needs an example input: which tensors have a T axis shows only there")
+        raise ValueError("layout='time_last' needs an example input: only its run shows which tensors have a T axis")
     if options.selection is not None:
-        raise ValueError("selection= needs an example input: layers are matched by its shapes")
+        raise ValueError("selection= needs an example input: layers are matched by the shapes of their inputs")
     if options.verify is not False:
-        raise ValueError("verify needs an example input: what is measured runs on it")
+        raise ValueError("verify needs an example input to measure training steps on")
 
 
 def _check_model(model: nn.Module) -> None:
     if not source_paths(model) and not any(isinstance(m, MulFreePSN) for m in model.modules()):
         raise ValueError(
-            f"no spiking neuron found in {type(model).__name__}; neurons of your own are made known with "
+            f"no spiking neuron found in {type(model).__name__}; register neurons of your own with "
             "mfpsn_fx.register_source"
         )
     for name, tensor in model.named_parameters():
@@ -284,7 +287,7 @@ def _has_nan(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Put ``model``'s children and step modes back as they were if converting fails half way."""
+    """Restore ``model``'s children and step modes if the block raises."""
     before = {module: dict(module._modules) for module in model.modules()}
     modes = [(module, module._step_mode) for module in model.modules() if "_step_mode" in vars(module)]
     try:
@@ -299,16 +302,17 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _swap_into(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Put the new neurons of ``gm`` into ``model`` at the same paths."""
     for path, module in gm.named_modules(remove_duplicate=False):
-        if not isinstance(module, MulFreePSN) or "@" in path:  # a further use: the source's own forward has but one
+        if not isinstance(module, MulFreePSN) or "@" in path:  # a second use, which the source's forward cannot call
             continue
-        with contextlib.suppress(AttributeError):  # under the root leaf's name it is there already
+        with contextlib.suppress(AttributeError):  # inside a root leaf they are in place already
             model.set_submodule(path, module)
 
 
 @contextlib.contextmanager
-def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
-    """Give the reason of neurons in step mode 's' if the model does not run on the example with them."""
+def _refusals_in_errors(refusals: Mapping[str, str]) -> Iterator[None]:
+    """Raise the refusals of neurons in step mode 's' in place of the error that the example's run with them gives."""
     try:
         yield
     except (ConversionError, TypeError):
@@ -320,7 +324,7 @@ def _said_why(refusals: Mapping[str, str]) -> Iterator[None]:
 
 
 def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
-    """Notes on neurons by their paths in the user's model."""
+    """Add notes to neurons, by their paths in the user's model."""
     for path, module in gm.named_modules():
         note = value_for_path(gm, notes, path)
         if note is not None and isinstance(module, MulFreePSN):
@@ -328,7 +332,7 @@ def _add_notes(gm: fx.GraphModule, notes: Mapping[str, str]) -> None:
 
 
 def _forget_cached_states(model: nn.Module) -> None:
-    """SpikingJelly's reset_net keeps a list of ``model``'s modules; where it is loaded it must make it anew."""
+    """Invalidate the list of ``model``'s modules that SpikingJelly's ``reset_net`` caches, if it is loaded."""
     functional = sys.modules.get("spikingjelly.activation_based.functional")
     invalidate = getattr(getattr(functional, "net_config", None), "invalidate_reset_cache", None)
     if callable(invalidate):

@@ -1,4 +1,4 @@
-"""The graph of a converted network as a picture: layouts, conversions, kernels and their times."""
+"""Pictures of a converted network's graph: layouts, conversions, kernels and their times."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ def draw(model: nn.Module, path: str | os.PathLike) -> None:
 
     Neurons have a bold frame, and show their kernels and the milliseconds of forward and backward, where they were
     measured. Colors are layouts. A red edge is a layout conversion, with the bytes of the tensor that it copies; a
-    dashed edge carries the scale and shift of a folded batch norm. What only reads shapes is left out.
+    dashed edge carries the scale and shift of a batch norm that is fused into a neuron. Nodes that only compute shapes
+    are left out.
 
     Args:
-        model: what ``convert`` returned, compiled or wrapped or not.
-        path: ends in ``.svg``, ``.png`` or ``.pdf``, for which Graphviz is needed, or in ``.dot``, the graph as
-            Graphviz's text, for which nothing is.
+        model: a network that ``convert`` returned, possibly compiled or wrapped.
+        path: ends in ``.svg``, ``.png`` or ``.pdf``, which need Graphviz, or in ``.dot`` or ``.gv`` for the graph as
+            Graphviz's text, which does not.
 
     Raises:
-        TypeError: ``model`` is no converted network.
-        ValueError: the file's name ends otherwise.
+        TypeError: ``model`` is not a converted network.
+        ValueError: the file's name has another suffix.
         RuntimeError: Graphviz is not installed, or failed.
     """
     path = pathlib.Path(path)
@@ -58,8 +59,8 @@ def draw(model: nn.Module, path: str | os.PathLike) -> None:
     if kind in _RENDERED and program is None:
         raise RuntimeError(
             f"drawing {kind[1:].upper()} needs Graphviz's program dot, which was not found: install the package "
-            f"graphviz of your system (apt, brew, conda), or draw into {path.with_suffix('.dot').name!r}, which needs "
-            "nothing"
+            f"graphviz of your system (apt, brew, conda), or draw into {path.with_suffix('.dot').name!r}, which does "
+            "not need it"
         )
     text = to_dot(model)
     if kind in _TEXT:
@@ -72,13 +73,13 @@ def draw(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def to_dot(model: nn.Module) -> str:
-    """What :func:`draw` draws, in Graphviz's DOT language.
+    """Return the graph that :func:`draw` draws, in Graphviz's DOT language.
 
     Raises:
-        TypeError: ``model`` is no converted network.
+        TypeError: ``model`` is not a converted network.
     """
     gm = graph_of(model)
-    late = time_last_nodes(gm)
+    time_last = time_last_nodes(gm)
     rows = _rows(gm)
     hidden = _hidden(gm)
     converted = set(conversion_nodes(gm))
@@ -91,10 +92,10 @@ def to_dot(model: nn.Module) -> str:
     for node in gm.graph.nodes:
         if node in hidden or node in parts or node in edges:
             continue
-        if node in converted:  # several readers of one copy: the edges part behind it
+        if node in converted:  # several readers of one copy: the edge branches here
             lines.append(f"  {_quoted(node.name)} [shape=point, color={_quoted(_CONVERSION)}];")
             continue
-        color = _COLORS[Layout.TIME_LAST if node in late else Layout.TIME_FIRST]
+        color = _COLORS[Layout.TIME_LAST if node in time_last else Layout.TIME_FIRST]
         style = _NEURON if node in rows and node.op == "call_module" else _OTHER
         text = "\n".join(_label(gm, node, rows.get(node, [])))
         lines.append(f"  {_quoted(node.name)} [{style}, fillcolor={_quoted(color)}, label={_quoted(text)}];")
@@ -102,12 +103,12 @@ def to_dot(model: nn.Module) -> str:
         if node in hidden or node in parts or node in edges:
             continue
         lines += [f"  {edge}" for edge in _edges(gm, node, hidden, parts, converted, edges)]
-    lines += [f"  {line}" for line in _legend(bool(late))]
+    lines += [f"  {line}" for line in _legend(bool(time_last))]
     return "\n".join([*lines, "}", ""])
 
 
 def _rows(gm: fx.GraphModule) -> dict[fx.Node, list[Row]]:
-    """For each node the neurons that it runs: itself, or those inside a leaf."""
+    """Return for each node the rows of the neurons that it runs: its own, or those inside a leaf."""
     leaves = {node.target: node for node in reversed(gm.graph.nodes) if node.op == "call_module"}
     found: dict[fx.Node, list[Row]] = {}
     for neuron, row in zip(neurons(gm), selection(gm).rows, strict=True):
@@ -119,12 +120,13 @@ def _rows(gm: fx.GraphModule) -> dict[fx.Node, list[Row]]:
 
 
 def _hidden(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that make no tensor that is passed on: shapes, and what is computed from them; modules handed to calls."""
+    """Return the nodes that are not drawn: shapes and arithmetic on them, and modules that are arguments of calls."""
     modules = {n for n in gm.graph.find_nodes(op="get_attr") if all(u.target in _TAKE_MODULES for u in n.users)}
     return shape_arithmetic(gm.graph) | modules
 
 
 def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
+    """Yield the lines of text in the node's box."""
     if node.op == "call_module" and not (len(rows) == 1 and rows[0].layer.partition("@")[0] == node.target):
         yield str(node.target)
         yield type(gm.get_submodule(node.target)).__name__
@@ -133,7 +135,7 @@ def _label(gm: fx.GraphModule, node: fx.Node, rows: list[Row]) -> Iterator[str]:
     elif node.target is norm_affine:
         norm = node.args[0]
         yield str(norm.target)
-        yield f"{type(gm.get_submodule(norm.target)).__name__}, folded"
+        yield f"{type(gm.get_submodule(norm.target)).__name__}, fused"
     elif node.target is run_time_last:
         path = node.args[0].target
         yield str(path)
@@ -160,7 +162,7 @@ def _edges(
     converted: set[fx.Node],
     contracted: set[fx.Node],
 ) -> Iterator[str]:
-    """The edges that end at ``node``; a conversion that has one reader is itself an edge."""
+    """Yield the edges that end at ``node``; a conversion with one reader is an edge itself."""
     for source in node.all_input_nodes:
         if source in hidden:
             continue
@@ -173,7 +175,7 @@ def _edges(
         elif source in converted:
             attributes = [f"color={_quoted(_CONVERSION)}"]
         part = parts.get(source)
-        if part == 2:  # scale and shift go together
+        if part == 2:  # drawn with the scale, part 1
             continue
         if part is not None:
             source = source.args[0]
@@ -184,6 +186,7 @@ def _edges(
 
 
 def _conversion(gm: fx.GraphModule, node: fx.Node) -> list[str]:
+    """Return the attributes of the edge that is the conversion ``node``."""
     target = str(Layout.parse(node.args[2])).replace("_", "-")
     size = _bytes(gm, node)
     text = f"to {target}" if size is None else f"to {target}\n{_readable(size)}"
@@ -196,13 +199,13 @@ def _conversion(gm: fx.GraphModule, node: fx.Node) -> list[str]:
 
 
 def _bytes(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """Bytes of the tensor that a conversion copies, as planning saw it; None if it did not."""
+    """Return the bytes of the tensor that a conversion copies, or None if its shape is not known."""
     meta = input_meta(node) or input_meta(node.args[0])
     if meta is not None:
         shape, dtype, _ = meta
         return torch.Size(shape).numel() * dtype.itemsize
     record = record_of(gm)
-    for neuron in neurons(gm):  # of pickles: what was measured of the neurons on either side
+    for neuron in neurons(gm):  # pickles lose node.meta, but keep measurements of the neurons on either side
         if neuron.node is not None and (neuron.node is node.args[0] or neuron.input is node):
             measured = record.measured.get(neuron.name)
             if measured is not None:
@@ -219,6 +222,7 @@ def _readable(size: float) -> str:
 
 
 def _legend(both: bool) -> Iterator[str]:
+    """Yield the legend of layouts, if the graph has both."""
     if not both:
         return
     yield "subgraph cluster_legend {"

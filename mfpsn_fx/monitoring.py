@@ -17,7 +17,10 @@ __all__ = ["LayerRates", "Monitor", "monitor"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerRates:
-    """Of one layer: each channel's firing rate (C,), and which channels are silent or saturated (C,) of bool."""
+    """One layer's firing rate per channel (C,), and its silent and saturated channels (C,) of bool.
+
+    ``steps`` is the number of valid steps, summed over the batch.
+    """
 
     rates: Tensor
     silent: Tensor
@@ -26,11 +29,13 @@ class LayerRates:
 
     @property
     def rate(self) -> float:
-        """The layer's firing rate: spikes per neuron and step."""
+        """The mean over channels: spikes per neuron and step."""
         return float(self.rates.mean())
 
 
 class _Count:
+    """A layer's running sums, on its device: spikes per channel, values per channel, valid steps."""
+
     def __init__(self, channels: int, device: torch.device) -> None:
         self.spikes = torch.zeros(channels, dtype=torch.float64, device=device)
         self.values = torch.zeros((), dtype=torch.float64, device=device)
@@ -38,7 +43,7 @@ class _Count:
 
 
 class Monitor:
-    """Counts the spikes of each neuron layer from now on, until it is closed; see :func:`monitor`."""
+    """Spike counts of each neuron layer, from construction until ``close()``; see :func:`monitor`."""
 
     def __init__(self, model: nn.Module, silent: float, saturated: float) -> None:
         self._silent, self._saturated = silent, saturated
@@ -52,7 +57,7 @@ class Monitor:
 
     @torch.no_grad()
     def _count(self, module: MulFreePSN, args: tuple, kwargs: dict, spikes: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed layer, run again in backward
+        if torch._C._current_graph_task_id() != -1:  # a checkpointed layer that is recomputed in backward
             return
         layout = Layout.parse(kwargs.get("layout") or module.layout)
         given = args[1] if len(args) > 1 else kwargs.get("mask")
@@ -63,7 +68,7 @@ class Monitor:
         count = self._counts[name]
         spikes = module.channels_together(spikes.detach(), layout)
         channel = layout.channel_dim
-        # nothing here waits for the device
+        # on the device only: reading a value here would make the host wait in every forward
         count.spikes += spikes.sum([d for d in range(spikes.ndim) if d != channel], dtype=torch.float64)
         steps = spikes.shape[layout.time_dim] * spikes.shape[layout.batch_dim]
         units = spikes.numel() // max(steps * module.channels, 1)
@@ -72,7 +77,7 @@ class Monitor:
         count.values += valid * units
 
     def layers(self) -> dict[str, LayerRates]:
-        """What was counted, by layer; layers that were never called are not in it."""
+        """Return the rates of each layer that was called."""
         found = {}
         for name in self._names.values():
             if (count := self._counts.get(name)) is not None and count.values > 0:
@@ -83,11 +88,11 @@ class Monitor:
         return found
 
     def rates(self) -> dict[str, Tensor]:
-        """By layer, each channel's firing rate: (C,) of float32, on the layer's device."""
+        """Return each layer's firing rates per channel: (C,) of float32, on the layer's device."""
         return {name: layer.rates for name, layer in self.layers().items()}
 
     def scalars(self, prefix: str = "") -> dict[str, Tensor]:
-        """What goes into a log: ``<layer>/rate``, ``<layer>/silent`` and ``<layer>/saturated`` (shares of channels)."""
+        """Return scalars to log: ``<layer>/rate``, and ``<layer>/silent`` and ``/saturated``, shares of channels."""
         scalars = {}
         for name, layer in self.layers().items():
             scalars[f"{prefix}{name}/rate"] = layer.rates.mean()
@@ -96,7 +101,7 @@ class Monitor:
         return scalars
 
     def table(self, style: str = "simple") -> str:
-        """A row for each layer; ``style`` is any of tabulate's formats."""
+        """Return a table with a row for each layer; ``style`` is any of tabulate's formats."""
         headers = ["layer", "channels", "rate", "lowest", "highest", "silent", "saturated"]
         found = self.layers()
         body = []
@@ -113,11 +118,11 @@ class Monitor:
         return self.table()
 
     def reset(self) -> None:
-        """Begin counting anew."""
+        """Set all counts to zero."""
         self._counts.clear()
 
     def close(self) -> None:
-        """Take the hooks out; what was counted stays. Closing again does nothing."""
+        """Remove the hooks and keep the counts. Closing again does nothing."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -129,16 +134,16 @@ class Monitor:
 
 
 def monitor(model: nn.Module, *, silent: float = 0.0, saturated: float = 1.0) -> Monitor:
-    """Watch the firing rates of every neuron layer of ``model``, in its graph and inside leaves.
+    """Count the spikes of every neuron layer of ``model``, in its graph and inside leaves.
 
     ::
 
-        with mfpsn_fx.monitor(model) as seen:
+        with mfpsn_fx.monitor(model) as rates:
             model(x)
-        print(seen)  # a table
-        logger.log(seen.scalars())
+        print(rates)  # a table
+        logger.log(rates.scalars())
 
-    Steps that a mask excludes do not count. Nothing is read back from the device until it is asked for.
+    Steps that a mask excludes do not count. Counting does not synchronize with the device; reading the rates does.
 
     Args:
         model: a network with ``MulFreePSN`` neurons.
@@ -149,14 +154,14 @@ def monitor(model: nn.Module, *, silent: float = 0.0, saturated: float = 1.0) ->
         A :class:`Monitor`, a context manager; or call its ``close()``.
 
     Raises:
-        TypeError: there is no such neuron, or the model is compiled: torch.compile leaves out hooks that come later.
+        TypeError: there is no such neuron, or the model is compiled: torch.compile ignores hooks that are added later.
     """
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            "a compiled network leaves hooks out that come after its compilation: monitor the network that was given "
-            "to torch.compile, and run that one"
+            "a compiled network ignores hooks that are added after compilation: monitor and run the network that was "
+            "given to torch.compile"
         )
-    watched = Monitor(model, silent, saturated)
-    if not watched._names:
+    monitored = Monitor(model, silent, saturated)
+    if not monitored._names:
         raise TypeError(f"{type(model).__name__} has no MulFreePSN neuron to monitor")
-    return watched
+    return monitored

@@ -1,4 +1,4 @@
-"""From an NIR graph to a time-first network that :func:`convert` takes."""
+"""Reading NIR graphs into time-first networks that :func:`convert` takes."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def from_nir(
 ) -> fx.GraphModule:
     """Read an NIR graph into a network that takes all time steps at once, (T, N, *).
 
-    Layers without a memory see the T·N axis, through ``fold_time`` and ``unfold_time`` nodes; where several edges
-    meet they are summed. Neurons are :class:`~mfpsn_fx.model.sources.nir_neurons.NIRNeuron`, which step NIR's equations
-    by forward Euler with their reset: run the network as it is for reference, give it to ``convert`` for a parallel
-    one. Layers train; the neurons' constants are buffers.
+    Stateless layers run on the flattened T·N axis, between ``fold_time`` and ``unfold_time`` nodes; several edges into
+    a node are summed. Neurons are :class:`~mfpsn_fx.model.sources.nir_neurons.NIRNeuron`, which step NIR's equations by
+    forward Euler, reset included: run the network itself for reference, or give it to ``convert`` for a parallel one.
+    Layers are trainable; the neurons' constants are buffers.
 
-    Taken are Affine, Linear, Scale, Conv1d, Conv2d, SumPool2d, AvgPool2d, Flatten, IF, LIF, CubaLIF, Threshold, the
-    integrators I, LI and CubaLI, which put out their membrane, and graphs of these as nodes.
+    Supported nodes are Affine, Linear, Scale, Conv1d, Conv2d, SumPool2d, AvgPool2d, Flatten, IF, LIF, CubaLIF,
+    Threshold, the integrators I, LI and CubaLI, which output their membrane, and graphs of these as nodes.
 
     Args:
-        graph: a ``nir.NIRGraph``, or the path of a file (read with ``nir``: extra ``nir``).
-        dt: the length of a step in seconds. 1e-4 is what most libraries write and read NIR with; time constants may
-            not be shorter.
-        surrogate: what trains the neurons, which NIR does not know; None for ``ATan(2.0)``.
+        graph: a ``nir.NIRGraph``, or the path of a file (which needs the package ``nir``: extra ``nir``).
+        dt: the length of a step in seconds, at most the shortest time constant. Most libraries write and read NIR with
+            1e-4.
+        surrogate: the neurons' surrogate gradient, which NIR does not have; None for ``ATan(2.0)``.
         dtype: of weights and constants.
 
     Returns:
-        A GraphModule with one child a node, called as the node (what is no name in Python is altered, ``.`` becomes
-        ``_``). Its inputs and outputs are the graph's, in their order; one output is returned as it is, several as a
-        tuple.
+        A GraphModule with one child for each node, under the node's name (made a Python name where it is not one; ``.``
+        becomes ``_``). Its inputs and outputs are the graph's, in their order; one output is returned itself, several
+        as a tuple.
 
     Raises:
-        TypeError: ``graph`` is no NIR graph.
-        ValueError: the graph is recurrent, is not connected, holds a node that is not taken or values that make no
-            sense; the message names the nodes.
+        TypeError: ``graph`` is not an NIR graph.
+        ValueError: the graph is recurrent or not connected, or has unsupported nodes or invalid values; the message
+            names the nodes.
         ImportError: a path is given and ``nir`` is not installed.
     """
     if not (isinstance(dt, (int, float)) and math.isfinite(dt) and dt > 0):
@@ -63,7 +63,7 @@ def from_nir(
     if primitive_name(graph) != "NIRGraph":
         raise TypeError(f"from_nir takes a nir.NIRGraph or the path of a file, found {type(graph).__name__}")
     nodes, edges = _flattened(graph)
-    # in the graph's own order, whatever sorting makes of it
+    # inputs and outputs keep the graph's order, which sorting may change
     inputs, outputs = ([name for name in graph.nodes if primitive_name(nodes.get(name)) == kind] for kind in _VIRTUAL)
     order = _ordered(nodes, edges, inputs, outputs)
     into = {name: [source for source, target in edges if target == name] for name in nodes}
@@ -71,7 +71,7 @@ def from_nir(
 
     holder, network = nn.Module(), _TimeGraph()
     for name in inputs:
-        network.put(name, network.graph.placeholder(names[name]), folded=False)
+        network.put(name, network.graph.placeholder(names[name]), flat=False)
     for name in order:
         if name in inputs:
             continue
@@ -82,48 +82,50 @@ def from_nir(
         if isinstance(module, NIRNeuron):
             module.path = names[name]
         holder.add_module(names[name], module)
-        x = network.total(into[name], folded=stateless)
-        network.put(name, network.graph.call_module(names[name], (x,)), folded=stateless)
-    results = tuple(network.total([name], folded=False) for name in outputs)
+        x = network.total(into[name], flat=stateless)
+        network.put(name, network.graph.call_module(names[name], (x,)), flat=stateless)
+    results = tuple(network.total([name], flat=False) for name in outputs)
     network.graph.output(results[0] if len(results) == 1 else results)
     return fx.GraphModule(holder, network.graph, "NIRNetwork")
 
 
 class _TimeGraph:
-    """An FX graph in the making; each value with its time axis as it is, folded into the batch, or in both forms."""
+    """An FX graph under construction, whose values may exist as (T, N, *), flattened to (T·N, *), or both."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.forms: dict[str, dict[bool, fx.Node]] = {}
         self.steps: fx.Node | None = None
 
-    def put(self, name: str, node: fx.Node, folded: bool) -> None:
-        self.forms[name] = {folded: node}
+    def put(self, name: str, node: fx.Node, flat: bool) -> None:
+        """Set the value of ``name`` to ``node``, which is (T·N, *) if ``flat``."""
+        self.forms[name] = {flat: node}
 
     def alias(self, name: str, names: list[str]) -> None:
-        """``name`` is the sum of ``names``."""
+        """Set the value of ``name`` to the sum of the values of ``names``."""
         if len(names) == 1:
             self.forms[name] = self.forms[names[0]]
         else:
-            self.put(name, self.total(names, folded=False), folded=False)
+            self.put(name, self.total(names, flat=False), flat=False)
 
-    def total(self, names: list[str], folded: bool) -> fx.Node:
-        """The sum of values, in the form that is asked for; a form that is missing is made once."""
-        summed_in = folded if all(folded in self.forms[name] for name in names) else False
+    def total(self, names: list[str], flat: bool) -> fx.Node:
+        """Return the sum of values in the requested form; conversions between the forms are added once."""
+        summed_in = flat if all(flat in self.forms[name] for name in names) else False
         x = self._form(self.forms[names[0]], summed_in)
         for name in names[1:]:
             x = self.graph.call_function(operator.add, (x, self._form(self.forms[name], summed_in)))
-        return self._form(self.forms[names[0]] if len(names) == 1 else {summed_in: x}, folded)
+        return self._form(self.forms[names[0]] if len(names) == 1 else {summed_in: x}, flat)
 
-    def _form(self, forms: dict[bool, fx.Node], folded: bool) -> fx.Node:
-        if folded not in forms:
+    def _form(self, forms: dict[bool, fx.Node], flat: bool) -> fx.Node:
+        if flat not in forms:
             (x,) = forms.values()
-            if folded:
-                forms[folded] = self.graph.call_function(fold_time, (x,))
+            if flat:
+                forms[flat] = self.graph.call_function(fold_time, (x,))
             else:
-                forms[folded] = self.graph.call_function(unfold_time, (x, self._steps()))
-            forms[folded].meta["is_wrapped"] = True  # FX traces its own code again when it unpickles: stay calls
-        return forms[folded]
+                forms[flat] = self.graph.call_function(unfold_time, (x, self._steps()))
+            # FX unpickles a graph by tracing its code: a wrapped function stays one call
+            forms[flat].meta["is_wrapped"] = True
+        return forms[flat]
 
     def _steps(self) -> fx.Node:
         if self.steps is None:
@@ -142,7 +144,7 @@ def _nir():
 
 
 def _flattened(graph: object, prefix: str = "") -> tuple[dict[str, object], list[tuple[str, str]]]:
-    """All nodes and edges; those of a graph in a node are ``outer.inner``, and its Input and Output pass on."""
+    """Return all nodes and edges; nodes of a nested graph are ``outer.inner``, its Input and Output are merged."""
     nodes: dict[str, object] = {}
     entry, leaving = {}, {}
     edges = []
@@ -167,29 +169,29 @@ def _flattened(graph: object, prefix: str = "") -> tuple[dict[str, object], list
     for source, target in graph.edges:
         for end in (source, target):
             if end not in entry:
-                raise ValueError(f"the edge {prefix}{source} -> {prefix}{target} names {end!r}, which is no node")
+                raise ValueError(f"the edge {prefix}{source} -> {prefix}{target} names {end!r}, which is not a node")
         edges.append((leaving[source], entry[target]))
-    if twice := sorted({edge for edge in edges if edges.count(edge) > 1}):
-        raise ValueError(f"the graph has edges twice: {', '.join(f'{a} -> {b}' for a, b in twice)}")
+    if duplicates := sorted({edge for edge in edges if edges.count(edge) > 1}):
+        raise ValueError(f"the graph has duplicate edges: {', '.join(f'{a} -> {b}' for a, b in duplicates)}")
     return nodes, edges
 
 
 def _ordered(
     nodes: dict[str, object], edges: list[tuple[str, str]], inputs: list[str], outputs: list[str]
 ) -> list[str]:
-    """The nodes so that each comes behind what it reads; refuses what cannot be computed, or would be for nothing."""
+    """Return the nodes in topological order; raise for cycles, and for nodes without inputs or readers."""
     before: dict[str, list[str]] = {name: [] for name in nodes}
-    behind: dict[str, list[str]] = {name: [] for name in nodes}
+    after: dict[str, list[str]] = {name: [] for name in nodes}
     for source, target in edges:
         before[target].append(source)
-        behind[source].append(target)
+        after[source].append(target)
     try:
         order = list(graphlib.TopologicalSorter(before).static_order())
     except graphlib.CycleError as error:
         loop = " -> ".join(error.args[1])
         raise ValueError(
             f"the graph is recurrent: {loop}. A parallel neuron sees all steps at once, so nothing may depend on "
-            "what it fired before; remove the connection"
+            "its earlier spikes; remove the connection"
         ) from None
     for kind, found in zip(_VIRTUAL, (inputs, outputs), strict=True):
         if not found:
@@ -197,13 +199,13 @@ def _ordered(
     for name, node in nodes.items():
         if not before[name] and name not in inputs:
             raise ValueError(f"node {name!r} ({primitive_name(node)}) has no input: connect it, or remove it")
-        if not behind[name] and name not in outputs:
+        if not after[name] and name not in outputs:
             raise ValueError(f"node {name!r} ({primitive_name(node)}) leads to no Output: connect it, or remove it")
     return order
 
 
 def _names(nodes: list[str]) -> dict[str, str]:
-    """What Python calls each node: no two alike, nothing that nn.Module uses itself; a number stays one."""
+    """Return a unique Python name for each node that nn.Module does not use itself; numbers stay numbers."""
     taken, chosen = set(dir(nn.Module())), {}
     for node in nodes:
         text = "".join(c if f"_{c}".isidentifier() else "_" for c in node) or "_"

@@ -1,4 +1,4 @@
-"""Parameter groups for optimizers, and optimizers that hold the wrong parameters."""
+"""Parameter groups for optimizers, and a check that an optimizer holds the model's parameters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NORMS = (
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer: synapses with weight decay, everything else without.
+    """Return two parameter groups for an optimizer: synapses with weight decay, all other parameters without.
 
-    No decay for neurons (W, γ, β of ``MulFreePSN``, and whatever a neuron that was not converted learns), norm layers
-    and biases (any parameter of fewer than two dims). A decaying W would do nothing but raise the neuron's effective
-    learning rate, as its normalization cancels the scale; a decaying β would pull thresholds towards the mean.
+    Without decay are neurons (W, γ, β of ``MulFreePSN``, and the parameters of neurons that were not converted), norm
+    layers and biases (any parameter of fewer than two dims). Decay of W would only raise the neuron's effective
+    learning rate, as its normalization cancels the scale; decay of β would pull thresholds towards the mean.
 
     Args:
-        model: a converted network, also compiled; any other module will do.
+        model: a converted network, possibly compiled, or any other module.
         weight_decay: of the first group.
 
     Returns:
@@ -35,7 +35,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         once, in the model's order. A group may be empty.
 
     Raises:
-        ValueError: ``weight_decay`` is negative or no number.
+        ValueError: ``weight_decay`` is negative or not a number.
     """
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
         raise ValueError(f"weight_decay must be a number of at least 0, found {weight_decay!r}")
@@ -45,20 +45,20 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             exempt.update(id(p) for p in module.parameters(recurse=False))
     for module in source_paths(model).values():
         exempt.update(id(p) for p in module.parameters())
-    decayed, spared = [], []
+    decayed, undecayed = [], []
     for parameter in model.parameters():
-        (spared if id(parameter) in exempt or parameter.ndim < 2 else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": float(weight_decay)}, {"params": spared, "weight_decay": 0.0}]
+        (undecayed if id(parameter) in exempt or parameter.ndim < 2 else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": float(weight_decay)}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Make sure that ``optimizer`` trains ``model``: all its parameters that require gradients, and no others.
+    """Raise unless ``optimizer`` holds all parameters of ``model`` that require gradients, and no others.
 
-    An optimizer made before ``convert`` holds the source's parameters: its steps would change the source and leave
-    the converted network as it is.
+    An optimizer made before ``convert`` holds the source's parameters: its steps change the source, not the converted
+    network.
 
     Raises:
-        ValueError: it lacks parameters of the model, or holds others; both are told.
+        ValueError: it lacks parameters of the model, or holds others; the message names both.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -71,7 +71,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         shown = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
         faults.append(f"lacks {len(lacking)} of {len(names)} parameters of the model ({shown})")
     if foreign:
-        faults.append(f"holds {foreign} tensors that are none of the model's parameters")
+        faults.append(f"holds {foreign} tensors that are not parameters of the model")
     raise ValueError(
         f"the optimizer {' and '.join(faults)}. Was it made before convert? Make it afterwards: "
         "torch.optim.AdamW(mfpsn_fx.param_groups(model, weight_decay), lr=…)"

@@ -1,4 +1,4 @@
-"""The selection table: what each layer became, what was measured, and what was chosen."""
+"""The selection table: each layer's neuron, its measured times, and the chosen layout and kernel."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .tables import check_style, format_table
 
 __all__ = ["Row", "Selection", "print_selection", "selection"]
 
-VANILLA = ("vanilla-conv1d", "time_first")
+BASELINE = ("vanilla-conv1d", "time_first")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One call of one neuron. Times are milliseconds; ``shape`` is that of the input in its layout.
 
-    ``ratio`` is the vanilla way's forward and backward over the chosen kernel's: above 1 is faster than vanilla.
-    What was not measured is None. The kernel of a neuron that is not bound is the one of highest rank, as a note says.
+    ``ratio`` is the time of the baseline (the kernel ``vanilla-conv1d``) over the chosen kernel's, forward and backward
+    together: above 1 is faster than the baseline. None stands for values that were not measured. The kernel of an
+    unbound neuron is the one of highest rank, and a note states it.
     """
 
     layer: str
@@ -47,13 +48,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """All rows, the totals under each layout, the conversions in the graph, and what stayed unconverted.
+    """All rows, predicted totals for each layout, the conversions in the graph, and the unconverted neurons.
 
-    Totals are milliseconds of forward and backward of the whole network, as predicted; ``verified_ms`` holds what was
+    Totals are predicted milliseconds of forward and backward of the whole network; ``verified_ms`` are times that were
     measured end to end: (mode, name as in the totals, milliseconds, spread). ``conversion_bytes`` is the size of the
-    tensors that are converted in one forward. ``pinned``: (operator, why, how many) of what stays time-first.
-    ``readouts``: (layer, response) of each membrane that is read out; it has no kernel to choose. Selections are equal
-    if what they say is, whether it was measured now (``measured`` ways, in ``autoselect_s``) or known (``kept``).
+    tensors that are converted in one forward. ``pinned``: (operator, reason, count) of operators that stay time-first.
+    ``readouts``: (layer, response) of each membrane that is read out, which has no kernel to choose. Comparison ignores
+    whether times were measured now (``measured`` of them, in ``autoselect_s``) or known from earlier (``kept``).
     """
 
     rows: tuple[Row, ...]
@@ -75,15 +76,15 @@ class Selection:
     readouts: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
-        """The table as JSON text; :meth:`from_json` gives an equal one back."""
+        """Return the selection as JSON text; :meth:`from_json` returns an equal one."""
         return json.dumps({"format": 1, **dataclasses.asdict(self)}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Selection:
-        """Read what :meth:`to_json` wrote.
+        """Return the selection that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: it is not JSON, or not a selection of this format.
+            ValueError: ``text`` is not JSON, or not a selection in this format.
         """
         try:
             data = json.loads(text)
@@ -113,7 +114,7 @@ class Selection:
             raise ValueError(f"this is not a selection written by to_json: {error}") from error
 
     def table(self, style: str = "plain") -> str:
-        """The table as text, with what holds for the network below it.
+        """Return the table as text, with a footer about the whole network.
 
         Args:
             style: ``"plain"``, ``"github"`` (Markdown), ``"html"``, or any other of tabulate's formats.
@@ -174,7 +175,7 @@ class Selection:
         return lines
 
     def _how(self) -> str:
-        now = f"{self.measured} ways measured" if self.measured else "nothing measured"
+        now = f"{self.measured} cases measured" if self.measured else "nothing measured"
         kept = f", {self.kept} known from earlier" if self.kept else ""
         noise = f"; noise: {self.noise:.1%}" if self.noise is not None else ""
         return f"{now}{kept}, lowest of their samples{noise}"
@@ -191,10 +192,10 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def selection(model: nn.Module) -> Selection:
-    """What ``convert`` and ``plan`` chose for ``model`` (also when compiled), read from the graph as it is now.
+    """Return the layouts and kernels of ``model`` (possibly compiled) as they are in its graph now, with their times.
 
     Raises:
-        TypeError: ``model`` is no converted network.
+        TypeError: ``model`` is not a converted network.
     """
     gm = graph_of(model)
     found = neurons(gm)
@@ -227,7 +228,7 @@ def print_selection(model: nn.Module, style: str = "plain") -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """Return the network inside wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -238,10 +239,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def graph_of(model: nn.Module) -> fx.GraphModule:
-    """The converted graph in ``model``, behind wrappers too."""
+    """Return the converted graph in ``model``, unwrapped; raise ``TypeError`` if there is none."""
     model = unwrapped(model)
     if not isinstance(model, fx.GraphModule) or not any(isinstance(m, MulFreePSN) for m in model.modules()):
-        raise TypeError(f"{type(model).__name__} is no network that mfpsn_fx.convert returned")
+        raise TypeError(f"{type(model).__name__} is not a network that mfpsn_fx.convert returned")
     return model
 
 
@@ -261,10 +262,10 @@ def _row(neuron: Neuron, measured: Measured | None) -> Row:
     if measured is None:
         return row
     times = _find(measured.candidates, row.kernel, row.layout)
-    vanilla = _find(measured.candidates, *VANILLA)
+    baseline = _find(measured.candidates, *BASELINE)
     ratio = None
-    if times and vanilla and times.training_ms and vanilla.training_ms:
-        ratio = vanilla.training_ms / times.training_ms
+    if times and baseline and times.training_ms and baseline.training_ms:
+        ratio = baseline.training_ms / times.training_ms
     evaluated = _find(measured.candidates, row.eval_kernel, row.layout)
     return dataclasses.replace(
         row,
@@ -291,8 +292,8 @@ def _notes(neuron: Neuron, measured: Measured | None):
     if neuron.module is not None and neuron.module.source is not None:
         yield from neuron.module.source.notes
     failed = [c for c in (measured.candidates if measured else ()) if c.error is not None]
-    if late := [f"{c.kernel} ({c.layout})" for c in failed if c.error.startswith(NOT_REACHED)]:
-        yield f"not reached within the budget: {', '.join(late)}"
+    if unmeasured := [f"{c.kernel} ({c.layout})" for c in failed if c.error.startswith(NOT_REACHED)]:
+        yield f"not reached within the budget: {', '.join(unmeasured)}"
     for candidate in failed:
         if not candidate.error.startswith(("not applicable", NOT_REACHED)):
             yield f"{candidate.kernel} failed in {candidate.layout}: {candidate.error}"

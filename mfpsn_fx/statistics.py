@@ -1,4 +1,4 @@
-"""Running statistics, found afresh on data."""
+"""Recomputation of running statistics on data."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["recompute_statistics"]
 def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
     """Replace the running statistics of neurons and batch norms by their cumulative average over ``batches``.
 
-    For data that differ from those trained on, or after weights were averaged. Neurons and batch norms run in training
-    mode and normalize with each batch's own statistics; all other layers (dropout among them) in evaluation. Every
-    batch counts alike. Training flags and momenta are restored; if a batch fails, the statistics too.
+    For data that differ from the training data, or after weights were averaged. Neurons and batch norms run in training
+    mode and normalize with each batch's own statistics; all other layers (dropout among them) run in evaluation mode.
+    Batches have equal weights. Training flags and momenta are restored; if a batch fails, the statistics too.
 
     Args:
         model: a converted network; a compiled one runs uncompiled here.
-        batches: run through once, so an iterator will do. Each is a tensor, a tuple or a dict of what the model takes,
-            or a :class:`Batch` with a mask.
+        batches: iterated once. Each is a tensor, or a tuple or dict of the model's arguments, or a :class:`Batch` with
+            a mask.
 
     Returns:
         The number of batches.
 
     Raises:
-        TypeError: something in ``batches`` is no batch.
+        TypeError: an item of ``batches`` is not a batch.
         ValueError: there is no batch, or the model has no running statistics.
     """
     model = getattr(model, "_orig_mod", model)
@@ -48,7 +48,7 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
     count, calls, hooks = 0, dict.fromkeys(layers, 0), []
 
     def average(m: MulFreePSN, args: tuple) -> None:
-        calls[m] += 1  # a neuron that is called more than once a batch counts each of its calls, as batch norms do
+        calls[m] += 1  # of calls, not batches, as batch norms count
         m.momentum = 1 / calls[m]
 
     try:
@@ -82,6 +82,6 @@ def recompute_statistics(model: nn.Module, batches: Iterable) -> int:
         for m, momentum in momenta.items():
             m.momentum = momentum
             if hasattr(m, "_recompute_guard"):
-                m._recompute_guard = RecomputeGuard()  # none of these runs is run again
+                m._recompute_guard = RecomputeGuard()  # backward recomputes none of these runs
         reset_states(model)
     return count

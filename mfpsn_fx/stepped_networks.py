@@ -1,4 +1,4 @@
-"""Networks that step through time, turned into ones that take all of it at once."""
+"""Rolling up networks that step through time into ones that take the whole sequence at once."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ __all__ = ["has_steps", "rolled_loop", "rolled_up"]
 
 
 def has_steps(model: nn.Module) -> bool:
-    """Whether ``model`` has neurons that are called step by step, or hand their state in and out."""
+    """Return True if ``model`` has neurons that are called step by step, or take and return their state."""
     return unrolled.has_steps(model) or has_inner_layers(model)
 
 
 def rolled_up(
     model: nn.Module, args: tuple, kwargs: Mapping, accept: Collection[str] = ()
 ) -> tuple[fx.GraphModule, tuple, dict]:
-    """A graph of ``model`` that takes (T, N, *), with its own neurons run over time, and the example that fits it.
+    """Return a graph of ``model`` that takes (T, N, *) with the source's neurons run over time, and its example.
 
-    ``model`` is a copy to work on: layers with a neuron inside are taken apart in it.
+    ``model`` is changed: layers that contain a neuron are split.
+
+    Returns:
+        The graph, and the positional and keyword arguments of its example.
 
     Raises:
         ValueError: there is no example.
-        ConversionError: the steps of the network cannot be read, are not alike, or cannot run at once.
+        ConversionError: the steps of the network cannot be captured, differ, or cannot run at once.
     """
     if not (args or kwargs):
         raise ValueError(
             f"{type(model).__name__} has neurons that see one step a call: give convert an example, the whole sequence "
-            "(T, N, *), so that its steps can be told"
+            "(T, N, *), from which its steps are captured"
         )
     example = unrolled.bound_example(model, args, kwargs)
     try:
@@ -54,7 +57,7 @@ def rolled_up(
 
 
 def _check_known(model: nn.Module) -> None:
-    """Neurons by their looks that nobody described: their states would be taken for those of a layer without any."""
+    """Raise for neurons without a description, whose states would be ignored as if their layer had none."""
     for path, neuron in source_paths(model).items():
         if not is_source(neuron):
             try:
@@ -66,12 +69,12 @@ def _check_known(model: nn.Module) -> None:
 def rolled_loop(
     model: nn.Module, args: tuple, kwargs: Mapping, accept: Collection[str] = ()
 ) -> tuple[fx.GraphModule, tuple, dict]:
-    """As :func:`rolled_up`, for a ``model`` whose forward loops over SpikingJelly's neurons in step mode 's'.
+    """Return what :func:`rolled_up` does for a ``model`` whose forward loops over single-step SpikingJelly neurons.
 
-    ``model`` is left as it is.
+    ``model`` is not changed.
 
     Raises:
-        ConversionError: its steps cannot be read, are not alike, or cannot run at once.
+        ConversionError: its steps cannot be captured, differ, or cannot run at once.
     """
     _check_known(model)
     work = copied(model, share=True)
@@ -80,7 +83,7 @@ def rolled_loop(
         path, kind = next(iter(layers.items()))
         raise ConversionError(
             f"{path}: a {kind} keeps a state from step to step, and its steps cannot run at once where the forward "
-            "loops over time: take step mode 'm' and whole sequences (T, N, *)"
+            "loops over time: use step mode 'm' and whole sequences (T, N, *)"
         )
     wrap_stepping_neurons(work)
     return rolled_up(work, args, kwargs, accept)

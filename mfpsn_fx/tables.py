@@ -1,4 +1,4 @@
-"""Tables as plain text, Markdown and HTML, with lines of text below them."""
+"""Tables as plain text, Markdown and HTML, with footers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tabulate import tabulate, tabulate_formats
 
 __all__ = ["check_style", "format_table"]
 
-_NAMES = {"plain": "simple"}  # ours: theirs
+_NAMES = {"plain": "simple"}  # our name: tabulate's
 
 
 def check_style(style: str) -> None:
-    """``ValueError`` unless ``style`` is known; tabulate itself would fall back to another without a word."""
+    """Raise ``ValueError`` unless ``style`` is known; tabulate would silently use another one."""
     if style not in _NAMES and style not in tabulate_formats:
         raise ValueError(
             f"unknown style {style!r}: choose 'plain', 'github' or 'html', or another of tabulate's formats "
@@ -28,10 +28,9 @@ def format_table(
     footer: Sequence[str] = (),
     align: Sequence[str] | None = None,
 ) -> str:
-    """The table in ``style``, with the lines of ``footer`` below it: a list in Markdown and HTML.
+    """Return the table in ``style``, with the lines of ``footer`` below it, as a list in Markdown and HTML.
 
-    What stands in cells and footer is text, whatever signs it holds: ``|`` breaks no Markdown table, ``<`` opens no
-    tag in HTML.
+    Cells and footer are plain text and are escaped: ``|`` in Markdown tables, ``<`` in HTML.
     """
     if style in ("github", "pipe"):
         body = [[str(cell).replace("|", "\\|") for cell in row] for row in body]

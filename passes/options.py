@@ -49,29 +49,28 @@ class MeasureOptions:
 
     layout: str = _option(
         "auto",
-        '``"auto"``: the best for every stretch of the network, conversions included, as measured; ``"uniform"``: one '
-        'for all, the better one; ``"time_first"``, ``"time_last"``: that one; ``"keep"``: as it is '
-        "(docs/design/layout.md).",
+        '``"auto"``: time-first or time-last for every part of the network, by the least sum of measured times, '
+        'conversions included; ``"uniform"``: the better one for all; ``"time_first"``, ``"time_last"``: that one; '
+        '``"keep"``: layouts stay (docs/design/layout.md).',
     )
     kernels: str | Mapping[str, str] = _option(
         "auto", '``"auto"`` (measured), one name for all neurons, or a mapping from layer to name.'
     )
-    repeats: int = _option(5, "The fewest samples of a kernel that may be chosen.")
-    budget_s: float = _option(10.0, "Seconds to measure for, all layers together.")
-    progress: bool | None = _option(None, "Show progress bars; None: if the terminal is one.")
+    repeats: int = _option(5, "The least number of samples of a kernel that may be chosen.")
+    budget_s: float = _option(10.0, "Seconds for measuring, all layers together.")
+    progress: bool | None = _option(None, "Show progress bars; None: if stderr is a terminal.")
     cache: bool = _option(
         True, "Use times measured earlier on this machine, and keep new ones (docs/design/measurement.md)."
     )
     selection: Any = _option(
         None,
-        "A ``Selection`` from elsewhere, its JSON text or the path of it: layouts and kernels are taken from there "
+        "An earlier ``Selection``, its JSON text or the path of a file with it: layouts and kernels are taken from it "
         "instead of measured; layers that it does not fit are named in a warning and measured.",
     )
     verify: bool | str = _option(
         False,
-        "Measure a training step of the planned network and of the uniform ones, end to end: ``True``: eager and "
-        'compiled; ``"eager"`` or ``"compiled"``: that alone. If the plan lost by more than the noise, the better one '
-        "is used.",
+        "Measure a training step of the planned network and of the uniform ones end to end, and use another if it is "
+        'faster by more than the noise: ``True``: eager and compiled; ``"eager"`` or ``"compiled"``: one of the two.',
     )
 
     _NOT_JSON: ClassVar[dict[str, str]] = {}
@@ -185,38 +184,43 @@ class ConvertOptions(MeasureOptions):
 
     order: int | Mapping[str, int] = _option(
         DEFAULT_ORDER,
-        f"k, the taps of each neuron, or a mapping from layer to k; layers that it leaves out have {DEFAULT_ORDER}.",
+        f"k, the number of taps of each neuron, or a mapping from layer to k; other layers have {DEFAULT_ORDER}.",
     )
     dilation: str | int | Sequence[int] = _option(
-        "sawtooth", 'The distance of taps in steps: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence.'
+        "sawtooth",
+        'The distance of taps in time steps: ``"sawtooth"`` (1, 2, 3, 1, …), one integer, or a sequence in the order '
+        "of execution, which repeats if it is too short.",
     )
-    init: str = _option("source", '``"source"`` starts each neuron as its source without reset; ``"random"`` afresh.')
+    init: str = _option(
+        "source",
+        '``"source"``: initialize each neuron as its source without reset; ``"random"``: at random, as in the paper.',
+    )
     calibrate: Iterable | None = _option(
         None,
-        "Batches on which the new neurons are fitted to what their sources do, resets included, layer by layer: a list "
-        "or a DataLoader of what the model takes (docs/guide/calibration.md).",
+        "Batches on which the new neurons are fitted to their sources' behavior, resets included, layer by layer: a "
+        "list or a DataLoader of the model's inputs (docs/guide/calibration.md).",
     )
-    strict: bool = _option(
-        True, "Raise if a neuron cannot be converted; otherwise it stays, and the selection lists it."
-    )
+    strict: bool = _option(True, "Raise if a neuron cannot be converted; False: it stays, and the selection lists it.")
     only: Iterable[str] | Callable[[str, nn.Module], bool] | None = _option(
         None,
         "Which neurons to convert: their paths in the model, or a function of path and module; the others stay, and "
         "the selection lists them. None: all.",
     )
-    surrogate: Surrogate | None = _option(None, "For all new neurons; None keeps each source's.")
+    surrogate: Surrogate | None = _option(
+        None, "Surrogate gradient of all new neurons, such as ``mfpsn_fx.ATan(5.0)``; None keeps each source's."
+    )
     gradient: str = _option(
         str(Gradient.STRAIGHT_THROUGH),
-        'Of the power-of-two quantizer: ``"straight-through"``, ``"round-only"`` or ``"none"``.',
+        'Gradient of the power-of-two quantizer: ``"straight-through"``, ``"round-only"``; ``"none"``: no quantizer.',
     )
     channel_dims: Mapping[str, int | tuple[int, ...]] | None = _option(
         None,
-        "Where channels are not dim 2 of (T, N, C, *): for each such neuron, by its path in the model, the dim, or the "
-        'dims that are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).',
+        "For neurons whose channels are not dim 2 of (T, N, C, *), by path in the model: the dim, or several dims that "
+        'are channels together: ``{"attn_lif": (2, 3)}`` for (T, N, heads, width, L).',
     )
     fold_norms: bool = _option(
         True,
-        "With an example, let neurons apply the batch norms in front of them on load "
+        "With an example, fuse batch norms into the neurons after them, which apply them on load "
         "(:class:`mfpsn_fx.passes.FuseNorms`): the same network, with one tensor less for each.",
     )
     eps: float = _option(1e-5, "As in ``torch.nn.BatchNorm1d``, of each neuron's statistics.")

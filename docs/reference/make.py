@@ -25,7 +25,7 @@ def page() -> str:
         "Made by `python docs/reference/make.py` from the dataclasses `mfpsn_fx.ConvertOptions` and "
         "`mfpsn_fx.MeasureOptions`, which check themselves and have a JSON form (`to_json`, `from_json`). "
         "`convert(model, x, order=4)` takes them by name, `convert(model, x, options=ConvertOptions(order=4))` as a "
-        "value; what is given by name comes first.",
+        "value; options given by name take precedence.",
         "## Of `convert` alone",
         _table([field for field in fields if field.name not in measured]),
         "## Of `convert` and `plan`",

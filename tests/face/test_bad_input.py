@@ -189,7 +189,7 @@ def test_a_neuron_that_nothing_calls_is_no_part_of_the_graph(net, example):
 
 def test_plan_and_selection_want_a_converted_network(net, example):
     for function in (mfpsn_fx.plan, lambda m, *a: mfpsn_fx.selection(m)):
-        with pytest.raises(TypeError, match=r"LifNet is no network that mfpsn_fx.convert returned"):
+        with pytest.raises(TypeError, match=r"LifNet is not a network that mfpsn_fx.convert returned"):
             function(net, example)
     with pytest.raises(ValueError, match="plan needs an example"):
         mfpsn_fx.plan(mfpsn_fx.convert(net))

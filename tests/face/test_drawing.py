@@ -97,7 +97,7 @@ class TestDot:
         found = {(a, b) for a, b, _ in edges(text)}
         assert {("x", "c1"), ("c1", "norm_affine"), ("s1", "add"), ("s2", "add"), ("view", "head")} <= found
         assert [rest for a, b, rest in edges(text) if (a, b) == ("norm_affine", "s1")][1].count("scale, shift") == 1
-        assert "b1\\nBatchNorm2d, folded" in text
+        assert "b1\\nBatchNorm2d, fused" in text
         assert re.search(r"c2\\nConv2d, time-last: (wide|fold)", text)
 
     def test_several_readers_of_one_copy(self):
@@ -137,7 +137,7 @@ class TestDot:
         assert " ms" not in to_dot(mfpsn_fx.convert(plain))
 
     def test_what_is_no_converted_network(self):
-        with pytest.raises(TypeError, match=r"no network that mfpsn_fx\.convert returned"):
+        with pytest.raises(TypeError, match=r"not a network that mfpsn_fx\.convert returned"):
             to_dot(nn.Linear(2, 2))
 
 

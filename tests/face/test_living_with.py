@@ -311,7 +311,7 @@ class TestMonitor:
     def test_refused(self, net, example):
         with pytest.raises(TypeError, match="LifNet has no MulFreePSN neuron to monitor"):
             mfpsn_fx.monitor(net)
-        with pytest.raises(TypeError, match="a compiled network leaves hooks out"):
+        with pytest.raises(TypeError, match="a compiled network ignores hooks"):
             mfpsn_fx.monitor(torch.compile(quick(net, example)))
 
 
@@ -396,7 +396,7 @@ class TestSourceCheckpoint:
             trained.features[4].w.fill_(1.3)
         model = quick(net.eval(), example)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"what 1 neurons learned \(features\.4\.w\): give source="):
+        with pytest.raises(ValueError, match=r"parameters of 1 neurons \(features\.4\.w\): give source="):
             mfpsn_fx.load_source_checkpoint(model, trained.state_dict(), example)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         mfpsn_fx.load_source_checkpoint(model, trained.state_dict(), example, source=net)
@@ -428,7 +428,7 @@ class TestSourceCheckpoint:
                            r"head\.weight has shape \(2, 2\), the model's \(3, 6\)"):  # fmt: skip
             mfpsn_fx.load_source_checkpoint(model, state)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
+        with pytest.raises(TypeError, match=r"not a network that mfpsn_fx.convert returned"):
             mfpsn_fx.load_source_checkpoint(net, state)
 
 

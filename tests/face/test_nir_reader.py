@@ -397,8 +397,8 @@ def altered(rng, nodes=None, edges=(), without=()):
         ({"nodes": {"a.0": nir.Affine(np.ones((4, 3)), np.ones(3))}}, r"'a.0' \(Affine\): bias must be \(4,\), found"),
         ({"without": [("input", "2")]}, r"node '2' \(Linear\) has no input: connect it, or remove it"),
         ({"without": [("2", "output")]}, r"node '2' \(Linear\) leads to no Output: connect it, or remove it"),
-        ({"edges": [("2", "nowhere")]}, "the edge 2 -> nowhere names 'nowhere', which is no node"),
-        ({"edges": [("2", "output")]}, "the graph has edges twice: 2 -> output"),
+        ({"edges": [("2", "nowhere")]}, "the edge 2 -> nowhere names 'nowhere', which is not a node"),
+        ({"edges": [("2", "output")]}, "the graph has duplicate edges: 2 -> output"),
     ],
 )  # fmt: skip
 def test_what_is_refused(rng, change, message):

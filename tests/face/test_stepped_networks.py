@@ -752,7 +752,7 @@ class TestRefusals:
         one_step = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(beta=0.5, init_hidden=True))
         with pytest.raises(ConversionError, match=r"input has shape \(3,\), but .* the whole sequence, \(T, N, \*\)"):
             converted(one_step, torch.randn(2, 3))
-        with pytest.raises(ValueError, match="inplace=True cannot be: Net steps through time"):
+        with pytest.raises(ValueError, match="inplace=True is not possible: Net steps through time"):
             converted(net, torch.randn(4, 2, 3), inplace=True)
         longer = torch.randn(5, 2, 3)
         with pytest.raises(ValueError, match=r"loop over 4 steps, but dim 0 of its input has 5: convert it again"):

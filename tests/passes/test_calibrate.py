@@ -456,12 +456,12 @@ def test_bad_input(hot, example):
             mfpsn_fx.calibrate(converted, [example], rate=rate)
     with pytest.raises(ValueError, match="this network was not calibrated"):
         mfpsn_fx.calibration(converted)
-    with pytest.raises(TypeError, match=r"no network that mfpsn_fx.convert returned"):
+    with pytest.raises(TypeError, match=r"not a network that mfpsn_fx.convert returned"):
         mfpsn_fx.calibrate(hot, [example])
     for m in converted.modules():
         if isinstance(m, MulFreePSN):
             m.source = None
-    with pytest.raises(ValueError, match="no neuron of LifNet remembers a source"):
+    with pytest.raises(ValueError, match="no neuron of LifNet has a source neuron"):
         mfpsn_fx.calibrate(converted, [example])
 
 

@@ -664,7 +664,7 @@ class TestWhatIsMeasured:
         model = mfpsn_fx.convert(Doubled(), self.x, repeats=2, progress=False)
         table = mfpsn_fx.selection(model)
         assert table.noise > 0
-        assert f"{table.measured} ways measured, lowest of their samples; noise: {table.noise:.1%}" in str(table)
+        assert f"{table.measured} cases measured, lowest of their samples; noise: {table.noise:.1%}" in str(table)
         for candidate in record_of(model).measured["a"].candidates:
             if candidate.error is None:
                 samples = dict(candidate.samples)

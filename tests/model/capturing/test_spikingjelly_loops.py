@@ -197,7 +197,7 @@ class TestRefusals:
 
     def test_in_place(self):
         net, x = OverSteps(), torch.randn(STEPS, 2, 8)
-        with pytest.raises(ValueError, match="inplace=True cannot be: OverSteps steps through time"):
+        with pytest.raises(ValueError, match="inplace=True is not possible: OverSteps steps through time"):
             quick(net, x, inplace=True)
         assert isinstance(net.n1, neuron.LIFNode)
         assert net.n1.step_mode == "s"
