@@ -86,7 +86,7 @@ class TestValues:
             ("budget_s", float("nan"), ValueError, "at least 0"),
             ("cache", "yes", ValueError, "cache must be True or False"),
             ("progress", 1, ValueError, "progress must be"),
-            ("verify", "fast", ValueError, "unknown way to verify"),
+            ("verify", "fast", ValueError, "unknown verify"),
             ("order", 0, ValueError, "order must be"),
             ("order", {"a": 2.0}, ValueError, "order of a must be"),
             ("dilation", "saw", ValueError, "unknown dilation"),

@@ -281,7 +281,7 @@ class TestPipeline:
             Pipeline([AssignDilations(), Autoselect(), ReplaceNeurons(), InitializeNeurons()])
         text = str(error.value)
         assert (
-            "0: assign_dilations needs 'neurons', which nothing before it gives; move it behind replace_neurons" in text
+            "0: assign_dilations needs 'neurons', which nothing before it gives; move it after replace_neurons" in text
         )
         assert "1: autoselect needs 'shapes', which nothing before it gives; no pass in the pipeline gives it" in text
         assert len(text.splitlines()) == 4

@@ -958,7 +958,7 @@ class TestVerify:
         assert {mode for mode, _, _, _ in table.verified_ms} == {"eager"}
         assert table.verdict.endswith("; not measured compiled: RuntimeError: no compiler")
 
-    def test_unknown_way(self, converted):
+    def test_unknown_mode(self, converted):
         gm, x = converted
-        with pytest.raises(ValueError, match="unknown way to verify 'fast'"):
+        with pytest.raises(ValueError, match="unknown verify 'fast'"):
             mfpsn_fx.plan(gm, x, verify="fast")

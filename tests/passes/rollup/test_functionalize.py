@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mfpsn_fx.model.time_axis import with_item
-from mfpsn_fx.passes.rollup.errors import RollUpError
+from mfpsn_fx.passes.errors import RollUpError
 from mfpsn_fx.passes.rollup.functionalize import functionalize
 
 
