@@ -137,14 +137,14 @@ class _ModuleNeuron(Neuron):
 
     @property
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
-        """(shape, dtype, device) of the input with its channel dims flattened into one; None before propagation."""
+        """(shape, dtype, device) of the input with its channel dims merged into one; None before propagation."""
         found = super().meta
         if found is None or self.module.channel_dims == DEFAULT_DIMS:
             return found
         return (shape_together(found[0], self.module.channel_dims, self.layout), *found[1:])
 
     def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
-        if self.module.channel_dims != DEFAULT_DIMS:  # flattening the channel dims changes strides: not modeled
+        if self.module.channel_dims != DEFAULT_DIMS:  # merging the channel dims changes strides: not modeled
             return None
         return super().strides(layout)
 

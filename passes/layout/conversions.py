@@ -32,7 +32,7 @@ class InsertConversions(Pass):
 
     Args:
         layout: ``"auto"`` for the layouts of the context's plan (time-first if there is none); ``"time_first"`` or
-            ``"time_last"`` for that layout wherever it is possible, whatever it costs.
+            ``"time_last"`` for that layout wherever it is possible, regardless of cost.
     """
 
     name = "insert_conversions"

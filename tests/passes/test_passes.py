@@ -65,11 +65,11 @@ class TestOneByOne:
 
     def test_passes_tell_what_they_changed(self, gm, example):
         context = on(example)
-        told = {one.name: one(gm, context).changes for one in conversion_pipeline()}
-        assert told["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
-        assert told["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
-        assert "100%" not in told["initialize_neurons"][0]
-        assert told["observe_inputs"] == (
+        changes = {one.name: one(gm, context).changes for one in conversion_pipeline()}
+        assert changes["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
+        assert changes["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
+        assert "100%" not in changes["initialize_neurons"][0]
+        assert changes["observe_inputs"] == (
             "features.2: (6, 5, 4, 8)",
             "features.4: (6, 5, 4, 8)",
             "features.7: (6, 5, 6)",

@@ -1,4 +1,4 @@
-"""Writes as values: the graph after, that it gives what the graph before gave, and what is left alone."""
+"""Functionalized writes: the graph after, its results against the graph before, and writes that stay."""
 
 from __future__ import annotations
 
