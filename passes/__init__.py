@@ -1,4 +1,4 @@
-"""Floor 3: the rewrites, one a file: a GraphModule in, a GraphModule out.
+"""Floor 3: the graph rewrites, one in each file; each takes a GraphModule and returns one.
 
 The folder stands at the root of the repository and is installed as ``mfpsn_fx.passes``.
 """
@@ -14,7 +14,7 @@ from .base import Pass, Pipeline, Result
 from .calibrate import Calibrate
 from .check_sources import CheckSources
 from .context import Example, PassContext
-from .errors import ConversionError, PipelineError
+from .errors import ConversionError, PipelineError, RollUpError
 from .fuse_norms import FuseNorms, UnfuseNorms, fused_norms, unfuse_norms
 from .initialize_neurons import InitializeNeurons
 from .layout.conversions import CancelConversions, InsertConversions, conversion_nodes
@@ -30,7 +30,6 @@ from .planning.plan_layout import PlanLayout
 from .planning.verify_plan import VerifyPlan
 from .propagate_shapes import ObserveInputs, PropagateShapes
 from .replace_neurons import ReplaceNeurons
-from .rollup.errors import RollUpError
 from .rollup.roll_up import RollUp
 from .separate_uses import SeparateUses
 from .snap_weights import SnapWeights

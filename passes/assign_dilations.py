@@ -1,4 +1,4 @@
-"""Give each neuron its dilation."""
+"""Assign a dilation to each neuron."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["AssignDilations", "receptive_field"]
 
 
 class AssignDilations(Pass):
-    """Set the neurons' dilations in the order in which data meets them.
+    """Set the neurons' dilations in the order of execution.
 
     Before: neurons ``a, b, c, e`` with d = 1. After (``"sawtooth"``, period 3): d = 1, 2, 3, 1 (paper, equation 11).
 
     Args:
-        dilation: in place of the context's option; shorter than the network is deep, a sequence repeats from its start.
+        dilation: overrides the context's option; a sequence shorter than the number of neurons repeats.
         period: of the sawtooth.
 
-    A module that stands at several places keeps the dilation of its first. A dilation that reaches past T is
-    allowed: those taps read zeros.
+    A module at several places keeps the dilation of its first place. A dilation that reaches past T is allowed: those
+    taps read zeros.
 
     Raises:
         ValueError: an unknown dilation.
@@ -54,5 +54,5 @@ class AssignDilations(Pass):
 
 
 def receptive_field(gm: fx.GraphModule) -> int:
-    """Steps that a chain of the graph's neurons sees: 1 + Σ_l (k_l − 1)·d_l."""
+    """Return the receptive field, in steps, of the graph's neurons in a chain: 1 + Σ_l (k_l − 1)·d_l."""
     return 1 + sum((neuron.order - 1) * neuron.dilation for neuron in neurons(gm))

@@ -1,4 +1,4 @@
-"""What a pass is, and the pipeline that runs passes in order."""
+"""Base class of passes, and the pipeline that runs passes in order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger("mfpsn_fx")
 
 
 class Result(PassResult):
-    """A graph module, whether it was modified, and a line for each change."""
+    """A graph module, a flag that is true if it was modified, and a line for each change."""
 
     changes: tuple[str, ...]
 
@@ -34,17 +34,17 @@ class Result(PassResult):
 
 
 class Pass(PassBase):
-    """One rewrite: a GraphModule in, a GraphModule out (a ``torch.fx`` pass, so it also fits FX's pass manager).
+    """One graph rewrite, a ``torch.fx`` pass that takes a GraphModule and returns one.
 
     A subclass gives ``name``, ``call(gm, context) -> Result``, a docstring with the graph before and after, what it
     ``needs`` from passes before it, and what it ``gives`` to passes after it. It reads ``context.options``, and keeps
-    nothing of a network, so that one instance serves any.
+    no state of a network, so that one instance serves any network. It can also be run by FX's pass manager.
 
     Args:
-        options: options by name that this pass takes in place of the context's; those that are None are left.
+        options: options by name that override the context's; those that are None do not.
 
     Raises:
-        TypeError, ValueError: there is no such option, or its value is none that it takes.
+        TypeError, ValueError: there is no such option, or it does not take the value.
     """
 
     name: str = ""
@@ -56,11 +56,11 @@ class Pass(PassBase):
         ConvertOptions().replace(**self.options)
 
     def __call__(self, gm: fx.GraphModule, context: PassContext | None = None) -> Result:
-        """Run on ``gm``.
+        """Run the pass on ``gm``.
 
         Args:
             gm: the graph, changed in place.
-            context: the example, the options and what earlier passes left; None: nothing.
+            context: the example, the options and the results of earlier passes; None: an empty context.
         """
         context = PassContext() if context is None else context
         given, options = context.options, context.options or ConvertOptions()
@@ -86,18 +86,18 @@ class Pass(PassBase):
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. Immutable: take it apart with ``[...]`` or ``list``, and build another.
+    """Passes in order, immutable: take it apart with ``[...]`` or ``list``, and build another.
 
     Args:
         passes: :class:`Pass` instances, or functions of a GraphModule alone, which they change in place or return.
         given: what the graph offers before the first pass, e.g. ``("neurons",)`` for a converted one.
-        options: those of a context that has none.
+        options: the options where the context has none.
 
     Raises:
         PipelineError: a pass needs what neither ``given`` nor an earlier pass gives.
 
-    With the environment variable ``MFPSN_FX_DEBUG`` set to a folder, each pass leaves there the graph before and
-    after it, its time, and what it changed.
+    With the environment variable ``MFPSN_FX_DEBUG`` set to a folder, the graph before and after each pass, its time,
+    and what it changed are written there.
     """
 
     passes: tuple[Pass, ...]
@@ -115,18 +115,18 @@ class Pipeline:
             for need in getattr(one, "needs", ()):
                 if need not in known:
                     later = [_name(p) for p in self.passes[index + 1 :] if need in getattr(p, "gives", ())]
-                    hint = f"; move it behind {later[0]}" if later else "; no pass in the pipeline gives it"
+                    hint = f"; move it after {later[0]}" if later else "; no pass in the pipeline gives it"
                     faults.append(f"{index}: {_name(one)} needs {need!r}, which nothing before it gives{hint}")
             known.update(getattr(one, "gives", ()))
         if faults:
             raise PipelineError("this pipeline cannot run:\n  " + "\n  ".join(faults))
 
     def __call__(self, gm: fx.GraphModule, context: PassContext | None = None) -> fx.GraphModule:
-        """Run all passes on ``gm`` and return the graph that the last one leaves.
+        """Run all passes on ``gm`` and return the graph that the last one returns.
 
         Args:
             gm: the graph, changed in place.
-            context: the example, the options, and the place where passes leave what they found.
+            context: the example, the options, and the results that passes hand to each other.
         """
         context = PassContext() if context is None else context
         if context.options is None:
@@ -154,19 +154,19 @@ class Pipeline:
         return len(self.passes)
 
     def without(self, name: str) -> Pipeline:
-        """The pipeline without the passes called ``name``; ``ValueError`` if there is none."""
+        """Return the pipeline without the passes called ``name``; ``ValueError`` if there is none."""
         self._index(name)
         return dataclasses.replace(self, passes=[p for p in self.passes if _name(p) != name])
 
     def inserted(self, new: Pass, *, before: str | None = None, after: str | None = None) -> Pipeline:
-        """The pipeline with ``new`` before or after the pass of that name, or at the end."""
+        """Return the pipeline with ``new`` before or after the pass of that name, or at the end."""
         if before is not None and after is not None:
             raise ValueError("give before or after, not both")
         at = len(self) if before is None and after is None else self._index(before or after) + (after is not None)
         return dataclasses.replace(self, passes=[*self.passes[:at], new, *self.passes[at:]])
 
     def replaced(self, name: str, new: Pass) -> Pipeline:
-        """The pipeline with ``new`` in the place of the pass called ``name``."""
+        """Return the pipeline with ``new`` in place of the pass called ``name``."""
         at = self._index(name)
         return dataclasses.replace(self, passes=[*self.passes[:at], new, *self.passes[at + 1 :]])
 

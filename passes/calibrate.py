@@ -1,4 +1,4 @@
-"""Fit the new neurons to what the source's neurons do on data."""
+"""Fit the new neurons to the source's neurons on data."""
 
 from __future__ import annotations
 
@@ -37,25 +37,26 @@ class Calibrate(Pass):
 
     Before: ``W`` the source's response without reset, threshold V_th. After: W, powers of two already, whose filter
     follows the source neuron's membrane best (least squares; H is limited to −V_th … 2·V_th where there is a reset), a
-    threshold at which the neuron fires as often as its source, and γ, β and running statistics that fold to just these.
-    The graph itself is unchanged. k + k² sums per channel are all that is kept of the data. No labels, no gradients.
+    threshold at which the neuron fires as often as its source, and γ, β and running statistics that fold to exactly
+    these. The graph itself is unchanged. Of the data, k + k² sums per channel are kept. No labels or gradients are
+    needed.
 
-    The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are taken in the
-    order in which data meets them; each is fitted on inputs that its calibrated predecessors make.
+    The source network is simulated from the neurons' descriptions (``MulFreePSN.source``). Layers are fitted in the
+    order of the data flow, each on the output of its calibrated predecessors.
 
     Args:
-        batches: in place of the context's option ``calibrate``; None in both, and nothing is done. Run through
-            several times for each layer: a list, a DataLoader. Each is a tensor, a tuple or a dict of what the model
-            takes, or a ``Batch`` with a mask.
-        drive: what the source neurons are driven by: ``"source"``, the source network's own layers, so that a layer
-            makes up for what those before it missed; ``"own"``, the converted network's.
-        rate: how many times as often as its source a neuron shall fire.
-        progress: in place of the context's option.
+        batches: overrides the context's option ``calibrate``; if both are None, nothing is done. They are iterated
+            over several times for each layer: a list, a DataLoader. Each batch is a tensor, a tuple or a dict of the
+            model's arguments, or a ``Batch`` with a mask.
+        drive: the layers that drive the source neurons: ``"source"``, the source network's own, so that a layer
+            compensates for the errors of those before it; ``"own"``, the converted network's.
+        rate: target rate of a neuron, as a multiple of its source's.
+        progress: overrides the context's option.
 
     Layers other than neurons run in the mode that they are in.
 
     Raises:
-        TypeError: ``batches`` can be run through once only, or holds something that is no batch.
+        TypeError: ``batches`` can be iterated over once only, or holds something that is no batch.
         ValueError: there is no batch, ``drive`` is unknown, or ``rate`` is not positive.
     """
 
@@ -98,7 +99,7 @@ class Calibrate(Pass):
 
 @dataclasses.dataclass
 class _Counts:
-    """Of one layer: values met, spikes of the source, ours, and both at once."""
+    """Counts of one layer: values, spikes of the source, of the converted neuron, and of both at once."""
 
     values: int = 0
     source: float = 0.0
@@ -113,7 +114,7 @@ class _Counts:
         self.both += float((source * ours).sum())
 
     def rates(self) -> tuple[float, float, float, float]:
-        """(the source's rate, ours, agreement, share of spikes in common)."""
+        """Return (the source's rate, the converted neuron's, agreement, fraction of spikes in common)."""
         values, either = max(self.values, 1), self.source + self.ours - self.both
         agreement = 1 - (either - self.both) / values
         return self.source / values, self.ours / values, agreement, self.both / either if either else 1.0
@@ -132,17 +133,18 @@ def _record(before: _Counts, after: _Counts, fit: Fit) -> Calibrated:
 def _warn(path: str, found: Calibrated) -> None:
     if found.source_rate == 0:
         _log.warning(
-            "%s: its source never fired on the calibration data; give more, or data that it was made for", path
+            "%s: its source never fired on the calibration data; give more of it, or the kind that it was trained on",
+            path,
         )
 
 
-class _Reached(Exception):
-    """The layer that a run was for has been met for the last time."""
+class _LastCall(Exception):
+    """Ends a run after the last call of the layer that it is for."""
 
 
 @dataclasses.dataclass
 class _Call:
-    """Input and output of one call of a neuron, (T, N, C, *); the input is zero where the mask is false."""
+    """Input and output of a neuron's call, (T, N, C, *); the input is zero where the mask is false."""
 
     x: Tensor
     spikes: Tensor
@@ -150,13 +152,13 @@ class _Call:
 
 
 class _Twins:
-    """The converted network and its source, both as copies that take the same batches."""
+    """Copies of the converted network and of its source, which take the same batches."""
 
     def __init__(self, gm: fx.GraphModule, batches: Iterable) -> None:
         self.batches = batches
         self.student, self.teacher = copied(gm, share=True, but=MulFreePSN), copied(gm, share=True)
         for twin in (self.student, self.teacher):
-            unfuse_norms(twin)  # what a neuron meets is then what it is called with
+            unfuse_norms(twin)  # so that the argument of a neuron's call is its whole input
         self.uses: dict[str, int] = {}  # calls of each neuron in one run
         for module in [*self.student.modules(), *self.teacher.modules()]:
             if isinstance(module, MulFreePSN):
@@ -170,6 +172,7 @@ class _Twins:
                 self.teacher.set_submodule(path, stand_in)
 
     def each(self) -> Iterator[Batch]:
+        """Yield the batches; ``ValueError`` if there is none."""
         found = False
         for batch in self.batches:
             found = True
@@ -177,8 +180,10 @@ class _Twins:
         if not found:
             raise ValueError("calibration was given no batch")
 
-    def run(self, model: nn.Module, batch: Batch, watched: dict[str, Callable[[_Call], None]], last: str = "") -> None:
-        """Run ``model`` and hand each call of the ``watched`` neurons over; end after the calls of ``last``."""
+    def run(
+        self, model: nn.Module, batch: Batch, callbacks: dict[str, Callable[[_Call], None]], last: str = ""
+    ) -> None:
+        """Run ``model`` and pass each call of a neuron to its callback; end after the calls of ``last``."""
         reset_states(model)
         left = self.uses.get(last, 0)
         handles = []
@@ -194,26 +199,26 @@ class _Twins:
             if mask is not None:
                 x = x.masked_fill(~mask.reshape(*mask.shape, *([1] * (x.ndim - 2))), 0)
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            watched[path](_Call(x, spikes.to(x.dtype), mask))
+            callbacks[path](_Call(x, spikes.to(x.dtype), mask))
             if path == last:
                 left -= 1
                 if left == 0:
-                    raise _Reached
+                    raise _LastCall
 
-        for path in watched:
+        for path in callbacks:
             module = model.get_submodule(path)
             handles.append(module.register_forward_hook(lambda *call, path=path: hook(path, *call), with_kwargs=True))
         try:
             with torch.no_grad(), preserved_rng():  # dropout draws the same for both networks
                 batch.run(model)
-        except _Reached:
+        except _LastCall:
             pass
         finally:
             for handle in handles:
                 handle.remove()
 
     def compare(self) -> dict[str, _Counts]:
-        """Run both networks over all batches; counts by neuron, in the order in which data meets them."""
+        """Run both networks over all batches; return counts by neuron, in the order of execution."""
         paths = [path for path, module in self.teacher.named_modules() if isinstance(module, SimulatedNeuron)]
         counts: dict[str, _Counts] = {}
         for batch in self.each():
@@ -235,7 +240,7 @@ class _Twins:
 
 
 def _calibrate(twins: _Twins, path: str, drive: str, rate: float) -> Fit:
-    """Fit one neuron of the student, its predecessors being calibrated already; write the result into it."""
+    """Fit a neuron of the student, after its predecessors; write the result into it and return it."""
     neuron = twins.student.get_submodule(path)
     place = neuron.weight.device
     moments = Moments(neuron.channels, neuron.order, neuron.dilation, place)
@@ -265,19 +270,20 @@ def _calibrate(twins: _Twins, path: str, drive: str, rate: float) -> Fit:
             twins.student, batch,
             {path: lambda call: tail.add(filtered(call.x, fit.taps, neuron.dilation), call.mask)}, last=path,
         )  # fmt: skip
-    told = fit.slope > 0
+    determined = fit.slope > 0
     threshold = neuron.source.threshold.to(fit.mean)
-    wish = (threshold - fit.offset) / torch.where(told, fit.slope, torch.ones_like(fit.slope))
-    theta = tail.threshold((fit.rate * rate).clamp(max=1), torch.where(told, wish, threshold.expand_as(wish)))
+    preferred = (threshold - fit.offset) / torch.where(determined, fit.slope, torch.ones_like(fit.slope))
+    preferred = torch.where(determined, preferred, threshold.expand_as(preferred))
+    theta = tail.threshold((fit.rate * rate).clamp(max=1), preferred)
     _write(neuron, fit, theta)
     return fit
 
 
 def _near_threshold(source: SourceNeuron, membrane: Tensor) -> Tensor:
-    """H in the range that decides about spikes, −V_th … 2·V_th.
+    """Return H limited to the range that matters for spikes, −V_th … 2·V_th.
 
-    How far below rest a neuron is driven, or how far above the threshold, shows in no spike, but would rule the least
-    squares. Without a reset H is a filter's output, which is best followed as it is.
+    How far H lies below rest, or above the threshold, does not change the spikes, but would dominate the least squares.
+    Without a reset H is the output of a filter, and is not limited.
     """
     if source.reset == "none" or bool((source.threshold <= 0).any()):
         return membrane
@@ -287,7 +293,7 @@ def _near_threshold(source: SourceNeuron, membrane: Tensor) -> Tensor:
 
 
 def _write(neuron: MulFreePSN, fit: Fit, theta: Tensor) -> None:
-    """Parameters and statistics that fold to the taps and the threshold exactly, with γ/√(σ²+ε) = 1."""
+    """Write parameters and statistics that fold to the taps and the threshold exactly, with γ/√(σ²+ε) = 1."""
     with torch.no_grad():
         neuron.weight.copy_(fit.taps)
         neuron.running_mean.copy_(fit.mean)

@@ -1,4 +1,4 @@
-"""How many channels the layers around a neuron have, and whether its input has them in dim 2."""
+"""Infer a neuron's channels from the layers around it, and check that its input has them in dim 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["channels_before", "heads_note"]
 
 
 def output_width(module: nn.Module) -> int | None:
-    """Channels that ``module`` puts out, if it is a layer that knows."""
+    """Return the output channels of ``module``, or None if it has no attribute for them."""
     if isinstance(module, nn.Sequential) or type(module).__name__.endswith("Container"):
         widths = [w for child in module.children() if (w := output_width(child)) is not None]
         return widths[-1] if widths else None
@@ -22,6 +22,7 @@ def output_width(module: nn.Module) -> int | None:
 
 
 def channels_before(gm: fx.GraphModule, path: str) -> int | None:
+    """Return the output channels of the last layer before the neuron at ``path``, or None if they are not known."""
     node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
     if node is None:  # inside a leaf: the last such layer that is registered before the neuron
         last = None
@@ -47,7 +48,7 @@ def channels_before(gm: fx.GraphModule, path: str) -> int | None:
 
 
 def _input_width(module: nn.Module) -> int | None:
-    """Channels that ``module`` takes, if it is a layer that knows."""
+    """Return the input channels of ``module``, or None if it has no attribute for them."""
     for attribute in ("in_channels", "in_features", "num_features"):
         if isinstance(value := getattr(module, attribute, None), int):
             return value
@@ -55,11 +56,11 @@ def _input_width(module: nn.Module) -> int | None:
 
 
 def _widths_around(gm: fx.GraphModule, path: str) -> list[int]:
-    """Channels that the layers around the neuron at ``path`` take and put out, the nearest first if known."""
+    """Return the input and output channels of the layers around the neuron at ``path``, the nearest first if known."""
     node = next((n for n in gm.graph.nodes if n.op == "call_module" and n.target == path), None)
     if node is not None:
         found = [_channels_after(gm, node), channels_before(gm, path)]
-    else:  # inside a leaf, where nothing tells the order: all that its innermost module with layers of a width has
+    else:  # inside a leaf, whose order of calls is not known: all layers of its innermost module that has any
         found, parent = [], path
         while not found and parent:
             parent = parent.rpartition(".")[0]
@@ -69,6 +70,7 @@ def _widths_around(gm: fx.GraphModule, path: str) -> list[int]:
 
 
 def _channels_after(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Return the input channels of the first layer after ``node``, or None if they are not known."""
     while node.users:
         node = next(iter(node.users))
         if node.op == "call_module":
@@ -83,10 +85,10 @@ def _channels_after(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 
 def heads_note(gm: fx.GraphModule, path: str, shape: tuple[int, ...]) -> str | None:
-    """A note if dim 2 of a neuron's input ``shape`` is not what the layers around it call channels.
+    """Return a note if the size of dim 2 of a neuron's input ``shape`` is not the channels of the layers around it.
 
-    So it is behind attention, (T, N, heads, width, L): the neuron then has one filter a head. Which dims would give
-    one a channel is told where one, or two together, have as many entries as a layer around has channels.
+    So it is after attention, (T, N, heads, width, L), where the neuron has one filter for each head. If one dim, or two
+    together, have as many entries as a layer around has channels, the note names them for ``channel_dims``.
     """
     widths = _widths_around(gm, path)
     if not widths or shape[2] in widths or len(shape) < 4:
@@ -99,6 +101,6 @@ def heads_note(gm: fx.GraphModule, path: str, shape: tuple[int, ...]) -> str | N
         return f"{found}: one filter for each of its {shape[2]} entries (heads?)"
     dims = f"dims {fitting[0]} together" if together else f"dim {fitting[0]}"
     return (
-        f"{found}: one filter for each of its {shape[2]} entries; if channels are {dims}, say "
+        f"{found}: one filter for each of its {shape[2]} entries; if channels are {dims}, give "
         f"channel_dims={{{user_path(gm, path)!r}: {fitting[0]}}}"
     )

@@ -1,4 +1,4 @@
-"""Refuse what cannot be converted before anything is run."""
+"""Reject neurons that cannot be converted, before anything is run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LEFT_OUT = "left out by only="
 
 
 class CheckSources(Pass):
-    """Raise for neurons that are no filter, whatever reaches them, before anything is run (the graph is unchanged).
+    """Raise for neurons that are no filter of any input, before anything is run; the graph is unchanged.
 
-    Before and after: ``conv -> lif -> linear``. ``context.refusals`` says why a neuron stays, for those that ``only=``
-    leaves out too.
+    Before and after: ``conv -> lif -> linear``. ``context.refusals`` holds the reason for each neuron that stays, those
+    that ``only=`` leaves out included.
 
     Args:
-        strict: in place of the context's option.
+        strict: overrides the context's option.
 
     Raises:
         ConversionError: with ``strict``, naming each neuron that is no filter, and why.

@@ -1,4 +1,4 @@
-"""What passes share while one network is worked on."""
+"""The state that passes share while one network is processed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Example", "MeasurementStats", "PassContext"]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One real batch: what the model is called with. False if there is nothing in it."""
+    """The arguments of one call of the model on a real batch; false if there are none."""
 
     args: tuple = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -31,7 +31,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class MeasurementStats:
-    """What measuring took: seconds, ways measured now and known from earlier, and the samples' noise."""
+    """Cost of measuring: seconds, candidates measured now and read from the cache (``kept``), noise of the samples."""
 
     seconds: float = 0.0
     measured: int = 0
@@ -39,7 +39,7 @@ class MeasurementStats:
     noise: float | None = None
 
     def plus(self, seconds: float, results: Results) -> MeasurementStats:
-        """Return these together with those of further measurements."""
+        """Return the sum of these and of further measurements."""
         noise = max((n for n in (self.noise, results.noise) if n is not None), default=None)
         return MeasurementStats(
             self.seconds + seconds, self.measured + results.measured, self.kept + results.kept, noise
@@ -48,22 +48,22 @@ class MeasurementStats:
 
 @dataclasses.dataclass
 class PassContext:
-    """What passes read and leave for each other. A pipeline holds none of it, so it serves any network.
+    """State of one network that passes read and write; a pipeline holds none of it, so it serves any network.
 
     Attributes:
-        example: the batch that the network is run on; nothing where no pass runs it.
+        example: the batch that the network is run on; empty if no pass runs it.
         options: what the user chose; None: the pipeline's own.
         inputs: for each source neuron by path, the (shape, dtype, device) that reached it (``path@2``: the second
             call of one), in the order of execution; empty where nothing was observed.
-        refusals: for each neuron by path, why it cannot be converted, as far as is known.
+        refusals: for each neuron by path that cannot be converted, the reason, as far as is known.
         fixed: neurons whose kernels are given: they are neither measured nor bound.
-        cache: the times kept on this machine, None: not used.
-        norms_unfused: True if batch norms were fused into neurons when the pipeline began.
-        layout_graph: where time has a place in the graph as it stands; None: not read yet, or out of date.
+        cache: the times kept on this machine; None: not used.
+        norms_unfused: True if batch norms were fused with neurons when the pipeline began.
+        layout_graph: the tensors with a T axis in the current graph; None: not read yet, or out of date.
         measurements: for each neuron, every candidate's times.
-        stats: what measuring took.
+        stats: the cost of measuring.
         alternatives: the plans among which ``plan`` was chosen, by name.
-        plan: what was chosen; :func:`mfpsn_fx.passes.planning.plan.apply` writes it into a graph.
+        plan: the chosen plan; :func:`mfpsn_fx.passes.planning.plan.apply` writes it into a graph.
     """
 
     example: Example = dataclasses.field(default_factory=Example)

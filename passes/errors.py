@@ -1,18 +1,22 @@
-"""The errors of passes."""
+"""The errors that passes raise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ConversionError", "PipelineError", "refusal_message"]
+__all__ = ["ConversionError", "PipelineError", "RollUpError", "refusal_message"]
 
 
 class ConversionError(ValueError):
     """Neurons that could not be converted; the message names each with the reason."""
 
 
+class RollUpError(ConversionError):
+    """A loop over time that is not the same at every step; the message names the layer and what differs."""
+
+
 class PipelineError(ValueError):
-    """Passes whose needs no earlier pass meets; the message names every one."""
+    """Passes that need what no earlier pass gives; the message names every one."""
 
 
 def refusal_message(failed: Mapping[str, str], total: int) -> str:

@@ -1,4 +1,4 @@
-"""Run a graph on a real example without leaving a trace in it."""
+"""Run a copy of a graph on a real example, without side effects on the graph."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Run", "bind_arguments", "run_copy"]
 
 
 class Run(NamedTuple):
-    """What a run showed.
+    """The record of a run.
 
     Attributes:
         graph: the copy that ran; neurons that only the other mode reaches are those of a copy that ran in that mode.
-        values: for each node by name, a fake tensor as large as what it made.
+        values: for each node by name, a fake tensor of its result.
         inside: for each neuron by path, converted or not, the (shape, dtype, device) of its input (``path@2`` for the
             second call of one), in the order of execution.
-        operands: for each converted neuron, named as in ``inside``, what reached it.
+        operands: for each converted neuron, named as in ``inside``, its input.
         calls: for each node by name, the neurons of ``operands`` that it called.
     """
 
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class _Recorder(fx.Interpreter):
-    """Records what each node makes, by node name."""
+    """Records the result of each node, by node name."""
 
     def __init__(self, gm: fx.GraphModule, operands: dict[str, NeuronInput]) -> None:
         super().__init__(gm)
@@ -89,18 +89,18 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 def _run(
     copied: fx.GraphModule, example: Example, prepare: Callable[[nn.Module], None] | None
 ) -> tuple[Run, dict[str, int]]:
-    """Run ``copied`` itself; return what it showed, and how often each neuron was called."""
+    """Run ``copied`` itself; return the record, and how often each neuron was called."""
     inside: dict[str, tuple] = {}
     operands: dict[str, NeuronInput] = {}
-    watched = source_paths(copied)
+    observed = source_paths(copied)
     for path, module in copied.named_modules():
         if isinstance(module, MulFreePSN):
-            watched[path] = module.eval()
-    calls = dict.fromkeys(watched, 0)
-    for module in watched.values():  # a user's monitor shall not see this run
+            observed[path] = module.eval()
+    calls = dict.fromkeys(observed, 0)
+    for module in observed.values():  # a user's monitor must not record this run
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    for path, module in watched.items():
+    for path, module in observed.items():
 
         def record(module, args, path=path):
             x = args[0]
@@ -122,7 +122,7 @@ def _run(
 
 
 def _autocast(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which the neuron's op takes ``x`` here and now."""
+    """Return the dtype in which the neuron's op takes ``x`` under the current autocast state."""
     if x.dtype is torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)

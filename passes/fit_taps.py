@@ -1,4 +1,4 @@
-"""Least squares with powers of two: taps that follow a target, from sums alone, and thresholds that match a rate."""
+"""Fit taps that are powers of two to a target by least squares, and thresholds to a firing rate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mfpsn_fx.kernels.quantizer import power_of_two
 
 __all__ = ["Fit", "Moments", "Tail", "filtered", "fit_taps"]
 
-_RIDGE = 1e-3  # of the mean variance of the taps' inputs
-_SCALES = 32  # per octave
+_RIDGE = 1e-3  # times the mean variance of the taps' inputs
+_SCALES = 32  # scales tried per octave
 _SWEEPS = 4
 
 
 def _lagged(x: Tensor, lag: int) -> Tensor:
-    """x[t − lag], zero before the start; x is (T, N, C, *)."""
+    """Return x[t − lag], zero before the start; x is (T, N, C, *)."""
     if lag == 0:
         return x
     out = torch.zeros_like(x)
@@ -27,12 +27,12 @@ def _lagged(x: Tensor, lag: int) -> Tensor:
 
 
 def _channel_sum(x: Tensor) -> Tensor:
-    """(T, N, C, *) → (C,) in float64."""
+    """Return the sum over all dims but C in float64: (T, N, C, *) → (C,)."""
     return x.sum([dim for dim in range(x.ndim) if dim != 2], dtype=torch.float64)
 
 
 def filtered(x: Tensor, taps: Tensor, dilation: int) -> Tensor:
-    """H[t] = Σ_i taps[:, i]·x[t − (k−1−i)·d] (10); x (T, N, C, *), taps (C, k)."""
+    """Return H[t] = Σ_i taps[:, i]·x[t − (k−1−i)·d] (paper, equation 10); x (T, N, C, *), taps (C, k)."""
     order = taps.shape[1]
     h = torch.zeros_like(x)
     for i in range(order):
@@ -44,11 +44,11 @@ def filtered(x: Tensor, taps: Tensor, dilation: int) -> Tensor:
 
 
 class Moments:
-    """Sums over the data of what the taps read and of the target, per channel: k + k² + few numbers each.
+    """Sums over the data of the taps' inputs and of the target: about k + k² numbers for each channel.
 
     Args:
         channels, order, dilation: C, k, d of the neuron.
-        device: where the sums are kept, in float64.
+        device: of the sums, which are float64.
     """
 
     def __init__(self, channels: int, order: int, dilation: int, device: torch.device) -> None:
@@ -58,13 +58,13 @@ class Moments:
         self.x, self.xx, self.xy = zeros(channels, order), zeros(channels, order, order), zeros(channels, order)
         self.y, self.yy = zeros(channels), zeros(channels)
         self.fired = zeros(channels)
-        # zero is always met: taps read it before the start
+        # the range always includes zero, which taps read before the start
         self.least, self.most = zeros(channels), zeros(channels)
 
     def add(self, x: Tensor, target: Tensor, spikes: Tensor, mask: Tensor | None) -> None:
-        """One batch: input, target and the source's spikes, (T, N, C, *); steps where ``mask`` is false do not count.
+        """Add a batch: input, target and the source's spikes, (T, N, C, *); steps where ``mask`` is false do not count.
 
-        What stands in x at those steps must be zero already.
+        At those steps x must be zero already.
         """
         valid = None if mask is None else mask.reshape(*mask.shape, *([1] * (x.ndim - 2)))
         keep = (lambda t: t) if valid is None else (lambda t: t * valid)
@@ -90,12 +90,20 @@ class Moments:
 
 
 class Fit:
-    """Taps (C, k) with U = taps ∗ X; mean and variance of U; the line slope·U + offset ≈ target; R² per channel;
-    bounds ``least`` ≤ U ≤ ``most``; and the rate at which the source fired. All (C,) but the taps, float64."""
+    """Taps and the statistics of their filter's output U = taps ∗ X, in float64.
+
+    Attributes:
+        taps: (C, k); all others are (C,).
+        mean, var: of U.
+        slope, offset, r2: of the line slope·U + offset ≈ target.
+        least, most: bounds of U.
+        rate: the rate at which the source fired.
+        count: values per channel, a scalar.
+    """
 
     def __init__(self, moments: Moments, taps: Tensor) -> None:
         count = moments.count.clamp(min=1)
-        covariance, cross = _centred(moments)
+        covariance, cross = _centered(moments)
         self.taps = taps
         self.mean = (taps * moments.x).sum(1) / count
         self.var = torch.einsum("ck,ckl,cl->c", taps, covariance, taps).clamp(min=0)
@@ -113,8 +121,8 @@ class Fit:
         self.count = count
 
 
-def _centred(moments: Moments) -> tuple[Tensor, Tensor]:
-    """Covariance of the taps' inputs (C, k, k), and theirs with the target (C, k)."""
+def _centered(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return the covariance of the taps' inputs (C, k, k), and theirs with the target (C, k)."""
     count = moments.count.clamp(min=1)
     mean = moments.x / count
     covariance = moments.xx / count - mean.unsqueeze(2) * mean.unsqueeze(1)
@@ -124,27 +132,27 @@ def _centred(moments: Moments) -> tuple[Tensor, Tensor]:
 def fit_taps(
     moments: Moments, start: Tensor, *, quantized: bool = True, min_exponent: int = -126, max_exponent: int = 127
 ) -> Fit:
-    """Taps whose filter follows the target best, up to a scale that the threshold takes up.
+    """Return the fit of taps whose filter follows the target best, up to a scale that the threshold absorbs.
 
-    Ridge regression towards ``start`` first. Then powers of two: since a neuron fires alike under any common positive
-    factor, those that correlate best with the target count, not those nearest to the solution; the best rounding
-    over an octave of scales is improved tap by tap. The factor is brought to within √2 of the target's scale, so that
-    surrogate gradients keep their width.
+    The first step is a ridge regression towards ``start``. Then taps become powers of two: since a common positive
+    factor of taps and threshold does not change the spikes, the taps that correlate best with the target are chosen,
+    not those nearest to the solution; the best rounding over an octave of scales is improved tap by tap. The factor is
+    brought to within √2 of the target's scale, so that surrogate gradients keep their width.
 
     Args:
         moments: the sums.
-        start: (C, k), taken where the data tell nothing.
-        quantized: whether the neuron has a quantizer.
+        start: (C, k), the taps of channels whose data do not determine a fit.
+        quantized: True if the neuron has a quantizer.
     """
-    covariance, cross = _centred(moments)
+    covariance, cross = _centered(moments)
     start = start.double()
     identity = torch.eye(moments.order, dtype=torch.float64, device=start.device)
     ridge = _RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float64).tiny
     system = covariance + ridge.clamp(min=1e-12)[:, None, None] * identity
     residual = cross - torch.einsum("ckl,cl->ck", covariance, start)
     taps = start + torch.linalg.solve(system, residual.unsqueeze(2)).squeeze(2)
-    told = _score(taps, system, cross) > 0
-    taps = torch.where(told.unsqueeze(1), taps, start)
+    determined = _score(taps, system, cross) > 0
+    taps = torch.where(determined.unsqueeze(1), taps, start)
     if not quantized:
         return Fit(moments, taps)
     round_ = lambda w: power_of_two(w, min_exponent, max_exponent)  # noqa: E731
@@ -160,14 +168,14 @@ def fit_taps(
                 best, score = _better(best, score, round_(trial), system, cross)
         if torch.equal(before, best):
             break
-    best = torch.where(told.unsqueeze(1), best, round_(start))
+    best = torch.where(determined.unsqueeze(1), best, round_(start))
     slope = Fit(moments, best).slope
-    octave = torch.where((slope > 0) & told, slope.clamp(min=1e-30), torch.ones_like(slope)).log2().round()
+    octave = torch.where((slope > 0) & determined, slope.clamp(min=1e-30), torch.ones_like(slope)).log2().round()
     return Fit(moments, round_(best * torch.exp2(octave).unsqueeze(1)))
 
 
 def _score(taps: Tensor, system: Tensor, cross: Tensor) -> Tensor:
-    """Correlation with the target, squared, times what does not depend on the taps; negative if it is negative."""
+    """Return a score proportional to the squared correlation with the target, with the correlation's sign."""
     common = (taps * cross).sum(1)
     return common * common.abs() / torch.einsum("ck,ckl,cl->c", taps, system, taps).clamp(min=1e-300)
 
@@ -179,7 +187,7 @@ def _better(best: Tensor, score: Tensor, trial: Tensor, system: Tensor, cross: T
 
 
 class Tail:
-    """How often each channel's U reaches each of many levels: a histogram over its bounds.
+    """A histogram of each channel's U, which gives the fraction of values at or above any level.
 
     Args:
         least, most: (C,) bounds of U, float64.
@@ -188,14 +196,14 @@ class Tail:
     bins = 4096  # levels per channel
 
     def __init__(self, least: Tensor, most: Tensor) -> None:
-        # a little beyond the bounds, and by a fraction that is no power of two: U of spike inputs takes few values,
-        # sums of powers of two, which should not lie on the edges
+        # slightly wider than the bounds, by a factor that is no power of two: for spike inputs U takes few values,
+        # sums of powers of two, which must not lie on the edges of bins
         width = (most - least).clamp(min=1e-6)
         self.least, self.step = least - 0.0137 * width, 1.0274 * width / self.bins
         self.counts = torch.zeros(least.shape[0], self.bins, dtype=torch.int64, device=least.device)
 
     def add(self, u: Tensor, mask: Tensor | None) -> None:
-        """u (T, N, C, *); steps where ``mask`` (T, N) is false do not count."""
+        """Add a batch: u (T, N, C, *); steps where ``mask`` (T, N) is false do not count."""
         u = u.movedim(2, 0).double()
         each = lambda v: v.view(-1, *([1] * (u.ndim - 1)))  # noqa: E731
         index = ((u - each(self.least)) / each(self.step)).floor_().clamp_(0, self.bins - 1).long()
@@ -204,20 +212,20 @@ class Tail:
             index = index[:, mask]
         self.counts += torch.bincount(index.reshape(-1), minlength=self.counts.numel()).view_as(self.counts)
 
-    def threshold(self, rate: Tensor, wish: Tensor) -> Tensor:
-        """(C,) θ such that U ≥ θ as often as ``rate`` says; where many would do, the one nearest to ``wish``."""
+    def threshold(self, rate: Tensor, preferred: Tensor) -> Tensor:
+        """Return θ (C,) such that U ≥ θ at ``rate``; if a range of θ does that, the one nearest to ``preferred``."""
         total = self.counts.sum(1, keepdim=True).clamp(min=1)
         reached = self.counts.flip(1).cumsum(1).flip(1)
         reached = torch.cat([reached, torch.zeros_like(reached[:, :1])], 1) / total  # (C, bins + 1), falling
         distance = (reached - rate.unsqueeze(1)).abs()
         chosen = reached.gather(1, distance.argmin(1, keepdim=True))
-        alike = reached == chosen
-        first = alike.int().argmax(1)
-        last = alike.shape[1] - 1 - alike.flip(1).int().argmax(1)
+        at_chosen = reached == chosen
+        first = at_chosen.int().argmax(1)
+        last = at_chosen.shape[1] - 1 - at_chosen.flip(1).int().argmax(1)
         low, high = self.least + first * self.step, self.least + last * self.step
         margin = 0.05 * (high - low)  # rounding in the fold must not carry a value across
         low, high = low + margin, high - margin
-        # beyond all that was seen, any threshold does
+        # beyond the range of the data, any threshold gives the same rate
         low = torch.where(first == 0, torch.full_like(low, -math.inf), low)
         high = torch.where(last == self.bins, torch.full_like(high, math.inf), high)
-        return torch.minimum(torch.maximum(wish, low), high)
+        return torch.minimum(torch.maximum(preferred, low), high)

@@ -1,4 +1,4 @@
-"""Let a neuron apply the batch norm in front of it on load."""
+"""Fuse batch norms with the neurons after them: the neuron applies the norm as it loads its input."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .op_traits import aten_name, queries_shape
 __all__ = ["FuseNorms", "UnfuseNorms", "fuse_norms", "fused_norms", "unfuse_norms"]
 
 _VIEWS = {"view", "reshape", "unflatten", "view_as", "reshape_as"}
-_DIRECT = "direct"  # a batch norm's form in time-last
+_DIRECT = "direct"  # the time-last form of a batch norm
 
 
 class FuseNorms(Pass):
-    """Fold the affine part of a batch norm into the load of the neuron behind it, in training and evaluation.
+    """Fuse the affine part of a batch norm with the load of the neuron after it, in training and evaluation.
 
     Before: ``conv -> bn -> sn``. After: ``conv -> (x, scale, shift) = norm_affine(bn, conv) -> sn(x, scale=scale,
     shift=shift)``: the norm's output, T·N·C·* values, is neither written nor kept for backward. Views between norm and
     neuron that take T and N apart stay; where both are time-last, the norm is ``run_time_last(bn, conv)``. The norm's
-    module stays where it was, with its names in the ``state_dict``; :func:`unfuse_norms` is the way back.
+    module stays where it was, with its names in the ``state_dict``; :func:`unfuse_norms` reverts the rewrite.
 
-    A norm is folded if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
+    A norm is fused if it is a BatchNorm1d, 2d or 3d of torch or SpikingJelly (or one masked for ``valid_steps``) over
     the neuron's channels, has no hooks, no forward of its own and no parametrization, and its output is read by the
-    neuron alone. Others are left as they are.
+    neuron alone. Other norms are left as they are.
     """
 
     name = "fuse_norms"
@@ -48,22 +48,22 @@ class FuseNorms(Pass):
 
 
 def fuse_norms(gm: fx.GraphModule) -> list[str]:
-    """Fold the batch norms of ``gm`` into the neurons behind them, where that can be; return what was done."""
+    """Fuse the batch norms of ``gm`` with the neurons after them, in place, where possible; return the changes."""
     changes = []
     for neuron in neurons(gm):
         if neuron.node is None or not isinstance(neuron.module, MulFreePSN) or neuron.affine:
             continue
-        found = _norm_before(gm, neuron.node, neuron.module, neuron.layout)
-        if found is not None:
-            path = _fold(gm, found, neuron.node)
-            changes.append(f"{neuron.name}: {path} folded")
+        norm = _fusible_norm(gm, neuron.node, neuron.module, neuron.layout)
+        if norm is not None:
+            path = _fuse(gm, norm, neuron.node)
+            changes.append(f"{neuron.name}: {path} fused")
     gm.graph.lint()
     gm.recompile()
     return changes
 
 
 class UnfuseNorms(Pass):
-    """Make folded batch norms layers again, so that a planner may choose their layout.
+    """Turn fused batch norms back into layers, so that a planner may choose their layout.
 
     Before: ``norm_affine(bn, conv) -> sn(x, scale=scale, shift=shift)``. After: ``bn -> sn``.
     """
@@ -78,18 +78,18 @@ class UnfuseNorms(Pass):
 
 
 def fused_norms(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes of ``gm`` that stand for batch norms folded into neurons."""
+    """Return the nodes of ``gm`` that stand for batch norms fused with neurons."""
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is norm_affine]
 
 
 def unfuse_norms(gm: fx.GraphModule) -> list[str]:
-    """Make the folded batch norms of ``gm`` layers again, in place; returns their paths."""
+    """Turn the fused batch norms of ``gm`` back into layers, in place; return their paths."""
     changed = []
     for node in fused_norms(gm):
         attribute, x = node.args[:2]
-        late = node.kwargs.get("layout") == Layout.TIME_LAST
+        time_last = node.kwargs.get("layout") == Layout.TIME_LAST
         with gm.graph.inserting_before(node):
-            if late:
+            if time_last:
                 layer = gm.graph.call_function(run_time_last, (attribute, x, _DIRECT))
             else:
                 layer = gm.graph.call_module(attribute.target, (x,))
@@ -111,22 +111,22 @@ def unfuse_norms(gm: fx.GraphModule) -> list[str]:
     return changed
 
 
-def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: Layout) -> fx.Node | None:
-    """The norm that the neuron at ``sn`` can apply on load."""
+def _fusible_norm(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: Layout) -> fx.Node | None:
+    """Return the norm that the neuron at ``sn`` can apply on load, or None."""
     if module.channel_dims != DEFAULT_DIMS or not sn.args:
         return None
-    late = layout is Layout.TIME_LAST
+    time_last = layout is Layout.TIME_LAST
     reader, node, chain = sn, sn.args[0], set()
-    while isinstance(node, fx.Node) and _is_view(node) and not late:
+    while isinstance(node, fx.Node) and _is_view(node) and not time_last:
         if not _read_alone(node, reader):
             return None
         chain.add(node)
         reader, node = node, node.args[0]
     if not isinstance(node, fx.Node) or not _read_alone(node, reader):
         return None
-    if late and node.target is run_time_last and node.args[2] == _DIRECT:
+    if time_last and node.target is run_time_last and node.args[2] == _DIRECT:
         norm, inputs = gm.get_submodule(node.args[0].target), node.args[1:2]
-    elif not late and node.op == "call_module":
+    elif not time_last and node.op == "call_module":
         norm, inputs = gm.get_submodule(node.target), node.args
     else:
         return None
@@ -134,12 +134,12 @@ def _norm_before(gm: fx.GraphModule, sn: fx.Node, module: MulFreePSN, layout: La
         return None
     if norm.num_features != module.channels or len(inputs) != 1 or node.kwargs:
         return None
-    given, met = input_meta(node), input_meta(sn.args[0])
-    if given is None or met is None or len(met[0]) < 3:
+    norm_meta, neuron_meta = input_meta(node), input_meta(sn.args[0])
+    if norm_meta is None or neuron_meta is None or len(neuron_meta[0]) < 3:
         return None
-    (rows, *rest), (steps, batch, *same) = given[0], met[0]
-    wanted = (steps * batch, *same) if takes_flattened_time(norm) and not late else met[0]
-    fits = (rows, *rest) == wanted and not (takes_flattened_time(norm) and late)
+    steps, batch, *rest = neuron_meta[0]
+    expected = (steps * batch, *rest) if takes_flattened_time(norm) and not time_last else neuron_meta[0]
+    fits = tuple(norm_meta[0]) == tuple(expected) and not (takes_flattened_time(norm) and time_last)
     return node if fits and _nothing_between(node, sn, chain) else None
 
 
@@ -148,7 +148,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether ``reader`` alone reads the values of ``node``; shapes do not count."""
+    """Return True if ``reader`` alone reads the values of ``node``; readers of its shape do not count."""
     for user in node.users:
         shape_only = queries_shape(user) or (user.target in ("view_as", "reshape_as") and user.args[0] is not node)
         if user is not reader and not shape_only:
@@ -157,7 +157,7 @@ def _read_alone(node: fx.Node, reader: fx.Node) -> bool:
 
 
 def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
-    """Whether nothing runs between norm and neuron that could alter the norm's input, under whatever name."""
+    """Return True if nothing runs between norm and neuron that could write to the norm's input, or to an alias."""
     node = norm.next
     while node is not sn:
         known = node in chain or node.op == "get_attr" or node.target is operator.getitem or queries_shape(node)
@@ -167,13 +167,14 @@ def _nothing_between(norm: fx.Node, sn: fx.Node, chain: set[fx.Node]) -> bool:
     return True
 
 
-def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> str:
-    """Returns the norm's path."""
-    meta, late = input_meta(norm), norm.target is run_time_last
+def _fuse(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> str:
+    """Fuse ``norm`` with the neuron at ``sn``; return the norm's path."""
+    meta, time_last = input_meta(norm), norm.target is run_time_last
     with gm.graph.inserting_before(norm):
-        module, x = norm.args[:2] if late else (gm.graph.get_attr(norm.target), norm.args[0])
-        options = {"kernel": _one_read(gm, module.target, meta, Layout.TIME_LAST if late else Layout.TIME_FIRST)}
-        if late:
+        module, x = norm.args[:2] if time_last else (gm.graph.get_attr(norm.target), norm.args[0])
+        layout = Layout.TIME_LAST if time_last else Layout.TIME_FIRST
+        options = {"kernel": _statistics_kernel(gm, module.target, meta, layout)}
+        if time_last:
             options["layout"] = str(Layout.TIME_LAST)
         affine = gm.graph.call_function(norm_affine, (module, x), options)
         same, scale, shift = (gm.graph.call_function(operator.getitem, (affine, part)) for part in range(3))
@@ -184,8 +185,8 @@ def _fold(gm: fx.GraphModule, norm: fx.Node, sn: fx.Node) -> str:
     return module.target
 
 
-def _one_read(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str:
-    """The kernel that finds mean and variance of such a tensor in one read; "" for ATen."""
+def _statistics_kernel(gm: fx.GraphModule, path: str, meta: tuple, layout: Layout) -> str:
+    """Return the kernel that computes mean and variance of such a tensor in one read; "" for ATen."""
     shape, dtype, device = meta
     shape = Layout.TIME_FIRST.shape_from(shape, layout)
     shape = (1, *shape) if takes_flattened_time(gm.get_submodule(path)) else shape

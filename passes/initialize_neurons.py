@@ -1,4 +1,4 @@
-"""Start the new neurons where the source's were."""
+"""Initialize the new neurons from their source neurons."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .example_run import run_copy
 
 __all__ = ["InitializeNeurons"]
 
-# The threshold is moved by so many units in the last place towards firing at equality, so that what the fold rounds
-# (β = μ − V_th, and then β − μ) cannot turn H = V_th into silence. Batch means of different kernels differ by a few.
+# The threshold is moved by so many units in the last place towards firing at equality, so that the rounding of the fold
+# (β = μ − V_th, and then β − μ) cannot suppress the spike at H = V_th. Batch means of different kernels differ by a few
+# of these units.
 _GUARD = 32
 
 
@@ -31,7 +32,7 @@ class InitializeNeurons(Pass):
     into k. Without an example γ = 1 and β = −1 stay: the threshold is one standard deviation above the mean.
 
     Args:
-        init: in place of the context's option: ``"source"`` or ``"random"`` (paper: nothing taken over).
+        init: overrides the context's option: ``"source"`` or ``"random"`` (as in the paper).
 
     Layers other than neurons run in the mode that they are in.
     """
@@ -53,7 +54,7 @@ class InitializeNeurons(Pass):
             return Result(gm, changes)
         for path, module in ours.items():
             kept = _sample_response(module)
-            changes.append(f"{path}: weight from {module.source.name}, {kept:.0%} of its response's energy in reach")
+            changes.append(f"{path}: weight from {module.source.name}, {kept:.0%} of its response's energy")
         if context.example and ours:
             copied = run_copy(gm, context.example, _hook_measurement).graph
             for path, module in ours.items():
@@ -66,7 +67,7 @@ class InitializeNeurons(Pass):
 
 
 def _sample_response(module: MulFreePSN) -> float:
-    """Set W to the response at the taps' lags; returns the share of its energy (lags up to 256) that they hold."""
+    """Set W to the response at the taps' lags; return the fraction of its energy (lags below 256) at these lags."""
     lags = torch.arange(module.order - 1, -1, -1) * module.dilation
     with torch.no_grad():
         taps = module.source.response(lags).to(module.weight)
@@ -79,7 +80,7 @@ def _hook_measurement(copied: nn.Module) -> None:
     done: set[int] = set()
 
     def measure(module: MulFreePSN, args: tuple, kwargs: dict) -> None:
-        if id(module) in done:  # a neuron at several places starts from the first
+        if id(module) in done:  # a neuron at several places is initialized at the first
             return
         done.add(id(module))
         layout = kwargs.get("layout") or module.layout
@@ -107,7 +108,7 @@ def _hook_measurement(copied: nn.Module) -> None:
 
 
 def _offset(module: MulFreePSN, mean: Tensor, std: Tensor) -> Tensor:
-    """β = μ − V_th, a guard's width to the side on which the source fires at equality."""
+    """Return β = μ − V_th, moved by the guard to the side on which the source fires at equality."""
     threshold = module.source.threshold.to(mean)
     guard = _GUARD * torch.finfo(mean.dtype).eps * torch.maximum(torch.maximum(mean.abs(), threshold.abs()), std)
     return mean - threshold + (-guard if module.source.strict else guard)

@@ -1,4 +1,4 @@
-"""The one view of a neuron that passes see, whatever form it has in the graph."""
+"""One interface to a graph's neurons, for modules, neurons inside leaf modules, and the bare ops of Dynamo's graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FORWARD = inspect.signature(MulFreePSN.forward)
 
 @dataclasses.dataclass(frozen=True)
 class NeuronInput:
-    """What reaches a converted neuron; ``op_dtype`` is what its op takes: that of autocast, where it stands in one."""
+    """The input of a converted neuron; ``op_dtype`` is the dtype that its op takes: autocast's, where it is enabled."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,10 +40,10 @@ class NeuronInput:
 
 
 class Neuron:
-    """A neuron of a graph: its properties, its binding with setters, and its input.
+    """A neuron of a graph: its properties, its input, and its layout and kernels, which can be set.
 
-    ``node`` is None for a neuron inside a leaf module, whose binding is kept by the module itself; ``module`` is
-    None where the graph holds the bare op (Dynamo's graphs).
+    ``node`` is None for a neuron inside a leaf module, whose layout and kernels are kept by the module itself;
+    ``module`` is None where the graph holds the bare op (Dynamo's graphs).
     """
 
     name: str
@@ -65,27 +65,27 @@ class Neuron:
 
     @property
     def input(self) -> fx.Node | None:
-        """The node that feeds it; None inside a leaf."""
+        """The node that makes its input; None inside a leaf."""
         return self._arguments()["x"] if self.node is not None else None
 
     @property
     def masked(self) -> bool:
-        """Whether only some of its steps are valid."""
+        """True if only some of its steps are valid."""
         return self.node is not None and self._arguments()["mask"] is not None
 
     @property
     def affine(self) -> bool:
-        """Whether its input is scaled and shifted on load."""
+        """True if its input is scaled and shifted on load."""
         arguments = {} if self.node is None else self._arguments()
         return any(arguments.get(name) is not None for name in ("scale", "shift"))
 
     def _arguments(self) -> Mapping[str, object]:
-        """What its node hands over, by name, defaults included."""
+        """Return the arguments of its node by name, defaults included."""
         raise NotImplementedError
 
     @property
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
-        """(shape, dtype, device) of the input as it comes, or None before shapes are propagated."""
+        """(shape, dtype, device) of the input, or None before shapes are propagated."""
         if self.node is None:
             found = self.operand
             return None if found is None else (found.shape, found.dtype, found.device)
@@ -93,16 +93,16 @@ class Neuron:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype in which the op takes the input: that of autocast where the neuron runs in it."""
+        """The dtype in which the op takes the input: autocast's, where that is enabled."""
         meta = self.meta
         if meta is None:
             return None
         return meta[1] if self.operand is None else self.operand.op_dtype
 
     def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
-        """The strides with which the input comes under ``layout`` (default: the neuron's own).
+        """Return the strides of the input under ``layout`` (default: the neuron's own).
 
-        None for contiguous, as a conversion leaves it, and where they are not known.
+        None for contiguous, as a conversion makes it, and where they are not known.
         """
         if layout not in (None, self.layout):
             return None
@@ -111,7 +111,7 @@ class Neuron:
         return input_strides(self.input)
 
     def problem(self, layout: Layout | None = None, training: bool = True) -> Problem | None:
-        """What a kernel would have to compute under ``layout`` (default: the neuron's own); None without a shape."""
+        """Return the kernel's problem under ``layout`` (default: the neuron's own), or None without a shape."""
         if self.meta is None:
             return None
         shape, _, device = self.meta
@@ -137,14 +137,14 @@ class _ModuleNeuron(Neuron):
 
     @property
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
-        """(shape, dtype, device) of the input with its channels brought together, or None before propagation."""
+        """(shape, dtype, device) of the input with its channel dims merged into one; None before propagation."""
         found = super().meta
         if found is None or self.module.channel_dims == DEFAULT_DIMS:
             return found
         return (shape_together(found[0], self.module.channel_dims, self.layout), *found[1:])
 
     def strides(self, layout: Layout | None = None) -> tuple[int, ...] | None:
-        if self.module.channel_dims != DEFAULT_DIMS:  # what bringing them together makes of strides is not looked at
+        if self.module.channel_dims != DEFAULT_DIMS:  # merging the channel dims changes strides: not modeled
             return None
         return super().strides(layout)
 
@@ -199,7 +199,7 @@ class _OpNeuron(Neuron):
 
     @property
     def constants(self) -> NeuronConstants:
-        # with dynamic=True Dynamo makes numbers of a module inputs of the graph
+        # with dynamic=True Dynamo makes the numbers of a module inputs of the graph
         args, kwargs = map_arg((self.node.args, self.node.kwargs), lambda node: _hint(node.meta.get("example_value")))
         return NeuronConstants.of_call(self.node.target, args, kwargs)
 
@@ -218,7 +218,7 @@ class _OpNeuron(Neuron):
     def _shape(self, name: str) -> tuple[int, ...]:
         meta = input_meta(self._arguments()[name])
         if meta is None:
-            raise ValueError(f"{self.name}: the graph does not tell the shape of its {name}; propagate shapes first")
+            raise ValueError(f"{self.name}: the shape of its {name} is not in the graph; propagate shapes first")
         return meta[0]
 
     @property
@@ -254,7 +254,7 @@ class _OpNeuron(Neuron):
 
 
 def known_value(node: fx.Node | None) -> torch.Tensor | None:
-    """Return the fake tensor that stands for what ``node`` makes, as propagated or as Dynamo left it, or None."""
+    """Return the fake tensor of ``node``'s result, as propagated or as set by Dynamo, or None."""
     if node is None:
         return None
     value = node.meta.get("val")
@@ -265,7 +265,7 @@ def known_value(node: fx.Node | None) -> torch.Tensor | None:
 def fake_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
 ) -> FakeTensor:
-    """Return a tensor without memory; contiguous unless ``strides`` are given."""
+    """Return a fake tensor; contiguous unless ``strides`` are given."""
     with FakeTensorMode():
         if strides is None:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -273,7 +273,7 @@ def fake_tensor(
 
 
 def note_layout(node: fx.Node, value: fx.Node, source: Layout, target: Layout) -> None:
-    """Note at ``node`` that it makes the tensor of ``value``, now in layout ``target``, where that is known."""
+    """Set the fake tensor of ``node`` to the one of ``value``, converted from ``source`` to ``target``, if known."""
     if (meta := input_meta(value)) is not None:
         node.meta["val"] = fake_tensor(target.shape_from(meta[0], source), *meta[1:])
 
@@ -291,29 +291,29 @@ def input_strides(node: fx.Node | None) -> tuple[int, ...] | None:
 
 
 def _autocast_at(node: fx.Node, device: str) -> torch.dtype | None:
-    """The dtype of autocast at ``node`` of a graph of Dynamo's, which writes its regions as pairs of calls."""
-    entered: list[fx.Node] = []
+    """Return autocast's dtype at ``node`` of one of Dynamo's graphs, where its regions are pairs of calls, or None."""
+    open_regions: list[fx.Node] = []
     for other in node.graph.nodes:
         if other is node:
             break
         if other.target is torch.amp.autocast_mode._enter_autocast:
-            entered.append(other)
+            open_regions.append(other)
         elif other.target is torch.amp.autocast_mode._exit_autocast:
-            entered.remove(other.args[0])
-    for region in reversed(entered):
-        place, dtype, enabled, *_ = region.args
-        if place == device:
+            open_regions.remove(other.args[0])
+    for region in reversed(open_regions):
+        device_type, dtype, enabled, *_ = region.args
+        if device_type == device:
             return (dtype or torch.get_autocast_dtype(device)) if enabled else None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _hint(value: object) -> object:
-    """A number, or the one that the example showed in a symbolic number's place."""
+    """Return a number, or the value of a symbolic number on the example."""
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
 
 
 def neurons(gm: fx.GraphModule) -> list[Neuron]:
-    """All neurons of ``gm`` in the order in which data meets them; those inside a leaf at the leaf's place.
+    """Return all neurons of ``gm`` in the order of execution; those inside a leaf at the leaf's place.
 
     A module that several nodes call appears once for each, named ``path``, ``path@2``, …
     """
@@ -341,7 +341,7 @@ def neurons(gm: fx.GraphModule) -> list[Neuron]:
 
 
 def _inside(path: str, leaf: nn.Module, operands: Mapping[str, NeuronInput]) -> list[Neuron]:
-    """The neurons of a leaf, those first that an example reached, in the order of execution."""
+    """Return the neurons of a leaf: those that an example reached, in the order of execution, then the others."""
     found = []
     for name, module in leaf.named_modules():
         if isinstance(module, MulFreePSN):

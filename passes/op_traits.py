@@ -65,12 +65,12 @@ class OpTraits:
     """Properties of one call of an operator.
 
     Attributes:
-        pointwise: the tensors of which each element of the result takes those at its own place, broadcasting aside; no
-            tensor if the operator is not pointwise.
-        random: whether it draws random numbers.
+        pointwise: the tensors of which each element of the result depends only on the element at the same position,
+            broadcasting aside; empty if the operator is not pointwise.
+        random: True if it draws random numbers.
         writes: the nodes whose memory it writes into.
         aliases: the nodes whose memory the result may share.
-        reduction: whether it takes dims out of its argument, or makes them 1.
+        reduction: True if it removes dims of its argument, or makes them 1.
     """
 
     pointwise: tuple[fx.Node, ...] = ()
@@ -81,7 +81,7 @@ class OpTraits:
 
 
 def op_traits(gm: fx.GraphModule, node: fx.Node) -> OpTraits | None:
-    """Return the traits of the operator that ``node`` calls, or None if torch declares nothing of it.
+    """Return the traits of the operator that ``node`` calls, or None if torch does not declare it.
 
     Functions and methods of torch, Python's operators, operators registered with ``torch.library``, and modules of
     ``torch.nn`` without parameters and buffers (by what their forward calls) are known.
@@ -101,7 +101,7 @@ def aten_name(node: fx.Node) -> str:
 
 
 def draws_random(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Return True if ``node`` draws random numbers, in training at least."""
+    """Return True if ``node`` draws random numbers, at least in training."""
     if node.op == "call_module":
         return any(
             isinstance(m, (nn.modules.dropout._DropoutNd, nn.RReLU)) for m in gm.get_submodule(node.target).modules()
@@ -119,7 +119,7 @@ def queries_shape(node: fx.Node) -> bool:
 
 
 def shape_arithmetic(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that make shapes, sizes and the like, and what is computed from these alone, but no tensors."""
+    """Return the nodes that query shapes, sizes and the like, and those computed from these alone; no tensors."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         plain = getattr(node.target, "__module__", "") in ("_operator", "math", "builtins")
@@ -132,7 +132,7 @@ def shape_arithmetic(graph: fx.Graph) -> set[fx.Node]:
 def overloads_of(node: fx.Node) -> list[tuple[OpOverload, inspect.BoundArguments]]:
     """Return the overloads that take the arguments of ``node``, with these bound to the names of their schemas.
 
-    ``self`` is called ``input``. Several overloads are left where arguments are nodes of unknown type. There are none
+    ``self`` is called ``input``. Several overloads may remain if arguments are nodes of unknown type. There are none
     for functions written in Python, whose arguments may be in another order.
     """
     if _is_python(node.target):
@@ -180,7 +180,7 @@ def _aten(name: str) -> tuple[OpOverload, ...]:
 
 @functools.cache
 def _dispatched(packet: OpOverloadPacket) -> tuple[OpOverload, ...]:
-    """The overloads that take tensors: not those of TorchScript alone, on numbers and lists."""
+    """Return the overloads that take tensors, without TorchScript's on numbers and lists."""
     found = (getattr(packet, name) for name in packet.overloads())
     return tuple(op for op in found if torch._C._dispatch_has_kernel(op.name()))
 
@@ -267,7 +267,7 @@ def _call_traits(node: fx.Node) -> OpTraits | None:
 
 
 def _python_values(node: fx.Node) -> dict[str, object]:
-    """The arguments of a call of a function written in Python, by name, defaults included."""
+    """Return the arguments of a call of a function written in Python, by name, defaults included."""
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
@@ -283,7 +283,7 @@ def _overload_traits(
     values: Mapping[str, object],
     inputs: tuple[fx.Node, ...],
 ) -> OpTraits:
-    """Traits of one overload; without ``bound``, nothing is known of which node is which argument."""
+    """Return the traits of one overload; without ``bound``, it is not known which node is which argument."""
     schema, writes, aliases, tensors = op._schema, [], [], list(inputs)
     if bound is not None:
         tensors = []
@@ -320,7 +320,7 @@ def _is_pointwise(name: str, op: OpOverload) -> bool:
         return True
     if op.namespace != "aten":
         return False
-    base = name.removesuffix("_")  # the in-place form is as pointwise as the other
+    base = name.removesuffix("_")  # the in-place form is pointwise if the other is
     if base in _POINTWISE:
         return True
     if torch.Tag.reduction in op.tags:
@@ -328,7 +328,7 @@ def _is_pointwise(name: str, op: OpOverload) -> bool:
     parts = _parts(op)
     if parts and all(torch.Tag.pointwise in part.tags for part in parts):
         return True
-    # an overload with a number in a tensor's place often lacks the tag that the other has
+    # overloads that take a number instead of a tensor often lack the tag
     names = _argument_names(op)
     return any(
         torch.Tag.pointwise in other.tags and _argument_names(other) == names for other in (*_aten(name), *_aten(base))
@@ -346,20 +346,22 @@ class _Recorder(TorchDispatchMode):
 
 
 def _parts(op: OpOverload) -> list[OpOverload]:
-    """The operators that a composite calls on tensors and numbers, such as ``mul`` for ``multiply``; none if it asks
-    for more than these."""
+    """Return the operators that a composite calls, such as ``mul`` for ``multiply``.
+
+    The list is empty if the composite needs other arguments than tensors and numbers.
+    """
     if not _is_composite(op) or op._schema.is_mutable:
         return []
     wanted = [a for a in op._schema.arguments if not a.has_default_value()]
     if any(str(a.type) not in ("Tensor", "number") for a in wanted):
         return []
     try:
-        # in inference mode a composite would show as one operator
+        # in inference mode a composite is dispatched as one operator
         with _disable_current_modes(), torch.inference_mode(False), _Recorder() as recorder:
             tensor = torch.empty(2, 2, device="meta")
             recorder.found.clear()
             op(**{a.name: tensor if str(a.type) == "Tensor" else 1.5 for a in wanted})
-    except Exception:  # not such tensors
+    except Exception:  # it does not take such tensors
         return []
     return recorder.found
 
@@ -373,14 +375,14 @@ def _argument_names(op: OpOverload) -> tuple[str, ...]:
 
 
 def _may_alias(op: OpOverload, computes: bool) -> bool:
-    """Return True if a result may be a view that the schema does not declare; ``computes``: its values are new ones."""
+    """Return True if a result may be a view that the schema does not declare; ``computes``: it has new values."""
     if torch.Tag.maybe_aliasing_or_mutating in op.tags or op._schema.name == "aten::type_as":
         return True
     return not computes and _is_composite(op)
 
 
 def _draws(values: Mapping[str, object]) -> bool:
-    """Return False if an operator with the tag of randomness is called so that it draws nothing."""
+    """Return False if the arguments of a random operator turn it off, such as ``training=False``."""
     off = any(values.get(name) is False for name in ("train", "training"))
     return not off and all(values.get(name, 1) != 0 for name in ("p", "dropout_p"))
 
@@ -396,7 +398,7 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _module_traits(module: nn.Module, node: fx.Node) -> OpTraits | None:
-    """The traits of what the module's forward calls; only torch's own modules are sure to do nothing beside that."""
+    """Return the traits of the module's forward; None for modules that are not torch's, or have parameters."""
     if not type(module).__module__.startswith("torch.nn.modules.") or _has_parts(module):
         return None
     settings = tuple((name, repr(value)) for name, value in vars(module).items() if not name.startswith("_"))
@@ -420,7 +422,7 @@ _traced: dict[tuple, OpTraits | None] = {}  # of modules by class and settings, 
 
 
 def _forward_traits(module: nn.Module) -> OpTraits | None:
-    """The traits of the calls in ``module.forward`` together, in terms of the placeholders of its graph."""
+    """Return the combined traits of the calls in ``module.forward``, in terms of its graph's placeholders."""
     try:
         graph = fx.Tracer().trace(module)
     except Exception:  # its forward branches on the values or the shape of its input

@@ -1,6 +1,6 @@
-"""What users may choose: each option once, with its default, its check and its description."""
+"""The options of conversion and measurement: default, check and description of each in one place."""
 
-# ruff: noqa: RUF009  (the fields' defaults are descriptions of themselves, made once)
+# ruff: noqa: RUF009  (the fields' defaults are calls of _option)
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +32,7 @@ def _option(default: object, doc: str) -> Any:
 
 
 def _documented(cls: type) -> type:
-    """Append the fields' descriptions to the class's docstring: each is written once."""
+    """Append the fields' descriptions to the class's docstring."""
     lines = [f"    {field.name}: {field.metadata['doc']}" for field in dataclasses.fields(cls)]
     cls.__doc__ = "\n".join([cls.__doc__.rstrip(), "", "Attributes:", *lines, ""])
     return cls
@@ -41,10 +41,10 @@ def _documented(cls: type) -> type:
 @_documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
-    """How kernels and layouts are measured and chosen. Frozen; checks itself.
+    """Options for measuring and choosing kernels and layouts; frozen, and checked on construction.
 
     Raises:
-        TypeError, ValueError: a value is none that its option takes.
+        TypeError, ValueError: an option does not take its value.
     """
 
     layout: str = _option(
@@ -77,7 +77,7 @@ class MeasureOptions:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            Layout.parse(self.layout)  # it says which there are
+            Layout.parse(self.layout)  # raises with the known layouts
         self._set(layout=str(self.layout))
         if isinstance(self.kernels, str):
             if self.kernels != "auto":
@@ -101,9 +101,9 @@ class MeasureOptions:
         if self.progress is not None:
             self._check_flag("progress")
         if self.verify not in VERIFY:
-            raise ValueError(f"unknown way to verify {self.verify!r}: choose True, 'eager' or 'compiled'")
+            raise ValueError(f"unknown verify {self.verify!r}: choose True, 'eager' or 'compiled'")
         if self.selection is not None and (self.layout != "auto" or self.kernels != "auto"):
-            raise ValueError("selection= says layouts and kernels: leave layout= and kernels= at 'auto'")
+            raise ValueError("selection= sets layouts and kernels: leave layout= and kernels= at 'auto'")
 
     def replace(self, **changes: object) -> Self:
         """Return these options with some changed.
@@ -117,20 +117,20 @@ class MeasureOptions:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
-        """Return the options as JSON text, of which :meth:`from_json` makes equal ones.
+        """Return the options as JSON text, which :meth:`from_json` reads.
 
         Raises:
-            ValueError: an option holds what JSON cannot: data, a function, an object.
+            ValueError: an option's value has no JSON form: data, a function, an object.
         """
         return json.dumps({field.name: self._plain(field.name) for field in dataclasses.fields(self)}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what :meth:`to_json` wrote; options that it leaves out have their defaults.
+        """Return the options that :meth:`to_json` wrote; options that the text leaves out have their defaults.
 
         Raises:
-            ValueError: it is no JSON object, or a value is none that its option takes.
-            TypeError: it names an option that there is not.
+            ValueError: ``text`` is no JSON object, or an option does not take its value.
+            TypeError: ``text`` names an unknown option.
         """
         try:
             given = json.loads(text)
@@ -176,10 +176,10 @@ class MeasureOptions:
 @_documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions(MeasureOptions):
-    """How a network is converted, and how kernels and layouts are chosen for it. Frozen; checks itself.
+    """Options for converting a network and for choosing its kernels and layouts; frozen, checked on construction.
 
     Raises:
-        TypeError, ValueError: a value is none that its option takes.
+        TypeError, ValueError: an option does not take its value.
     """
 
     order: int | Mapping[str, int] = _option(

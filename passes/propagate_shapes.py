@@ -1,4 +1,4 @@
-"""Find out what every node makes of an example."""
+"""Propagate the shapes of an example through the graph."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["ObserveInputs", "PropagateShapes"]
 
 
 class ObserveInputs(Pass):
-    """Run a copy of the unconverted graph on the example and note what each neuron meets.
+    """Run a copy of the unconverted graph on the example and record each neuron's input.
 
-    Before and after: ``conv -> lif -> linear``; ``context.inputs["lif"]`` is the shape, dtype and device of what
-    reached ``lif``. Without an example nothing is done.
+    Before and after: ``conv -> lif -> linear``; ``context.inputs["lif"]`` is the shape, dtype and device of the input
+    of ``lif``. Without an example nothing is done.
 
     Raises:
         TypeError: the example does not fit the model's arguments.
@@ -33,16 +33,17 @@ class ObserveInputs(Pass):
 
 
 class PropagateShapes(Pass):
-    """Note a fake tensor of shape, dtype, device and strides in ``node.meta["val"]`` of each node that makes a tensor.
+    """Set ``node.meta["val"]`` of each node that makes a tensor to a fake tensor of its shape, dtype and strides.
 
     Before: ``%lif`` with an empty ``meta``. After: ``%lif`` with ``meta["val"] = FakeTensor(size=(4, 2, 8))``. A copy
     of the graph runs on the example without gradients; parameters, buffers, states and random generators stay as they
-    are. For the neurons inside leaves, and for the dtype that autocast gives a neuron, ``node.meta["neuron_inputs"]``
-    says what reached each. Without an example the fake tensors serve that are there, as in Dynamo's graphs.
+    are. ``node.meta["neuron_inputs"]`` holds the inputs of the neurons that a node calls, for neurons inside leaves,
+    and for the dtype that autocast gives them. Without an example the fake tensors of the graph are used, as in
+    Dynamo's graphs.
 
     Raises:
         TypeError: the example does not fit the model's arguments.
-        ValueError: there is neither an example nor a graph that knows its shapes, or the example does not run.
+        ValueError: there is no example and the graph has no shapes, or the example does not run.
     """
 
     name = "propagate_shapes"
@@ -53,7 +54,7 @@ class PropagateShapes(Pass):
         if not context.example:
             unknown = [neuron.name for neuron in neurons(gm) if neuron.meta is None]
             if unknown:
-                raise ValueError(f"no example was given, and the graph does not know the shapes at {unknown}")
+                raise ValueError(f"no example was given, and the graph has no shapes at {unknown}")
             return Result(gm)
         run = run_copy(gm, context.example)
         changes = []

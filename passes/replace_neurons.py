@@ -1,4 +1,4 @@
-"""Put a MulFreePSN in the place of every spiking neuron."""
+"""Replace every spiking neuron by a MulFreePSN."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ __all__ = ["ReplaceNeurons"]
 
 
 class ReplaceNeurons(Pass):
-    """Swap each source neuron for a MulFreePSN of the same path, inside leaves too.
+    """Replace each source neuron by a MulFreePSN at the same path, inside leaves too.
 
     Before: ``%lif : call_module[target=lif](args = (%conv,))`` with an ``LIFNode`` at ``lif``.
-    After: the same node; ``lif`` is a ``MulFreePSN`` of dilation 1 that remembers its source (``.source``).
+    After: the same node; ``lif`` is a ``MulFreePSN`` of dilation 1 that keeps its source's description (``.source``).
 
-    Channels are what an example showed (:class:`ObserveInputs`), what the neuron itself knows, or those of the last
-    convolution, linear layer or norm in front of it.
+    The number of channels is taken from the example (:class:`ObserveInputs`), from the neuron itself, or from the last
+    convolution, linear layer or norm before it.
 
     Args:
-        order, surrogate, gradient, strict, channel_dims, eps, momentum, min_exponent, max_exponent, only: in place of
-            the context's options.
+        order, surrogate, gradient, strict, channel_dims, eps, momentum, min_exponent, max_exponent, only: override the
+            context's options.
 
     Raises:
-        ValueError: ``channel_dims`` or ``order`` name what is no neuron, or dims that are none of its input's.
+        ValueError: ``channel_dims`` or ``order`` name what is no neuron, or dims that its input does not have.
         ConversionError: with ``strict``, naming every neuron that stays and why.
     """
 
@@ -102,26 +102,26 @@ class ReplaceNeurons(Pass):
 
 def _make(gm: fx.GraphModule, context: PassContext, path: str, old: nn.Module) -> MulFreePSN:
     source, options = describe(old), context.options
-    said = value_for_path(gm, options.channel_dims or {}, path)
+    given = value_for_path(gm, options.channel_dims or {}, path)
     shape = _observed_shape(gm, context.inputs, path)
-    dims = DEFAULT_DIMS if said is None else _checked(path, said, None if shape is None else len(shape))
+    dims = DEFAULT_DIMS if given is None else _checked(path, given, None if shape is None else len(shape))
     channels = source.channels or channels_before(gm, path)
     if shape is not None:
         channels = math.prod(shape[d] for d in dims)
-        if said is None and (note := heads_note(gm, path, shape)):
+        if given is None and (note := heads_note(gm, path, shape)):
             source = dataclasses.replace(source, notes=(*source.notes, note))
     if source.channels not in (None, channels):
         raise NotAFilterError(
             f"it has {source.channels} channels, but its input {shape} has {channels} in dims {dims}: "
-            "channel_dims={path: dim} says where they are"
+            "give their dims as channel_dims={path: dim}"
         )
     if channels is None:
         raise NotAFilterError(
-            "its number of channels is not told by the graph (no convolution, linear layer or norm in front of "
-            "it); give convert an example input"
+            "its number of channels is not known from the graph (no convolution, linear layer or norm before it); "
+            "give convert an example input"
         )
     place = next((t for t in [*old.parameters(), *old.buffers(), *gm.parameters()]), torch.empty(0))
-    with preserved_rng():  # initialize_neurons draws where that is wanted
+    with preserved_rng():  # initialize_neurons draws the weights of init="random"
         new = MulFreePSN(
             channels,
             _order(gm, options.order, path),
@@ -157,11 +157,11 @@ def _observed_shape(gm: fx.GraphModule, seen: Mapping[str, tuple], path: str) ->
             raise NotAFilterError("the example does not reach it; remove it, or give an example that does")
         return None
     shape, dtype, _ = seen[path]
-    again, use = dict(gm.named_modules(remove_duplicate=False)), 2
+    modules, use = dict(gm.named_modules(remove_duplicate=False)), 2
     while (name := f"{path}@{use}") in seen:
-        if name not in again and seen[name][0][2:3] != shape[2:3]:
+        if name not in modules and seen[name][0][2:3] != shape[2:3]:
             raise NotAFilterError(
-                f"it is used at several places, with inputs {shape} and {seen[name][0]}, that cannot be told apart: "
+                f"it is used at several places, with inputs {shape} and {seen[name][0]}, that cannot be distinguished: "
                 "give each place a neuron of its own"
             )
         use += 1

@@ -1,4 +1,4 @@
-"""A source neuron that several nodes call becomes one for each."""
+"""Give each call of a source neuron that several nodes call a neuron of its own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["SeparateUses", "has_state"]
 
 
 class SeparateUses(Pass):
-    """Give every use of a neuron with a state a neuron of its own.
+    """Give every call of a stateful neuron a neuron of its own.
 
     Before: ``%lif : call_module[target=lif](%conv)``, ``%lif_1 : call_module[target=lif](%conv2)``. After: the second
-    calls ``lif@2``, a copy. What a source with a membrane does at one place is no business of another place, which may
-    have other channels and needs other thresholds; its parameters, if it has any, part here. A PSN has weights and no
-    state: one that is used at several places stays one, and its weights stay shared.
+    calls ``lif@2``, a copy. Each place has its own membrane, may have other channels, and needs its own threshold; the
+    parameters of such a source, if it has any, are no longer shared. A PSN has weights and no state: one that is used
+    at several places stays one, and its weights stay shared.
 
-    A neuron that is called several times inside a leaf cannot be told apart there and stays one.
+    A neuron that is called several times inside a leaf stays one, since its calls cannot be distinguished there.
     """
 
     name = "separate_uses"
@@ -39,7 +39,7 @@ class SeparateUses(Pass):
                 continue
             path = f"{node.target}@{uses[node.target]}"
             gm.add_submodule(path, copy.deepcopy(old))
-            changes.append(f"{path}: a neuron of its own, as {node.target}")
+            changes.append(f"{path}: a copy of {node.target}")
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_module(path, node.args, node.kwargs)
             node.replace_all_uses_with(new)
@@ -50,8 +50,8 @@ class SeparateUses(Pass):
 
 
 def has_state(old: nn.Module) -> bool:
-    """Whether a source neuron carries a membrane from step to step; a PSN filters the whole sequence."""
+    """Return True if a source neuron carries a membrane from step to step; a PSN filters the whole sequence."""
     try:
         return not isinstance(describe(old).response, (PerStep, Taps))
-    except NotAFilterError:  # it is refused later on, once
+    except NotAFilterError:  # a later pass reports it
         return False

@@ -1,4 +1,4 @@
-"""Quantize a trained model's weights for good."""
+"""Quantize a trained model's weights permanently."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["SnapWeights"]
 
 
 class SnapWeights(Pass):
-    """Put each neuron's weights where their folded form is a power of two, statistics as they are.
+    """Set each neuron's weights so that their folded form is a power of two; statistics stay.
 
-    Before: ``weight`` W. After: W ← Q(W_f)·√(σ²+ε)/γ, so that γ/√(σ²+ε)·W is Q(W_f) but for rounding. Evaluation
-    fires as before; what changes is reported per layer. The graph itself is unchanged.
+    Before: ``weight`` W. After: W ← Q(W_f)·√(σ²+ε)/γ, so that γ/√(σ²+ε)·W is Q(W_f) but for rounding. Spikes in
+    evaluation are unchanged; the change of weights is reported per layer. The graph itself is unchanged.
 
     Raises:
         ValueError: a neuron has channels with γ = 0 (any W folds to 0 there, and none can be recovered), or weights

@@ -1,1 +1,1 @@
-"""Which layout each tensor takes: the graph, its minimum cut, and the conversions."""
+"""Choice of each tensor's layout by a minimum cut, and the conversions between layouts."""

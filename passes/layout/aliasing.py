@@ -1,6 +1,6 @@
-"""Nodes that must see one and the same memory, because one of them writes into it.
+"""Find nodes that must share memory because one of them writes into it, so that no conversion may part them.
 
-A conversion makes a copy; what is written into the copy, or into what it was copied from, the other does not see.
+A conversion makes a copy: a write into the copy does not show in the original, nor the reverse.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _FRESH_MODULES = (
 def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
     """Return the nodes whose memory ``node`` writes into.
 
-    Of what torch does not declare it is taken by its name, in torch's convention, that it writes into its first
-    argument, or, called without positional arguments, into any.
+    An operator that torch does not declare is taken to write into its first argument (into any, if called without
+    positional arguments) if its name ends in an underscore or ``inplace`` is set.
     """
     traits = op_traits(gm, node)
     if traits is not None:
@@ -45,9 +45,10 @@ def writes_in_place(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def bound_by_writes(gm: fx.GraphModule, timed: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that make or read a tensor of ``timed`` in memory which some node writes into, unless nobody can tell.
+    """Return the nodes that make or read a tensor of ``timed`` in memory that some node writes into.
 
-    Nobody can tell in a chain: memory that a layer made, whose one reader writes into it or passes it on, and so on.
+    Chains are exempt, since no other node sees the write: memory that a layer made, whose one reader writes into it or
+    passes it on, and so on.
     """
     root: dict[fx.Node, fx.Node] = {}
 
@@ -85,14 +86,14 @@ def _is_chain(gm: fx.GraphModule, members: list[fx.Node]) -> bool:
 
 
 def _only_reader(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether ``reader`` alone reads ``node``, once, as its first argument."""
+    """Return True if ``reader`` alone reads ``node``, once, as its first argument."""
     first = reader.args[0] if reader.args else None
     count = sum(1 for value in (*reader.args, *reader.kwargs.values()) if value is node)
     return list(node.users) == [reader] and first is node and count == 1
 
 
 def _may_share(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory the result of ``node`` may share: all of its inputs, unless more is known."""
+    """Return the nodes whose memory the result of ``node`` may share: all of its inputs, unless more is known."""
     if is_spikes(node):
         return []
     if (traits := op_traits(gm, node)) is not None:

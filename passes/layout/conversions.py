@@ -19,20 +19,20 @@ __all__ = ["CancelConversions", "InsertConversions", "cancel_conversions", "conv
 
 
 def conversion_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The layout conversions that stand in the graph."""
+    """Return the layout conversions in the graph."""
     return [node for node in gm.graph.nodes if is_conversion(node)]
 
 
 class InsertConversions(Pass):
-    """Have each node run in the layout that was planned for it, with conversions in between.
+    """Run each node in the layout that was planned for it, with conversions in between.
 
     Before: ``conv -> lif -> view -> linear``. After (``conv`` and ``lif`` time-last): ``to_layout ->
     run_time_last(conv, method) -> lif(layout="time_last") -> to_layout -> view -> linear``. A conversion serves all
-    readers of a tensor. What an earlier run did is taken out first, so it can be repeated.
+    readers of a tensor. The conversions of an earlier run are removed first, so the pass is idempotent.
 
     Args:
-        layout: ``"auto"`` for what the context's plan says (time-first if there is none); ``"time_first"`` or
-            ``"time_last"`` for all that can, without regard to time.
+        layout: ``"auto"`` for the layouts of the context's plan (time-first if there is none); ``"time_first"`` or
+            ``"time_last"`` for that layout wherever it is possible, regardless of cost.
     """
 
     name = "insert_conversions"
@@ -58,11 +58,11 @@ class InsertConversions(Pass):
 
 
 def insert_conversions(gm: fx.GraphModule, planned: Mapping[str, str], graph: LayoutGraph) -> list[str]:
-    """Write layouts into ``gm``, in which all is time-first; return what was done.
+    """Write layouts into ``gm``, in which everything is time-first; return the changes.
 
     Args:
         planned: the nodes that run time-last, by name, with the form that a layer takes there.
-        graph: where time has a place in ``gm``.
+        graph: the layout graph of ``gm``.
     """
     labels = _labels(graph, planned)
     conversions = conversions_for(graph, labels)
@@ -87,18 +87,18 @@ def insert_conversions(gm: fx.GraphModule, planned: Mapping[str, str], graph: La
 
 
 def _labels(graph: LayoutGraph, planned: Mapping[str, str]) -> dict[fx.Node, Layout]:
-    """The labels that were planned, where the graph is still such that they can be had."""
+    """Return the planned layout of each node; time-first where the node can no longer run time-last."""
     free = ("neuron", "neutral", "layer", "dims")
     labels = {}
     for node in graph.operators:
         site = graph.site(node)
-        late = site.name in planned and graph.operators[site].kind in free
-        labels[node] = Layout.TIME_LAST if late else Layout.TIME_FIRST
+        time_last = site.name in planned and graph.operators[site].kind in free
+        labels[node] = Layout.TIME_LAST if time_last else Layout.TIME_FIRST
     return labels
 
 
 def _insert(gm: fx.GraphModule, conversion: Conversion) -> str:
-    """Put the conversion behind its producer; shapes are those of time-first still. Returns what was done."""
+    """Insert the conversion after its producer, whose noted shape is still time-first's; return the change."""
     producer, source, target, readers = (
         conversion.producer, conversion.source, conversion.target, conversion.readers
     )  # fmt: skip
@@ -115,7 +115,7 @@ def _insert(gm: fx.GraphModule, conversion: Conversion) -> str:
 
 
 class CancelConversions(Pass):
-    """Take out conversions that undo each other, that change nothing, or that nobody reads.
+    """Remove conversions that undo each other, that change nothing, or that nothing reads.
 
     Before: ``lif -> to_layout(last, first) -> to_layout(first, last) -> lif2``. After: ``lif -> lif2``.
     """
@@ -128,10 +128,10 @@ class CancelConversions(Pass):
 
 
 def cancel_conversions(gm: fx.GraphModule) -> list[str]:
-    """Take out the conversions of ``gm`` that have no effect; return what was done."""
-    changes, again = [], True
-    while again:
-        again = False
+    """Remove the conversions of ``gm`` that have no effect; return the changes."""
+    changes, removed = [], True
+    while removed:
+        removed = False
         for node in conversion_nodes(gm):
             before = node.args[0]
             inverse = (
@@ -147,7 +147,7 @@ def cancel_conversions(gm: fx.GraphModule) -> list[str]:
             if not node.users:
                 changes.append(f"removed {node.name}, {tensor_bytes(node)} bytes")
                 gm.graph.erase_node(node)
-                again = True
+                removed = True
     gm.graph.lint()
     gm.recompile()
     return changes

@@ -1,7 +1,7 @@
-"""Functions that name dims, in both layouts: ``x.mean(0)`` on (T, N, C, *) is ``x.mean(-1)`` on (N, C, *, T).
+"""Map dim arguments between layouts: ``x.mean(0)`` on (T, N, C, *) is ``x.mean(-1)`` on (N, C, *, T).
 
-A dim that is T is written -1 in a time-last graph and 0 in a time-first one, any other counts from the front, so that
-either form tells the other.
+The dim T is written -1 in a time-last graph and 0 in a time-first one, any other dim is counted from the front, so that
+either form determines the other, even without the rank.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class DimsRule:
     """How a function's arguments change between the layouts.
 
     Attributes:
-        to_last, to_first: set the node's arguments; each returns False, the node as it was, where the function has
-            no such form (it fuses T with another dim, say).
-        carries_time: whether what the node returns has a T axis, given the node and whether that is in time-last form.
-        free: whether it moves no data, so that there is nothing to be measured.
+        to_last, to_first: set the node's arguments; each returns False and leaves the node unchanged where the
+            function has no such form (for instance if it flattens T into another dim).
+        carries_time: given the node, and True if it is in time-last form, returns True if its result has a T axis.
+        free: True if it moves no data, so that it need not be measured.
     """
 
     to_last: Callable[[fx.Node], bool]
@@ -40,7 +40,7 @@ class DimsRule:
 
 
 def dims_rule(node: fx.Node) -> DimsRule | None:
-    """The rule of the function or method that ``node`` calls, or None if it names no dims or is not known."""
+    """Return the rule of the function or method that ``node`` calls, or None if it names no dims or is not known."""
     if node.op not in ("call_function", "call_method"):
         return None
     rule = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
@@ -80,7 +80,7 @@ def _is_int(value: object) -> bool:
 
 
 def _dims(value: object) -> tuple[int, ...] | None:
-    """One dim or several as a tuple; None if they are not known."""
+    """Return one dim or several as a tuple, or None if they are not known."""
     if _is_int(value):
         return (value,)
     if isinstance(value, (tuple, list)) and value and all(map(_is_int, value)):
@@ -89,14 +89,18 @@ def _dims(value: object) -> tuple[int, ...] | None:
 
 
 def _plain(node: fx.Node, *names: str) -> bool:
-    """Whether the node's keyword arguments are among those that are understood."""
+    """Return True if the node's keyword arguments are among ``names``."""
     return set(node.kwargs) <= {"input", *names} and "input" not in node.kwargs
 
 
 def _along(where: tuple[int, str], keep: tuple[int, str] | None, required: bool, *names: str) -> DimsRule:
-    """``f(x, dim, …)`` with the dims at ``where``; at ``keep``, if anywhere, whether those stay.
+    """Return the rule of ``f(x, dim, …)``.
 
-    ``required``: it means something else, or nothing, over all dims at once.
+    Args:
+        where: position and name of the argument that holds the dims.
+        keep: position and name of ``keepdim``; None if the function keeps its dims always.
+        required: True if a call without dims has no time-last form.
+        names: the keyword arguments that the function may have.
     """
 
     def change(node: fx.Node, to_last: bool) -> bool:
@@ -112,13 +116,13 @@ def _along(where: tuple[int, str], keep: tuple[int, str] | None, required: bool,
         _set(node, *where, new[0] if _is_int(value) else new)
         return True
 
-    def carries_time(node: fx.Node, late: bool) -> bool:
+    def carries_time(node: fx.Node, time_last: bool) -> bool:
         if keep is None or _get(node, *keep, False) is True:
             return True
         dims, rank = _dims(_get(node, *where)), _rank(node)
         if dims is None:
             return False
-        if late:
+        if time_last:
             return all(_first(d, rank) != 0 for d in dims)
         return rank is not None and all(d % rank for d in dims)
 
@@ -126,13 +130,13 @@ def _along(where: tuple[int, str], keep: tuple[int, str] | None, required: bool,
 
 
 def _reduction(node: fx.Node) -> DimsRule | None:
-    """The rule of what torch declares a reduction with one result, its arguments where its schema has them."""
+    """Return the rule of a reduction with one result, as torch declares it, or None for any other operator."""
     overloads = [op for op, _ in overloads_of(node)]
     if not overloads or any(Tag.reduction not in op.tags or len(op._schema.returns) != 1 for op in overloads):
         return None
-    places = {a.name: (position, a.name) for op in overloads for position, a in enumerate(op._schema.arguments)}
-    positions = (places.get(name, (len(node.args), name)) for name in ("dim", "keepdim"))
-    return _along(*positions, aten_name(node) in _ORDERED, *places)
+    arguments = {a.name: (position, a.name) for op in overloads for position, a in enumerate(op._schema.arguments)}
+    positions = (arguments.get(name, (len(node.args), name)) for name in ("dim", "keepdim"))
+    return _along(*positions, aten_name(node) in _ORDERED, *arguments)
 
 
 def _cat(node: fx.Node, to_last: bool) -> bool:
@@ -148,7 +152,7 @@ def _flatten(node: fx.Node, to_last: bool) -> bool:
     if not _plain(node, "start_dim", "end_dim") or not _is_int(start) or not _is_int(end):
         return False
     if to_last:
-        if rank is None or start % rank == 0:  # it fuses T with the batch
+        if rank is None or start % rank == 0:  # it flattens T into the batch
             return False
         start, end = start % rank - 1, end % rank - 1
     else:
@@ -161,7 +165,7 @@ def _flatten(node: fx.Node, to_last: bool) -> bool:
 
 
 def _at_one(extra: int, positions: tuple[tuple[int, str], ...]) -> Callable[[fx.Node, bool], bool]:
-    """Functions of single dims none of which may be T; ``extra`` more dims in the result than in the argument."""
+    """Return the rule of a function of single dims, none of them T, whose result has ``extra`` more dims."""
 
     def change(node: fx.Node, to_last: bool) -> bool:
         dims, rank = [_get(node, *where) for where in positions], _rank(node)
@@ -200,11 +204,11 @@ def _permute(node: fx.Node, to_last: bool) -> bool:
 
 
 def _rule(change: Callable[[fx.Node, bool], bool], carries: bool = True, free: bool = True) -> DimsRule:
-    return DimsRule(lambda n: change(n, True), lambda n: change(n, False), lambda n, late: carries, free)
+    return DimsRule(lambda n: change(n, True), lambda n: change(n, False), lambda n, time_last: carries, free)
 
 
 def _shape(node: fx.Node, to_last: bool) -> bool:
-    """``x.shape``: the same numbers in the same order."""
+    """Map ``x.shape`` so that it gives the sizes in time-first order in both layouts."""
     if to_last and node.target is getattr and node.args[1] == "shape":
         node.target, node.args = shape_time_first, (node.args[0],)
         return True
@@ -222,7 +226,7 @@ def _size(node: fx.Node, to_last: bool) -> bool:
     return True
 
 
-_ORDERED = {"argmax", "argmin"}  # over all dims they count places in the order of memory
+_ORDERED = {"argmax", "argmin"}  # over all dims they return an index in the order of memory
 _SAME_SHAPE = _along((1, "dim"), None, True, "dim", "dtype", "_stacklevel")
 _RULES = {
     **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod"), _SAME_SHAPE),

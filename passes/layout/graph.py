@@ -1,4 +1,4 @@
-"""A network as the planner sees it: which tensors have a T axis, who makes and who reads them."""
+"""The planner's view of a network: the tensors with a T axis, their producers and their readers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SPIKINGJELLY = "spikingjelly.activation_based.layer."
 
 @dataclasses.dataclass(frozen=True)
 class LayoutGraph:
-    """The part of a graph in which time has a place.
+    """The nodes of a graph that make or read tensors with a T axis.
 
     Attributes:
-        operators: every node that makes or reads a tensor with a T axis. Its label says where T is in all of those.
+        operators: every node that makes or reads a tensor with a T axis. The node's label is the layout of all of them.
         neurons: the neurons among them.
         tensors: each tensor with a T axis, by the node that makes it, and the nodes that read it as such.
     """
@@ -34,11 +34,11 @@ class LayoutGraph:
     tensors: dict[fx.Node, tuple[fx.Node, ...]]
 
     def site(self, node: fx.Node) -> fx.Node:
-        """The node that decides for ``node``: the bare op for the spikes that are taken out of its results."""
+        """Return the node whose label ``node`` shares: the bare op, for the spikes taken out of its results."""
         return node.args[0] if is_spikes(node) and node.args[0] in self.neurons else node
 
     def pinned(self) -> dict[tuple[str, str], int]:
-        """(operator, why) → how many of them stay time-first."""
+        """Return how many operators must stay time-first, by (operator, reason)."""
         counts: dict[tuple[str, str], int] = {}
         for operator in self.operators.values():
             if operator.kind == "pinned":
@@ -48,25 +48,27 @@ class LayoutGraph:
 
 
 def layout_graph(gm: fx.GraphModule) -> LayoutGraph:
-    """Read ``gm``, in which everything is time-first and shapes are known.
+    """Return the layout graph of ``gm``, in which everything is time-first and shapes are known.
 
-    A neuron that is time-last there is the user's own, in a network written time-last: it is left alone.
+    A neuron of ``gm`` that is time-last belongs to a network that the user wrote time-last: it is left alone.
     """
-    ours = {n.node: n for n in neurons(gm) if n.node is not None and n.layout is Layout.TIME_FIRST}
+    neurons_by_node = {n.node: n for n in neurons(gm) if n.node is not None and n.layout is Layout.TIME_FIRST}
     operators = {
-        node: Operator("neuron", neuron.name) if (neuron := ours.get(node)) else describe(gm, node)
+        node: Operator("neuron", neuron.name) if (neuron := neurons_by_node.get(node)) else describe(gm, node)
         for node in gm.graph.nodes
     }
-    timed = _timed(gm, ours, operators)
+    timed = _timed(gm, neurons_by_node, operators)
     bound = bound_by_writes(gm, timed)
     tensors, touching = {}, set()
     for node in gm.graph.nodes:
         if node not in timed:
             continue
-        readers = tuple(user for user in node.users if user not in ours or ours[user].input is node)
+        readers = tuple(
+            user for user in node.users if user not in neurons_by_node or neurons_by_node[user].input is node
+        )
         tensors[node] = readers
         touching.update((node, *readers))
-    touching.update(ours)
+    touching.update(neurons_by_node)
     kept = {}
     for node in gm.graph.nodes:
         if node not in touching:
@@ -74,17 +76,22 @@ def layout_graph(gm: fx.GraphModule) -> LayoutGraph:
         operator = operators[node]
         if node in bound and operator.kind not in ("end", "pinned"):
             operator = Operator("pinned", operator.name, "shares memory that is written in place")
-        elif any(user in ours and ours[user].input is not node for user in node.users) and operator.kind != "end":
+        elif (
+            any(user in neurons_by_node and neurons_by_node[user].input is not node for user in node.users)
+            and operator.kind != "end"
+        ):
             operator = Operator("pinned", operator.name, "a mask of steps, which stays (T, N)")
         kept[node] = operator
     for node in [n for n in kept if is_spikes(n) and kept[n].kind == "pinned"]:
-        if node.args[0] in kept:  # the two are one
+        if node.args[0] in kept:  # both have one label
             kept[node.args[0]] = kept[node]
-    return LayoutGraph(kept, ours, tensors)
+    return LayoutGraph(kept, neurons_by_node, tensors)
 
 
-def _timed(gm: fx.GraphModule, ours: dict[fx.Node, Neuron], operators: dict[fx.Node, Operator]) -> set[fx.Node]:
-    """The nodes whose tensors have a T axis in front: known at neurons and SpikingJelly's layers, and passed on."""
+def _timed(
+    gm: fx.GraphModule, neurons_by_node: dict[fx.Node, Neuron], operators: dict[fx.Node, Operator]
+) -> set[fx.Node]:
+    """Return the nodes whose tensors have a T axis as dim 0: known at neurons and multi-step layers, and propagated."""
     timed: set[fx.Node] = set()
 
     def mark(node: object) -> bool:
@@ -97,11 +104,11 @@ def _timed(gm: fx.GraphModule, ours: dict[fx.Node, Neuron], operators: dict[fx.N
         return True
 
     for node in gm.graph.nodes:
-        if node in ours:
-            mark(ours[node].input)
+        if node in neurons_by_node:
+            mark(neurons_by_node[node].input)
             if node.target not in (torch.ops.mfpsn.neuron, torch.ops.mfpsn.neuron.default):
                 mark(node)
-        elif is_spikes(node) and node.args[0] in ours:
+        elif is_spikes(node) and node.args[0] in neurons_by_node:
             mark(node)
         elif node.op == "call_module" and _is_multi_step(gm.get_submodule(node.target)):
             for value in (node, *node.args[:1]):
@@ -116,7 +123,7 @@ def _timed(gm: fx.GraphModule, ours: dict[fx.Node, Neuron], operators: dict[fx.N
         changed = False
         for order in (gm.graph.nodes, reversed(gm.graph.nodes)):
             for node in order:
-                marked = [mark(other) for other in _alike(node, operators[node], timed)]
+                marked = [mark(other) for other in _tensors_with_time(node, operators[node], timed)]
                 changed = changed or any(marked)
     return timed
 
@@ -126,13 +133,13 @@ def _is_multi_step(module: torch.nn.Module) -> bool:
     return name.startswith(_SPIKINGJELLY) and getattr(module, "step_mode", None) == "m"
 
 
-def _alike(node: fx.Node, operator: Operator, timed: set[fx.Node]) -> list[fx.Node]:
-    """What has a T axis at ``node`` because something else there has one."""
+def _tensors_with_time(node: fx.Node, operator: Operator, timed: set[fx.Node]) -> list[fx.Node]:
+    """Return the inputs and result of ``node`` that have a T axis, because one of them is in ``timed``."""
     if operator.kind not in ("neutral", "layer", "dims") or is_spikes(node):
         return []
     inputs = [a for a in node.all_input_nodes if (meta := input_meta(a)) and len(meta[0]) >= 2]
     if operator.kind == "layer":
         inputs = inputs[:1]
     carries = operator.rule is None or operator.rule.carries_time(node, False)
-    met = [*inputs, node] if carries else inputs
-    return met if any(n in timed for n in met) else []
+    tensors = [*inputs, node] if carries else inputs
+    return tensors if any(n in timed for n in tensors) else []

@@ -1,4 +1,4 @@
-"""Labels of a network's nodes: the layout of each, and the conversions between them."""
+"""Label a network's nodes with layouts, and find the conversions that the labels need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Conversion", "Labeling", "conversions_for", "one_layout", "solve", "
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """One conversion of ``producer``'s tensor for all of its readers in layout ``target``."""
+    """A conversion of ``producer``'s tensor for all of its readers in layout ``target``."""
 
     producer: fx.Node
     source: Layout
@@ -27,7 +27,7 @@ class Conversion:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensor that is converted."""
+        """Size of the converted tensor in bytes."""
         return tensor_bytes(self.producer)
 
 
@@ -42,7 +42,7 @@ class Labeling:
 
 
 def tensor_bytes(node: fx.Node) -> int:
-    """Bytes of the tensor that ``node`` makes; 0 where its shape is not known."""
+    """Return the bytes of the tensor that ``node`` makes; 0 where its shape is not known."""
     meta = input_meta(node)
     if meta is None:
         return 0
@@ -57,12 +57,13 @@ def solve(
     costs: Mapping[fx.Node, Costs],
     conversion_costs: Mapping[fx.Node, tuple[int, int]],
 ) -> Labeling:
-    """The labels that cost least.
+    """Return the labeling of minimum cost.
 
     Args:
         graph: from :func:`layout_graph`.
-        costs: of neurons and layers; other nodes cost nothing. Nodes that are pinned stay time-first whatever it says.
-        conversion_costs: of the tensor that a node makes, to time-last and to time-first.
+        costs: of neurons and layers, in nanoseconds; other nodes cost nothing. Pinned nodes stay time-first, even if
+            they have a time-last cost here.
+        conversion_costs: nanoseconds to convert the tensor that a node makes, to time-last and to time-first.
 
     Raises:
         ValueError: a node cannot run in any layout that it may have.
@@ -90,7 +91,7 @@ def solve(
 
 
 def conversions_for(graph: LayoutGraph, labels: Mapping[fx.Node, Layout]) -> tuple[Conversion, ...]:
-    """The conversions that ``labels`` need, each shared by its readers."""
+    """Return the conversions that ``labels`` need, each shared by its readers."""
     needed = []
     for producer, readers in graph.tensors.items():
         source = labels[producer]
@@ -100,9 +101,9 @@ def conversions_for(graph: LayoutGraph, labels: Mapping[fx.Node, Layout]) -> tup
 
 
 def one_layout(graph: LayoutGraph, costs: Mapping[fx.Node, Costs], layout: Layout) -> dict[fx.Node, Costs]:
-    """``costs`` with every neuron and every layer that can held to ``layout``.
+    """Return ``costs`` with neurons, and layers that have the form, restricted to ``layout``.
 
-    Functions and elementwise nodes are left free: they go with their neighbors.
+    Functions and elementwise nodes are not restricted: they take the layout of their neighbors.
     """
     if layout is Layout.TIME_FIRST:
         return {node: Costs(costs.get(node, Costs()).time_first, None) for node in graph.operators}
@@ -115,6 +116,6 @@ def one_layout(graph: LayoutGraph, costs: Mapping[fx.Node, Costs], layout: Layou
 
 
 def uncosted(graph: LayoutGraph, layout: Layout) -> Labeling:
-    """All in ``layout``, nothing measured: of the places where conversions may stand, those with the fewest bytes."""
+    """Return the labeling with everything possible in ``layout`` and the fewest bytes converted; needs no times."""
     size = {producer: (tensor_bytes(producer),) * 2 for producer in graph.tensors}
     return solve(graph, one_layout(graph, {}, layout), size)

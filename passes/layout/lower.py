@@ -1,4 +1,4 @@
-"""Write conversions in operations that every compiler knows."""
+"""Lower layout conversions to tensor methods that every compiler knows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["LowerConversions"]
 
 
 class LowerConversions(Pass):
-    """Replace each conversion by the tensor methods that it comes down to, for a compiler behind.
+    """Replace each conversion by tensor methods, for a compiler that runs next.
 
     Before: ``to_layout(x, "time_first", "time_last")``. After: ``x.movedim(0, -1).contiguous()``. The caches of
     torch.compile refuse graphs with functions that they do not know. Passes that look for conversions find none
-    afterwards, so it comes last.
+    afterwards, so this pass comes last.
     """
 
     name = "lower_conversions"

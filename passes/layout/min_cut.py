@@ -1,7 +1,8 @@
-"""The layout of every node that costs least, as a minimum cut; plain data, no graph of a network in it.
+"""Find the layouts of minimum cost by a minimum cut, on plain data that does not depend on torch.fx.
 
-Two labels a node, a cost for each label, and a price for a tensor whose maker and readers differ: that is a minimum
-s-t cut, so the answer is exact, whatever the graph. All costs are integers (nanoseconds), or it would not be.
+Each node has two labels with a cost each, and each tensor a cost if the labels of its producer and its readers differ.
+That is a minimum s-t cut, so the solution is exact for any graph. Costs are integers (nanoseconds), since sums of
+floats would not be exact.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["Costs", "Crossing", "Tensor", "best_labels", "crossings", "total_cos
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a node costs under either layout; None where it cannot run in it."""
+    """Cost of a node under either layout; None where the node cannot run in it."""
 
     time_first: int | None = 0
     time_last: int | None = 0
@@ -34,7 +35,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that one node makes and others read, and what it costs to convert it, once for all its readers."""
+    """A tensor that one node makes and others read, and the cost of converting it once for all its readers."""
 
     producer: Hashable
     readers: tuple[Hashable, ...]
@@ -47,16 +48,16 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Crossing:
-    """A conversion: of the tensor at ``index``, to layout ``target``."""
+    """A conversion of the tensor at ``index`` to layout ``target``."""
 
     index: int
     target: Layout
 
 
 def best_labels(nodes: Mapping[Hashable, Costs], tensors: Sequence[Tensor]) -> dict[Hashable, Layout]:
-    """The layout of each node for which the costs of nodes and conversions add up to the least.
+    """Return the layout of each node that minimizes the sum of the costs of nodes and conversions.
 
-    Of plans that cost the same, the one with the most nodes in time-first.
+    Of solutions that cost the same, it is the one with the most nodes in time-first.
 
     Raises:
         ValueError: a node cannot run in any layout, or a tensor names a node that is not there.
@@ -64,7 +65,7 @@ def best_labels(nodes: Mapping[Hashable, Costs], tensors: Sequence[Tensor]) -> d
     graph = networkx.DiGraph()
     source, sink = ("source",), ("sink",)
     graph.add_nodes_from((source, sink))
-    # On the source's side of the cut is time-first. An edge without capacity is never cut.
+    # The source's side of the cut is time-first. An edge without capacity is never cut.
     for name, costs in nodes.items():
         if costs.time_first is None and costs.time_last is None:
             raise ValueError(f"{name} cannot run in any layout")
@@ -74,12 +75,12 @@ def best_labels(nodes: Mapping[Hashable, Costs], tensors: Sequence[Tensor]) -> d
     for index, tensor in enumerate(tensors):
         if unknown := [name for name in (tensor.producer, *tensor.readers) if name not in nodes]:
             raise ValueError(f"a tensor names nodes that are not there: {unknown}")
-        producer, there, back = ("node", tensor.producer), ("to last", index), ("to first", index)
-        graph.add_edge(producer, there, capacity=tensor.to_last)
-        graph.add_edge(back, producer, capacity=tensor.to_first)
+        producer, to_last, to_first = ("node", tensor.producer), ("to last", index), ("to first", index)
+        graph.add_edge(producer, to_last, capacity=tensor.to_last)
+        graph.add_edge(to_first, producer, capacity=tensor.to_first)
         for reader in tensor.readers:
-            graph.add_edge(there, ("node", reader))
-            graph.add_edge(("node", reader), back)
+            graph.add_edge(to_last, ("node", reader))
+            graph.add_edge(("node", reader), to_first)
     _, (first, _) = networkx.minimum_cut(graph, source, sink)
     return {name: Layout.TIME_FIRST if ("node", name) in first else Layout.TIME_LAST for name in nodes}
 
@@ -89,7 +90,7 @@ def _capacity(cost: int | None) -> dict[str, int]:
 
 
 def crossings(tensors: Sequence[Tensor], labels: Mapping[Hashable, Layout]) -> list[Crossing]:
-    """The conversions that ``labels`` need, at most one a tensor: its producer's layout is one of the two."""
+    """Return the conversions that ``labels`` need: at most one for each tensor, to the layout that is not its own."""
     return [
         Crossing(index, labels[tensor.producer].other)
         for index, tensor in enumerate(tensors)
@@ -100,7 +101,7 @@ def crossings(tensors: Sequence[Tensor], labels: Mapping[Hashable, Layout]) -> l
 def total_cost(
     nodes: Mapping[Hashable, Costs], tensors: Sequence[Tensor], labels: Mapping[Hashable, Layout]
 ) -> int | None:
-    """What ``labels`` cost, nodes and conversions; None if a node cannot run in its layout."""
+    """Return the cost of ``labels``, nodes and conversions, or None if a node cannot run in its layout."""
     own = [nodes[name].under(labels[name]) for name in nodes]
     if None in own:
         return None

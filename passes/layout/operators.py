@@ -1,4 +1,4 @@
-"""What is known of operators' layouts: neutral, with a form for each layout, or pinned to time-first."""
+"""Classify operators by layout: neutral, with a form for each layout, or pinned to time-first."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = [
 ]
 
 _MOVES_MEMORY = {"memory_format", "out", "layout"}
-_OWN: dict[object, str] = {}  # of users: qualified class name, function, or (method,)
+_REGISTERED: dict[object, str] = {}  # kinds registered by users, by qualified class name, function, or (method,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """How a node takes the layouts.
+    """The layouts that a node supports.
 
     Attributes:
         kind: ``"neuron"``; ``"neutral"``: the same in any order of dims; ``"layer"``: a module with time-last forms;
             ``"dims"``: a function whose dims are mapped; ``"pinned"``: stays time-first; ``"end"``: an input,
-            parameter or output of the graph, pinned by nature.
-        name: for messages.
-        why: of what is pinned.
+            parameter or output of the graph, which stays time-first too.
+        name: the operator's name in messages.
+        why: the reason why it is pinned.
         methods: the time-last forms of a layer.
-        rule: of a function that names dims.
+        rule: the mapping of a function that names dims.
     """
 
     kind: str
@@ -57,14 +57,14 @@ def register_operator_layout(
     kind: str,
     forms: Mapping[str, Callable[[nn.Module, Tensor], Tensor]] | None = None,
 ) -> None:
-    """Tell the planner how an operator takes time-last tensors; replaces what was known of it.
+    """Register how an operator handles time-last tensors; replaces an earlier registration.
 
     Args:
         target: a module class or its qualified name, a function, or a method such as ``torch.Tensor.cumsum``. Classes
             match exactly: a subclass may compute something else.
-        kind: ``"neutral"``: elementwise, the same values in any order of dims (tensors of lower rank than the result
-            still pin a call of it). ``"forms"``: module classes only; ``forms`` computes on time-last tensors what
-            the module does on time-first ones. ``"pinned"``: stays time-first.
+        kind: ``"neutral"``: elementwise, the same values in any order of dims (a call that broadcasts tensors of lower
+            rank than the result is still pinned). ``"forms"``: module classes only; ``forms`` computes on time-last
+            tensors what the module computes on time-first ones. ``"pinned"``: stays time-first.
         forms: method name → function of (module, x), with x (N, C, *, T) and a result in the same layout. All are
             measured. They must leave the module's parameters where they are, and keep its mode.
 
@@ -85,19 +85,19 @@ def register_operator_layout(
         register_forms(key, forms)
     elif isinstance(key, str):
         unregister_forms(key)
-    _OWN[key] = kind
+    _REGISTERED[key] = kind
 
 
 def unregister_operator_layout(target: type[nn.Module] | str | Callable) -> None:
-    """Take back what :func:`register_operator_layout` said of ``target``.
+    """Undo :func:`register_operator_layout` of ``target``.
 
     Raises:
-        ValueError: nothing was said of it.
+        ValueError: it was not registered.
     """
     key = _key(target)
-    if key not in _OWN:
+    if key not in _REGISTERED:
         raise ValueError(f"{target!r} was not registered")
-    del _OWN[key]
+    del _REGISTERED[key]
     if isinstance(key, str):
         unregister_forms(key)
 
@@ -120,23 +120,23 @@ def _key(target: object) -> object:
 
 
 def describe(gm: fx.GraphModule, node: fx.Node) -> Operator:
-    """What is known of the operator at ``node``, which is no neuron; shapes must be propagated."""
+    """Return the operator at ``node``, which is no neuron; shapes must be propagated."""
     if node.op in ("placeholder", "get_attr", "output"):
         return Operator("end", node.op)
     if node.op == "call_module":
         return _module(gm, node)
     method = node.op == "call_method"
     name = f".{node.target}()" if method else getattr(node.target, "__name__", str(node.target))
-    own = _OWN.get((node.target,) if method else node.target)
+    own = _REGISTERED.get((node.target,) if method else node.target)
     if own == "pinned":
         return Operator("pinned", name, "registered as pinned")
     if own == "neutral" or _is_pointwise(gm, node):
         why = _not_elementwise(node)
         return Operator("neutral", name) if why is None else Operator("pinned", name, why)
-    if is_spikes(node):  # of the bare op's three results, the one with a T axis
+    if is_spikes(node):  # the only one of the bare op's three results that has a T axis
         return Operator("neutral", name)
     if node.target in (fold_time, unfold_time, repeat_in_time):
-        return Operator("pinned", name, "layers stand there that know no T, with T folded into their batch")
+        return Operator("pinned", name, "it flattens T into the batch, for layers that have no T axis")
     rule = dims_rule(node)
     if rule is None:
         return Operator("pinned", name, "unknown operator")
@@ -146,16 +146,16 @@ def describe(gm: fx.GraphModule, node: fx.Node) -> Operator:
 
 
 def known_time_last(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node``, fed with time-last tensors, is an operator that the planner may have left there.
+    """Return True if ``node`` is an operator that the planner may have given time-last tensors.
 
-    Asked of graphs whose shapes may be unknown.
+    Works on graphs whose shapes are unknown.
     """
     if node.op not in ("call_module", "call_function", "call_method"):
         return False
     if node.op == "call_module":
-        own = _OWN.get(qualified_name(type(gm.get_submodule(node.target))))
+        own = _REGISTERED.get(qualified_name(type(gm.get_submodule(node.target))))
     else:
-        own = _OWN.get((node.target,) if node.op == "call_method" else node.target)
+        own = _REGISTERED.get((node.target,) if node.op == "call_method" else node.target)
     if own is not None:
         return own == "neutral"
     if _is_pointwise(gm, node):
@@ -167,7 +167,7 @@ def known_time_last(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _module(gm: fx.GraphModule, node: fx.Node) -> Operator:
     module = gm.get_submodule(node.target)
     name = type(module).__name__
-    own = _OWN.get(qualified_name(type(module)))
+    own = _REGISTERED.get(qualified_name(type(module)))
     if own == "pinned":
         return Operator("pinned", name, "registered as pinned")
     if has_hooks(module):
@@ -197,9 +197,9 @@ def _is_pointwise(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _not_elementwise(node: fx.Node) -> str | None:
-    """Why ``node`` is not the same in any order of dims; None if it is."""
+    """Return the reason why ``node`` is not the same in any order of dims, or None if it is."""
     if any(name in node.kwargs for name in _MOVES_MEMORY) or any(isinstance(a, torch.memory_format) for a in node.args):
-        return "it sets the order of memory"
+        return "it sets the memory format"
     own = input_meta(node)
     if own is None:
         return "the shape of its result is not known"
@@ -211,7 +211,7 @@ def _not_elementwise(node: fx.Node) -> str | None:
 
 
 def is_spikes(node: fx.Node) -> bool:
-    """Whether ``node`` takes the spikes out of what the bare op returns (Dynamo's graphs)."""
+    """Return True if ``node`` takes the spikes out of the results of the bare op (Dynamo's graphs)."""
     return (
         node.op == "call_function"
         and node.target is operator.getitem

@@ -1,4 +1,4 @@
-"""Which part of a graph is time-last as it stands, told from the graph alone, and how to make it time-first again."""
+"""Find the time-last part of a graph, from the graph alone, and turn it back to time-first."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["into_time_last", "remove_conversions", "time_last_nodes"]
 
 
 def is_conversion(node: fx.Node) -> bool:
-    """Whether ``node`` is a layout conversion."""
+    """Return True if ``node`` is a layout conversion."""
     return node.op == "call_function" and node.target is to_layout
 
 
 def into_time_last(gm: fx.GraphModule, node: fx.Node, method: str) -> None:
-    """Have ``node``, a layer's call or a function that names dims, take and give time-last tensors.
+    """Rewrite ``node``, a layer's call or a function that names dims, to take and return time-last tensors.
 
-    The node keeps its name and its readers. A layer's module stays where it is and is handed to
+    The node keeps its name and its readers. A layer's module stays where it is and is passed to
     :func:`run_time_last`, so that its parameters keep their names and its mode follows the network's.
     """
     if node.op == "call_module":
@@ -46,18 +46,18 @@ def _into_time_first(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def remove_conversions(gm: fx.GraphModule) -> list[str]:
-    """Take all conversions out and make all time-first, shapes with it; returns the conversions' names.
+    """Remove all conversions and make everything time-first, shapes included; return the conversions' names.
 
-    A stretch that holds an operator which the planner would not have put there is the user's own, and stays.
+    A connected region with an operator that the planner would not have made time-last is the user's own, and stays.
     """
     found = {n.node: n for n in neurons(gm) if n.node is not None}
-    reads, makes = _late(found, gm)
-    ours = _without_foreign(gm, found, reads, makes)
-    for node in makes & ours:
+    reads, makes = _time_last_reads_and_makes(found, gm)
+    planned = _planned_nodes(gm, found, reads, makes)
+    for node in makes & planned:
         note_layout(node, node, Layout.TIME_LAST, Layout.TIME_FIRST)
     removed = []
     for node in list(gm.graph.nodes):
-        if node not in ours:
+        if node not in planned:
             continue
         if is_conversion(node):
             node.replace_all_uses_with(node.args[0])
@@ -71,12 +71,12 @@ def remove_conversions(gm: fx.GraphModule) -> list[str]:
 
 
 def time_last_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose tensors are time-last as the graph stands."""
-    return _late({n.node: n for n in neurons(gm) if n.node is not None}, gm)[1]
+    """Return the nodes whose tensors are time-last."""
+    return _time_last_reads_and_makes({n.node: n for n in neurons(gm) if n.node is not None}, gm)[1]
 
 
-def _late(found: dict[fx.Node, Neuron], gm: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The nodes that read, and those that make, tensors that were converted to time-last."""
+def _time_last_reads_and_makes(found: dict[fx.Node, Neuron], gm: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return the nodes that read, and those that make, tensors that were converted to time-last."""
     reads, makes = set(), set()
     for node in gm.graph.nodes:
         if is_conversion(node):
@@ -104,38 +104,38 @@ def _late(found: dict[fx.Node, Neuron], gm: fx.GraphModule) -> tuple[set[fx.Node
     return reads, makes
 
 
-def _without_foreign(
+def _planned_nodes(
     gm: fx.GraphModule, found: dict[fx.Node, Neuron], reads: set[fx.Node], makes: set[fx.Node]
 ) -> set[fx.Node]:
-    """The nodes of the stretches in which there is nothing that the planner would not have put there."""
-    late = reads | makes
-    near: dict[fx.Node, set[fx.Node]] = {node: set() for node in late}
-    for node in late:
+    """Return the nodes of the connected regions that the planner may have made time-last, every node of them."""
+    time_last = reads | makes
+    near: dict[fx.Node, set[fx.Node]] = {node: set() for node in time_last}
+    for node in time_last:
         for other in node.all_input_nodes:
-            # a conversion to time-last is not one stretch with what it converts
+            # a conversion to time-last is not in one region with the tensor that it converts
             if other in makes and node in reads:
                 near[node].add(other)
                 near[other].add(node)
-        if is_spikes(node) and node.args[0] in late:
+        if is_spikes(node) and node.args[0] in time_last:
             near[node].add(node.args[0])
             near[node.args[0]].add(node)
-    ours, seen = set(), set()
-    for start in late:
+    planned, seen = set(), set()
+    for start in time_last:
         if start in seen:
             continue
-        stretch, waiting = set(), [start]
+        region, waiting = set(), [start]
         while waiting:
             node = waiting.pop()
-            if node not in stretch:
-                stretch.add(node)
+            if node not in region:
+                region.add(node)
                 waiting += near[node]
-        seen |= stretch
-        if all(_ours(gm, found, node, makes) for node in stretch):
-            ours |= stretch
-    return ours
+        seen |= region
+        if all(_is_from_planner(gm, found, node, makes) for node in region):
+            planned |= region
+    return planned
 
 
-def _ours(gm: fx.GraphModule, found: dict[fx.Node, Neuron], node: fx.Node, makes: set[fx.Node]) -> bool:
+def _is_from_planner(gm: fx.GraphModule, found: dict[fx.Node, Neuron], node: fx.Node, makes: set[fx.Node]) -> bool:
     if is_conversion(node) or is_spikes(node):
         return True
     if node in found:

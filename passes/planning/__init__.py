@@ -1,1 +1,1 @@
-"""From measured times to a plan, and from a plan to bound kernels."""
+"""Passes that measure kernels and layers, choose a plan from the times, and write the plan into the graph."""

@@ -1,4 +1,4 @@
-"""Bind neurons to kernels, and change nothing else."""
+"""Bind neurons to kernels; layouts and everything else stay."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class BindKernels(Pass):
     """Bind the neurons to the kernels that the option ``kernels`` names, or the context's plan.
 
     Before: ``lif(conv)``. After, with ``kernels="fused-cpp"``: ``lif(conv, kernel="fused-cpp",
-    eval_kernel="fused-cpp")``. Neurons that it leaves open (``"auto"``) keep what they have; those that have none run
-    the kernel of highest rank.
+    eval_kernel="fused-cpp")``. Neurons that the option leaves open (``"auto"``) keep the kernels that they have; those
+    that have none run the kernel of highest rank.
 
     Args:
         kernels: in place of the context's option: one name for all, or a mapping from layer to name.

@@ -1,4 +1,4 @@
-"""The form of a graph that planning starts from."""
+"""Bring a graph into the form that planning starts from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Canonicalize", "layouts_in"]
 
 
 class Canonicalize(Pass):
-    """Take out what an earlier plan wrote: fused norms become layers again, and all is time-first.
+    """Undo an earlier plan: fused norms become layers again, and everything is time-first.
 
     Before: ``to_layout -> run_time_last(conv) -> norm_affine(bn) -> lif(layout="time_last") -> to_layout``. After:
     ``conv -> bn -> lif``. With the option ``layout="keep"`` layouts and conversions stay.
@@ -27,7 +27,7 @@ class Canonicalize(Pass):
         unfused = unfuse_norms(gm)
         context.norms_unfused = bool(unfused)
         context.layout_graph = None
-        changes = [f"{path}: a layer again" for path in unfused]
+        changes = [f"{path}: unfused" for path in unfused]
         if context.options.layout != "keep":
             changes += [f"removed {name}" for name in remove_conversions(gm)]
             gm.recompile()
@@ -35,9 +35,9 @@ class Canonicalize(Pass):
 
 
 def layouts_in(gm: fx.GraphModule, context: PassContext) -> LayoutGraph:
-    """Return where time has a place in ``gm``, read once for all passes until the graph is changed.
+    """Return the layout graph of ``gm``, read once for all passes until the graph is changed.
 
-    Conversions that stand in it are taken for the user's own.
+    Conversions in ``gm`` are taken for the user's own.
     """
     if context.layout_graph is None:
         context.layout_graph = layout_graph(gm)

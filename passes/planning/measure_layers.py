@@ -1,4 +1,4 @@
-"""What layers without a memory, and conversions, cost in either layout on this device."""
+"""Measure stateless layers in either layout, and layout conversions, on this device."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from mfpsn_fx.model.time_last import run_time_last
 
 from ..layout.graph import LayoutGraph
+from ..layout.operators import Operator
 from ..neurons import input_meta, input_strides
 from ..op_traits import aten_name
 
 __all__ = ["AS_IS", "Times", "measure_layers"]
 
 _log = logging.getLogger("mfpsn_fx")
-_NEVER = 1e6  # ms
+_UNAFFORDABLE_MS = 1e6  # the time of a conversion that fails, so that it is never chosen
 AS_IS = ""  # the method of a node that is called as it was written
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to compute a node: in a layout, by a method, on data of its own.
+class LayerForm:
+    """One form of a layer: how to compute a node in a layout by a method, on random data.
 
-    ``training`` runs forward and backward, with gradients for what needs them in the network.
+    ``training`` runs forward and backward, with gradients for the inputs that need them in the network.
     """
 
     layout: Layout
@@ -49,7 +50,8 @@ class Times:
     """Milliseconds of forward and backward, and their spreads.
 
     ``layers`` holds, for each layer, (time, spread) in each layout by each method that works; ``conversions``, for each
-    tensor, that to time-last and that to time-first, its gradient back included if it has one.
+    tensor, (time, spread) of converting it to time-last and to time-first, with its gradient's conversion in the
+    opposite direction if it has a gradient.
     """
 
     layers: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]]
@@ -67,7 +69,7 @@ def measure_layers(
 ) -> Times:
     """Measure each layer in each layout, and each conversion.
 
-    Identical ones are measured once. The network's modules and the random generators are left as they are.
+    Identical layers are measured once. The network's modules and the random generators are left as they are.
     """
     grads = carries_gradient(gm)
     races: list[Race] = []
@@ -81,72 +83,72 @@ def measure_layers(
     for producer in graph.tensors:
         shape, dtype, device = input_meta(producer)
         tensors[producer] = len(races)
-        pool, name = pools.setdefault(device, Pool(device)), f"conversion behind {producer.name}"
+        pool, name = pools.setdefault(device, Pool(device)), f"conversion after {producer.name}"
         races.append(conversion_race(shape, dtype, pool, name=name, strides=input_strides(producer)))
     with preserved_rng():
         results = run_races(races, budget_s=budget_s, repeats=repeats, progress=progress, cache=cache)
     found: dict[fx.Node, dict[tuple[Layout, str], tuple[float, float]]] = {}
     for node, index in layers.items():
         found[node] = {}
-        for layout, method in _names(graph.operators[node]):
-            outcome = results.outcomes[index][_name(layout, method)]
+        for layout, method in _form_keys(graph.operators[node]):
+            outcome = results.outcomes[index][_variant_name(layout, method)]
             if outcome.error is None:
                 found[node][layout, method] = (outcome.ms("training"), outcome.spread_ms("training"))
             else:  # a form that fails is not chosen; the layer as it was written remains
                 _log.info("%s in %s (%s) failed: %s", node.name, layout, method or "as it is", outcome.error)
-    moves = {}
+    conversions = {}
     for producer, index in tensors.items():
         outcome = results.outcomes[index]["to_layout"]
-        if outcome.error is not None:  # for want of memory: it cannot be afforded
-            moves[producer] = ((_NEVER, 0.0), (_NEVER, 0.0))
+        if outcome.error is not None:  # out of memory
+            conversions[producer] = ((_UNAFFORDABLE_MS, 0.0), (_UNAFFORDABLE_MS, 0.0))
             continue
-        there, back = ((outcome.ms(part), outcome.spread_ms(part)) for part in ("forward", "backward"))
-        both = (there[0] + back[0], math.hypot(there[1], back[1]))
-        moves[producer] = (both, both) if producer in grads else (there, back)
-    return Times(found, moves, results)
+        to_last, to_first = ((outcome.ms(part), outcome.spread_ms(part)) for part in ("forward", "backward"))
+        both = (to_last[0] + to_first[0], math.hypot(to_last[1], to_first[1]))
+        conversions[producer] = (both, both) if producer in grads else (to_last, to_first)
+    return Times(found, conversions, results)
 
 
-def _name(layout: Layout, method: str) -> str:
+def _variant_name(layout: Layout, method: str) -> str:
     return f"{layout} {method}".strip()
 
 
-def _names(operator) -> list[tuple[Layout, str]]:
-    """Layout and method of what :func:`ways` gives, in its order."""
+def _form_keys(operator: Operator) -> list[tuple[Layout, str]]:
+    """Return layout and method of each of :func:`layer_forms`, in the same order."""
     if operator.kind == "layer":
         return [(Layout.TIME_FIRST, AS_IS), *((Layout.TIME_LAST, method) for method in operator.methods)]
     return [(layout, AS_IS) for layout in Layout]
 
 
 def _layer_race(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Race:
-    key, kept = _key(gm, node, grads)
+    key, cacheable = _cache_facts(gm, node, grads)
     variants = []
-    for layout, method in _names(graph.operators[node]):
+    for layout, method in _form_keys(graph.operators[node]):
 
         def prepare(layout=layout, method=method):
-            way = next(w for w in ways(gm, graph, node, grads) if (w.layout, w.method) == (layout, method))
-            return {"training": way.training}
+            forms = layer_forms(gm, graph, node, grads)
+            return {"training": next(f.training for f in forms if (f.layout, f.method) == (layout, method))}
 
         facts = {"op": "layer", **key, "layout": str(layout), "method": method}
-        variants.append(Variant(_name(layout, method), facts, prepare, kept))
+        variants.append(Variant(_variant_name(layout, method), facts, prepare, cacheable))
     device = input_meta(_first_input(node))[2]
-    return Race(node.name, tuple(variants), _name(Layout.TIME_FIRST, AS_IS), device=device)
+    return Race(node.name, tuple(variants), _variant_name(Layout.TIME_FIRST, AS_IS), device=device)
 
 
-def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Iterator[Way]:
-    """The ways to compute ``node``, the one that it was written in first."""
+def layer_forms(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.Node]) -> Iterator[LayerForm]:
+    """Yield the forms of ``node`` in either layout, the one in which it was written first."""
     operator = graph.operators[node]
     if operator.kind == "layer":
         layer = copied(gm.get_submodule(node.target), share=True)
         source = node.args[0]
-        first = _data(source, Layout.TIME_FIRST, source in grads)
-        yield _way(Layout.TIME_FIRST, AS_IS, lambda: layer(first), [first, *layer.parameters()])
-        last = _data(source, Layout.TIME_LAST, source in grads)
+        first = _random_input(source, Layout.TIME_FIRST, source in grads)
+        yield _form(Layout.TIME_FIRST, AS_IS, lambda: layer(first), [first, *layer.parameters()])
+        last = _random_input(source, Layout.TIME_LAST, source in grads)
         for method in operator.methods:
             run = lambda method=method: run_time_last(layer, last, method)  # noqa: E731
-            yield _way(Layout.TIME_LAST, method, run, [last, *layer.parameters()])
+            yield _form(Layout.TIME_LAST, method, run, [last, *layer.parameters()])
         return
     for layout in Layout:
-        data = {a: _data(a, layout, a in grads) for a in node.all_input_nodes}
+        data = {a: _random_input(a, layout, a in grads) for a in node.all_input_nodes}
         before = node.args, node.kwargs
         try:
             if layout is Layout.TIME_LAST:
@@ -154,7 +156,7 @@ def ways(gm: fx.GraphModule, graph: LayoutGraph, node: fx.Node, grads: set[fx.No
             args, kwargs = map_arg((node.args, node.kwargs), data.get)
         finally:
             node.args, node.kwargs = before
-        yield _way(layout, AS_IS, lambda args=args, kwargs=kwargs: _call(node, args, kwargs), list(data.values()))
+        yield _form(layout, AS_IS, lambda args=args, kwargs=kwargs: _call(node, args, kwargs), list(data.values()))
 
 
 def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
@@ -163,7 +165,8 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> object:
     return node.target(*args, **kwargs)
 
 
-def _way(layout: Layout, method: str, forward: Callable[[], object], inputs: list[object]) -> Way:
+def _form(layout: Layout, method: str, forward: Callable[[], object], inputs: list[object]) -> LayerForm:
+    """Return the form whose ``training`` runs ``forward`` and a backward to ``inputs``, with one output gradient."""
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     grad: list[Tensor] = []
 
@@ -176,10 +179,11 @@ def _way(layout: Layout, method: str, forward: Callable[[], object], inputs: lis
                 grad.append(torch.randn_like(y))
             return torch.autograd.grad(y, wanted, grad[0], allow_unused=True)
 
-    return Way(layout, method, training)
+    return LayerForm(layout, method, training)
 
 
-def _data(node: fx.Node, layout: Layout, needs_grad: bool) -> Tensor | None:
+def _random_input(node: fx.Node, layout: Layout, needs_grad: bool) -> Tensor | None:
+    """Return a random tensor like the one of ``node``, in ``layout``; integers are zeros; None without a shape."""
     meta = input_meta(node)
     if meta is None:
         return None
@@ -189,8 +193,8 @@ def _data(node: fx.Node, layout: Layout, needs_grad: bool) -> Tensor | None:
     generator = torch.Generator(device).manual_seed(0)
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype, device=device)
-    kept = torch.float64 if dtype is torch.float64 else torch.float32
-    x = torch.randn(shape, generator=generator, device=device, dtype=kept).to(dtype)
+    drawn_in = torch.float64 if dtype is torch.float64 else torch.float32
+    x = torch.randn(shape, generator=generator, device=device, dtype=drawn_in).to(dtype)
     return x.requires_grad_(needs_grad)
 
 
@@ -198,16 +202,16 @@ def _first_input(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def _key(gm: fx.GraphModule, node: fx.Node, grads: set[fx.Node]) -> tuple[dict, bool]:
-    """JSON-able facts that are the same for nodes that take the same time; whether they say enough to be kept."""
-    met = []
+def _cache_facts(gm: fx.GraphModule, node: fx.Node, grads: set[fx.Node]) -> tuple[dict, bool]:
+    """Return JSON-able facts, equal for nodes that take the same time, and True if they identify an entry on disk."""
+    inputs = []
     for a in node.all_input_nodes:
         meta = input_meta(a)
-        met.append([*map(str, meta), a in grads] if meta is not None else None)
-    facts: dict[str, object] = {"inputs": met}
+        inputs.append([*map(str, meta), a in grads] if meta is not None else None)
+    facts: dict[str, object] = {"inputs": inputs}
     if node.op != "call_module":
-        places = {a: index for index, a in enumerate(node.all_input_nodes)}
-        facts["arguments"] = str(map_arg((node.args, node.kwargs), lambda a: f"#{places[a]}"))
+        positions = {a: index for index, a in enumerate(node.all_input_nodes)}
+        facts["arguments"] = str(map_arg((node.args, node.kwargs), lambda a: f"#{positions[a]}"))
         facts["function"] = node.target if node.op == "call_method" else _qualified(node.target)
         return facts, node.op == "call_method" or _qualified(node.target).split(".")[0] in (
             "torch",
@@ -232,7 +236,7 @@ def _qualified(thing: object) -> str:
 
 
 def carries_gradient(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose tensors get a gradient in training: behind a parameter that is trained."""
+    """Return the nodes whose tensors get a gradient in training: those that depend on a trained parameter."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
         meta = input_meta(node)

@@ -30,7 +30,7 @@ VANILLA = "vanilla-conv1d"
 
 
 def forced_kernel(choice: str | Mapping[str, str], name: str) -> str | None:
-    """The kernel that ``choice`` prescribes for layer ``name``, or None where it leaves the choice open."""
+    """Return the kernel that ``choice`` prescribes for layer ``name``, or None where it leaves the choice open."""
     if isinstance(choice, Mapping):
         return choice.get(name)
     return None if choice == "auto" else choice
@@ -54,16 +54,16 @@ class Autoselect(Pass):
     """Time forward and backward of each neuron with each kernel in each layout; the graph is unchanged.
 
     Before and after: ``conv -> lif -> linear``; ``context.measurements["lif"]`` holds each kernel's times in each
-    layout, ``context.stats`` what that took. Kernels are measured in turn on data with the strides and dtype of the
-    layer's input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
+    layout, ``context.stats`` the cost of measuring. Kernels are measured in turn on data with the strides and dtype of
+    the layer's input, until it is clear which is the fastest (:func:`~mfpsn_fx.kernels.autotune.race.run_races`;
     ``docs/design/measurement.md``). A kernel that raises is recorded with its error and not chosen. Identical layers
-    are measured once, what was measured in an earlier run on this machine is not measured again, and layers for which
-    the option ``selection`` says what to take are not measured at all. The vanilla kernel is measured for comparison,
-    last, while less than half of the budget is used.
+    are measured once, times measured earlier on this machine are read from the cache, and layers that the option
+    ``selection`` covers are not measured. The vanilla kernel, the baseline, is measured last, while less than half of
+    the budget is used.
 
     Args:
-        layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. Where layouts are to
-            be chosen, 0.6 of the budget is for neurons, the rest for other layers and conversions.
+        layout, kernels, repeats, progress, budget_s, cache: override the context's options. Where layouts are to be
+            chosen, 0.6 of the budget is for neurons, the rest for other layers and conversions.
 
     Raises:
         ValueError: unknown layout, kernel or layer; or no kernel works for a layer, with each one's reason.
@@ -101,8 +101,10 @@ class Autoselect(Pass):
         measured = {}
         if options.selection is not None:
             measured |= replayed(found, choices_of(options.selection), layouts)
-        entered = {
-            n.name: _enter(n, options.kernels, layouts[n.name], pools, races) for n in found if n.name not in measured
+        entries = {
+            n.name: _add_races(n, options.kernels, layouts[n.name], pools, races)
+            for n in found
+            if n.name not in measured
         }
         results = run_races(
             races, budget_s=neurons_share(options) * options.budget_s, repeats=options.repeats,
@@ -113,10 +115,10 @@ class Autoselect(Pass):
                 continue
             shape, _, device = neuron.meta
             shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
-            places, refused = entered[neuron.name]
+            race_indices, refused = entries[neuron.name]
             candidates = [
                 _candidate(layout, name, outcome)
-                for layout, index in places.items()
+                for layout, index in race_indices.items()
                 for name, outcome in results.outcomes[index].items()
             ]
             measured[neuron.name] = Measured(
@@ -128,23 +130,23 @@ class Autoselect(Pass):
             _check(neuron, options.kernels, layouts[neuron.name], measured[neuron.name], pinned)
         context.measurements = measured
         context.stats = MeasurementStats().plus(time.perf_counter() - started, results)
-        return Result(gm, [f"{name}: {len(m.candidates)} ways measured" for name, m in measured.items()])
+        return Result(gm, [f"{name}: {len(m.candidates)} candidates measured" for name, m in measured.items()])
 
 
 def neurons_share(options: MeasureOptions) -> float:
-    """Return the part of the budget that neurons get: all of it where no other layer has a choice."""
+    """Return the fraction of the budget for neurons: all of it where no other layer has a choice."""
     return 1.0 if options.layout == Layout.TIME_FIRST else 0.6
 
 
-def _enter(
+def _add_races(
     neuron: Neuron,
     choice: str | Mapping[str, str],
     layouts: tuple[Layout, ...],
     pools: dict[torch.device, Pool],
     races: list[Race],
 ) -> tuple[dict[Layout, int], list[Candidate]]:
-    """Add the races of ``neuron`` to ``races``; returns where, and the kernels that cannot take part."""
-    places, refused = {}, []
+    """Add the races of ``neuron`` to ``races``; return their indices by layout, and the kernels that do not apply."""
+    race_indices, refused = {}, []
     for layout, names in _jobs(neuron, choice, layouts).items():
         problem, able = neuron.problem(layout), []
         for name in names:
@@ -155,7 +157,7 @@ def _enter(
             else:
                 refused.append(Candidate(str(layout), name, error=f"not applicable: {reason}"))
         if able:
-            places[layout] = len(races)
+            race_indices[layout] = len(races)
             races.append(
                 kernel_race(
                     problem,
@@ -166,11 +168,11 @@ def _enter(
                     strides=neuron.strides(layout),
                 )
             )
-    return places, refused
+    return race_indices, refused
 
 
 def _jobs(neuron: Neuron, choice: str | Mapping[str, str], layouts: tuple[Layout, ...]) -> dict[Layout, list[str]]:
-    """The kernels to be measured for ``neuron``, by layout."""
+    """Return the kernels to be measured for ``neuron``, by layout."""
     forced = forced_kernel(choice, neuron.name)
     names = [kernel.name for kernel in (kernels() if forced is None else [get_kernel(forced)])]
     jobs = {layout: list(names) for layout in layouts}
@@ -181,7 +183,7 @@ def _jobs(neuron: Neuron, choice: str | Mapping[str, str], layouts: tuple[Layout
 
 
 def _layouts_of(neuron: Neuron, rule: str, pinned: Mapping[str, str]) -> tuple[Layout, ...]:
-    """The layouts among which ``neuron`` may choose; inside a leaf there is nowhere to convert."""
+    """Return the layouts that ``neuron`` may have; inside a leaf no conversion can be inserted."""
     if rule == "keep" or neuron.node is None:
         return (neuron.layout,)
     if neuron.name in pinned:
@@ -207,7 +209,7 @@ def _check(
 
 
 def _pinned(gm: fx.GraphModule, context: PassContext) -> dict[str, str]:
-    """Neuron → why it stays time-first in any case."""
+    """Return, for each neuron that must stay time-first, the reason."""
     graph = layouts_in(gm, context)
     return {
         neuron.name: graph.operators[node].why
@@ -232,21 +234,21 @@ def _candidate(layout: Layout, kernel: str, outcome: Outcome) -> Candidate:
 
 
 def cost_of(candidate: Candidate) -> float:
-    """Forward and backward; the eval forward where a layer cannot be trained at this shape."""
+    """Return milliseconds of forward and backward; of the eval forward if the shape cannot be trained on."""
     return candidate.eval_ms if candidate.training_ms is None else candidate.training_ms
 
 
 def spread_of(candidate: Candidate) -> float | None:
-    """How uncertain :func:`cost_of` is, in milliseconds; None if that is not known."""
+    """Return the spread of :func:`cost_of` in milliseconds, or None if it is not known."""
     return candidate.eval_spread_ms if candidate.training_ms is None else candidate.spread_ms
 
 
 def fastest(
     measured: Measured, layout: Layout, *, kernel: str | None = None, evaluation: bool = False
 ) -> Candidate | None:
-    """The fastest candidate under ``layout``, of ``kernel`` if one is named; None if none works.
+    """Return the fastest candidate under ``layout``, of ``kernel`` if one is named; None if none works.
 
-    In doubt that is the one of higher rank: the highest of which it is not clear that the lowest time is another's.
+    Among candidates that are not clearly slower than the fastest, that is the one whose kernel has the highest rank.
     """
     cost = (lambda c: c.eval_ms) if evaluation else cost_of
     spread = (lambda c: c.eval_spread_ms) if evaluation else spread_of
@@ -255,7 +257,7 @@ def fastest(
         for c in measured.candidates
         if c.layout == layout and c.error is None and kernel in (None, c.kernel) and cost(c) is not None
     ]
-    if not evaluation:  # one with a time for evaluation alone says nothing of training where others do
+    if not evaluation:  # times of evaluation alone do not compare with times of training
         working = [c for c in working if c.training_ms is not None] or working
     working.sort(key=lambda c: -rank_of(c.kernel))
     return working[choose([(cost(c), spread(c)) for c in working])] if working else None

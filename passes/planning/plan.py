@@ -1,4 +1,4 @@
-"""Write a plan into a graph: the one place where planning changes it."""
+"""Write a plan into a graph; the other planning passes leave the graph unchanged."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["ApplyPlan", "apply"]
 
 
 def apply(plan: Plan, gm: fx.GraphModule, graph: LayoutGraph | None = None) -> list[str]:
-    """Write ``plan`` into ``gm``: layouts and conversions, kernels, fused norms; return what was changed.
+    """Write ``plan`` into ``gm``: layouts and conversions, kernels, fused norms; return the changes.
 
-    It can be repeated, and applied to a copy of the graph that it was made for.
+    Idempotent; ``gm`` may be a copy of the graph that the plan was made for.
 
     Args:
-        plan: what was chosen.
+        plan: the layouts and kernels that were chosen.
         gm: a graph with neurons, changed in place.
-        graph: where time has a place in ``gm``, if it has been read already and no conversions stand in it.
+        graph: the layout graph of ``gm``, if it has been read already and ``gm`` has no conversions.
 
     Raises:
-        ValueError: a kernel does not support its layer; all such in one error. The graph is as it was.
+        ValueError: a kernel does not support its layer; all such in one error. The graph is then unchanged.
     """
     found = {neuron.name: neuron for neuron in neurons(gm)}
     _check(plan, found)
@@ -48,7 +48,7 @@ def apply(plan: Plan, gm: fx.GraphModule, graph: LayoutGraph | None = None) -> l
         neuron.kernel, neuron.eval_kernel = kernel, eval_kernel
         if before != (kernel, eval_kernel):
             changes.append(f"{name}: {kernel or '-'} / {eval_kernel or '-'}")
-    if plan.fuse_norms:  # of a norm the planner knows both forms; folded, it takes its neuron's layout
+    if plan.fuse_norms:  # last: a fused norm takes its neuron's layout, and the planner has chosen the norm's by now
         changes += fuse_norms(gm)
     gm.recompile()
     return changes
@@ -57,9 +57,9 @@ def apply(plan: Plan, gm: fx.GraphModule, graph: LayoutGraph | None = None) -> l
 class ApplyPlan(Pass):
     """Write the context's plan into the graph.
 
-    Before: ``conv -> bn -> lif -> linear``. After, where that was chosen: ``to_layout -> run_time_last(conv) ->
-    norm_affine(bn) -> lif(layout="time_last", kernel="fused-cpp", …) -> to_layout -> linear``. Without a plan, neurons
-    that were measured are bound to the fastest kernels of their layouts.
+    Before: ``conv -> bn -> lif -> linear``. After, where the plan has these time-last: ``to_layout ->
+    run_time_last(conv) -> norm_affine(bn) -> lif(layout="time_last", kernel="fused-cpp", …) -> to_layout -> linear``.
+    Without a plan, neurons that were measured are bound to the fastest kernels of their layouts.
     """
 
     name = "apply_plan"
@@ -91,6 +91,7 @@ def _check(plan: Plan, found: dict[str, Neuron]) -> None:
 
 
 def _refusal(neuron: Neuron, kernel: str) -> str | None:
+    """Return the reason why ``kernel`` does not support ``neuron``, or None if it does."""
     candidate = get_kernel(kernel)
     problem = neuron.problem()
     if problem is None:

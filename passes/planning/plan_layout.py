@@ -1,4 +1,4 @@
-"""The layout of every stretch of the network: the one for which all that was measured adds up to the least."""
+"""Choose layouts and kernels with the smallest sum of measured times, conversions included."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ __all__ = ["PlanLayout", "keep_layouts"]
 
 @dataclasses.dataclass(frozen=True)
 class _Times:
-    """What the choice is made from: nanoseconds of nodes and conversions, and the best form of each layer."""
+    """Input of the choice: nanoseconds of nodes and conversions, and the fastest time-last form of each layer."""
 
     graph: LayoutGraph
     costs: dict[fx.Node, Costs]
     conversion_costs: dict[fx.Node, tuple[int, int]]
     methods: dict[fx.Node, str]
-    fixed: int  # of neurons that are no nodes, or that are left alone
+    fixed: int  # nanoseconds of neurons that are no nodes, or whose layout is not chosen here
     spreads: dict[fx.Node, tuple[float, float]]  # of the costs, time-first and time-last
     conversion_spreads: dict[fx.Node, tuple[float, float]]
 
 
 class PlanLayout(Pass):
-    """Choose layouts and kernels so that the network's predicted time is the least; the graph is unchanged.
+    """Choose layouts and kernels that minimize the network's predicted time; the graph is unchanged.
 
-    Before and after: ``conv -> lif -> linear``; ``context.plan`` says which nodes run time-last, in which form, and on
-    which kernels, ``context.alternatives`` the same for each layout alone. Nodes are neurons, at their fastest kernel
-    in either layout, and layers without a memory, at their fastest form, which is measured here; a conversion is paid
-    once for all readers of a tensor. Inputs and outputs of the graph are time-first, as are operators of which no other
-    form is known. The minimum is exact: a minimum cut. It must beat all time-first by more than the spread of the
-    times, or that stays.
+    Before and after: ``conv -> lif -> linear``; ``context.plan`` lists the nodes that run time-last, with their forms
+    and kernels, ``context.alternatives`` the same for each layout alone. Nodes are neurons, at their fastest kernel
+    in either layout, and stateless layers, at their fastest form, which is measured here; a conversion is counted
+    once for all readers of a tensor. Inputs and outputs of the graph are time-first, as are operators without a known
+    time-last form. The minimum is exact (a minimum cut). If it is not faster than all time-first by more than the
+    spread of the times, all time-first is kept.
 
     Args:
-        layout, kernels, repeats, progress, budget_s, cache: in place of the context's options. ``layout="uniform"`` is
+        layout, kernels, repeats, progress, budget_s, cache: override the context's options. ``layout="uniform"`` is
             the paper's algorithm 1.
 
     Raises:
@@ -95,42 +95,42 @@ class PlanLayout(Pass):
         return Result(gm, [f"{name}: {ms:.3f} ms" for name, ms in context.plan.totals])
 
     def _plans(self, gm: fx.GraphModule, context: PassContext) -> tuple[dict[str, Plan], str]:
-        """The plans to choose from, by name, and the name of the one that was chosen."""
+        """Return the plans to choose from, by name, and the name of the chosen one."""
         found = _measured_neurons(gm, context)
         rule, choice = context.options.layout, context.options.kernels
         times = self._times(gm, context, found)
-        ways: dict[str, Labeling] = {}
+        labelings: dict[str, Labeling] = {}
         for layout in Layout:
             if rule in ("auto", "uniform", layout) and (uniform := self._uniform(times, layout)) is not None:
-                ways[str(layout)] = uniform
+                labelings[str(layout)] = uniform
+        time_first = labelings.get("time_first")
         if rule == "auto":
-            ways["plan"] = self._clear(times, ways.get("time_first"), self._solved(times, choice))
-        if not ways:
+            labelings["plan"] = self._if_clearly_faster(times, time_first, self._solved(times, choice))
+        if not labelings:
             raise ValueError(
                 f"no single layout serves every layer with the kernels asked for ({choice!r}); "
                 "choose other kernels, or layout='auto'"
             )
-        chosen = "plan" if rule == "auto" else min(ways, key=lambda name: ways[name].cost)
-        first = ways.get("time_first")
-        if rule == "uniform" and self._clear(times, first, ways[chosen]) is first:
+        chosen = "plan" if rule == "auto" else min(labelings, key=lambda name: labelings[name].cost)
+        if rule == "uniform" and self._if_clearly_faster(times, time_first, labelings[chosen]) is time_first:
             chosen = "time_first"
-        totals = tuple((name, (way.cost + times.fixed) / 1e6) for name, way in ways.items())
-        neuron_totals = tuple((name, self._neurons_cost(times, way) / 1e6) for name, way in ways.items())
-        conversion_totals = tuple((name, way.conversion_cost / 1e6) for name, way in ways.items())
+        totals = tuple((name, (one.cost + times.fixed) / 1e6) for name, one in labelings.items())
+        neuron_totals = tuple((name, self._neurons_cost(times, one) / 1e6) for name, one in labelings.items())
+        conversion_totals = tuple((name, one.conversion_cost / 1e6) for name, one in labelings.items())
         pinned = tuple((name, why, count) for (name, why), count in times.graph.pinned().items())
         plans = {}
-        for name, way in ways.items():
-            layouts = {n.name: way.labels.get(n.node, n.layout) for n in found}
+        for name, labeling in labelings.items():
+            layouts = {n.name: labeling.labels.get(n.node, n.layout) for n in found}
             plans[name] = Plan(
-                self._time_last(times, way),
+                self._time_last(times, labeling),
                 {n.name: _kernels(n, choice, context.measurements, layouts[n.name]) for n in found},
                 _fuse_norms(context),
-                _name_of(times.graph, way),
+                _name_of(times.graph, labeling),
                 totals,
                 neuron_totals,
-                conversions=len(way.conversions),
+                conversions=len(labeling.conversions),
                 conversion_totals=conversion_totals,
-                conversion_bytes=sum(c.bytes for c in way.conversions),
+                conversion_bytes=sum(c.bytes for c in labeling.conversions),
                 pinned=pinned,
             )
         return plans, chosen
@@ -146,14 +146,14 @@ class PlanLayout(Pass):
                 spreads[neuron.node] = tuple(1e6 * ((spread_of(one) if one else None) or 0.0) for one in best)
             else:
                 fixed += _ns(_best(neuron, options.kernels, context.measurements, neuron.layout)) or 0
-        if options.layout == Layout.TIME_FIRST:  # no other form and no conversion is in question
+        if options.layout == Layout.TIME_FIRST:  # neither other forms nor conversions can be chosen
             return _Times(graph, costs, {}, methods, fixed, spreads, {})
         share = (1 - neurons_share(options)) * options.budget_s
         times = measure_layers(gm, graph, options.repeats, options.progress, share, context.cache)
         context.stats = context.stats.plus(0.0, times.results)
-        for node, ways in times.layers.items():
-            first = ways.get((Layout.TIME_FIRST, AS_IS))
-            last = {method: ms for (layout, method), ms in ways.items() if layout is Layout.TIME_LAST}
+        for node, forms in times.layers.items():
+            first = forms.get((Layout.TIME_FIRST, AS_IS))
+            last = {method: ms for (layout, method), ms in forms.items() if layout is Layout.TIME_LAST}
             if first is None or not last:
                 costs[node] = Costs(0, None)  # what cannot be measured stays as it was written
                 continue
@@ -162,22 +162,28 @@ class PlanLayout(Pass):
             costs[node] = Costs(*(round(ms * 1e6) for ms, _ in best))
             spreads[node] = tuple(spread * 1e6 for _, spread in best)
         conversions = {
-            node: (round(there[0] * 1e6), round(back[0] * 1e6)) for node, (there, back) in times.conversions.items()
+            node: (round(to_last[0] * 1e6), round(to_first[0] * 1e6))
+            for node, (to_last, to_first) in times.conversions.items()
         }
-        moved = {node: tuple(spread * 1e6 for _, spread in both) for node, both in times.conversions.items()}
-        return _Times(graph, costs, conversions, methods, fixed, spreads, moved)
+        conversion_spreads = {
+            node: tuple(spread * 1e6 for _, spread in both) for node, both in times.conversions.items()
+        }
+        return _Times(graph, costs, conversions, methods, fixed, spreads, conversion_spreads)
 
     @staticmethod
-    def _clear(times: _Times, first: Labeling | None, way: Labeling) -> Labeling:
-        """``way``, unless it is faster than all time-first by less than the spread of what differs."""
-        if first is None:
-            return way
-        late = [node for node, label in way.labels.items() if label is Layout.TIME_LAST]
-        spreads = [spread for node in late for spread in times.spreads.get(node, ())]
-        for move in way.conversions:
-            there, back = times.conversion_spreads.get(move.producer, (0.0, 0.0))
-            spreads.append(there if move.target is Layout.TIME_LAST else back)
-        return way if first.cost - way.cost > math.hypot(*spreads) else first
+    def _if_clearly_faster(times: _Times, time_first: Labeling | None, labeling: Labeling) -> Labeling:
+        """Return ``labeling`` if it is faster than ``time_first`` by more than the spread of what differs.
+
+        Otherwise return ``time_first``. Where that is None, there is nothing to compare with.
+        """
+        if time_first is None:
+            return labeling
+        time_last = [node for node, label in labeling.labels.items() if label is Layout.TIME_LAST]
+        spreads = [spread for node in time_last for spread in times.spreads.get(node, ())]
+        for conversion in labeling.conversions:
+            to_last, to_first = times.conversion_spreads.get(conversion.producer, (0.0, 0.0))
+            spreads.append(to_last if conversion.target is Layout.TIME_LAST else to_first)
+        return labeling if time_first.cost - labeling.cost > math.hypot(*spreads) else time_first
 
     @staticmethod
     def _uniform(times: _Times, layout: Layout) -> Labeling | None:
@@ -190,20 +196,19 @@ class PlanLayout(Pass):
     def _solved(times: _Times, choice: str | Mapping[str, str]) -> Labeling:
         for node, neuron in times.graph.neurons.items():
             costs = times.costs.get(node, Costs())
-            if costs.time_first is None and costs.time_last is None:  # measured by an earlier call, for other kernels
+            if costs.time_first is None and costs.time_last is None:  # an earlier call measured other kernels
                 raise ValueError(f"{neuron.name}: none of the kernels asked for ({choice!r}) was measured")
         return solve(times.graph, times.costs, times.conversion_costs)
 
     @staticmethod
-    def _time_last(times: _Times, way: Labeling) -> dict[str, str]:
-        """The time-last nodes by name, with the forms of layers."""
-        return {
-            node.name: times.methods.get(node, AS_IS) for node, label in way.labels.items() if label is Layout.TIME_LAST
-        }
+    def _time_last(times: _Times, labeling: Labeling) -> dict[str, str]:
+        """Return the time-last nodes by name, with the forms of layers."""
+        time_last = (node for node, label in labeling.labels.items() if label is Layout.TIME_LAST)
+        return {node.name: times.methods.get(node, AS_IS) for node in time_last}
 
     @staticmethod
-    def _neurons_cost(times: _Times, way: Labeling) -> int:
-        own = (times.costs.get(node, Costs()).under(way.labels[node]) for node in times.graph.neurons)
+    def _neurons_cost(times: _Times, labeling: Labeling) -> int:
+        own = (times.costs.get(node, Costs()).under(labeling.labels[node]) for node in times.graph.neurons)
         return times.fixed + sum(cost or 0 for cost in own)
 
 
@@ -221,7 +226,7 @@ def _measured_neurons(gm: fx.GraphModule, context: PassContext) -> list[Neuron]:
 
 
 def _fuse_norms(context: PassContext) -> bool:
-    """True if the user wants norms fused, or, where that is not asked, if they were."""
+    """Return True if the user wants norms fused, or, without an option for that, if they were fused before."""
     options = context.options
     return options.fold_norms if isinstance(options, ConvertOptions) else context.norms_unfused
 
@@ -235,7 +240,7 @@ def _best(
 def _kernels(
     neuron: Neuron, choice: str | Mapping[str, str], measured: Mapping[str, Measured], layout: Layout
 ) -> tuple[str, str]:
-    """The kernels of ``neuron`` under ``layout``, for training and for evaluation: those forced, or the fastest."""
+    """Return the kernels of ``neuron`` under ``layout`` for training and evaluation: the forced one, or the fastest."""
     if (forced := forced_kernel(choice, neuron.name)) is not None:
         return forced, forced
     best = [fastest(measured[neuron.name], layout, evaluation=evaluation) for evaluation in (False, True)]
@@ -246,9 +251,10 @@ def _ns(candidate: Candidate | None) -> int | None:
     return None if candidate is None else round(cost_of(candidate) * 1e6)
 
 
-def _name_of(graph: LayoutGraph, way: Labeling) -> str:
-    """The layout's name if all neurons and layers that have a choice are in one, else ``"mixed"``."""
-    met = {way.labels[node] for node, operator in graph.operators.items() if operator.kind in ("neuron", "layer")}
-    if len(met) == 2:
+def _name_of(graph: LayoutGraph, labeling: Labeling) -> str:
+    """Return the layout's name if all neurons and layers that have a choice are in one, else ``"mixed"``."""
+    free = (node for node, operator in graph.operators.items() if operator.kind in ("neuron", "layer"))
+    layouts = {labeling.labels[node] for node in free}
+    if len(layouts) == 2:
         return "mixed"
-    return str(met.pop()) if met else str(Layout.TIME_FIRST)
+    return str(layouts.pop()) if layouts else str(Layout.TIME_FIRST)

@@ -1,4 +1,4 @@
-"""Layouts and kernels that were chosen elsewhere, taken over where they fit."""
+"""Reuse layouts and kernels of a saved selection for the layers that it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("mfpsn_fx")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was chosen for a layer, and for what: ``shape`` is the input's in ``layout``; times in milliseconds."""
+    """Layout and kernels that were chosen for a layer; ``shape`` is the input's in ``layout``, times are in ms."""
 
     layout: str
     kernel: str
@@ -36,7 +36,7 @@ class Choice:
     eval_ms: float | None = None
 
     def misfit(self, neuron: Neuron, layouts: Sequence[Layout]) -> str | None:
-        """Why ``neuron``, which may run in ``layouts``, cannot take it; None if it can."""
+        """Return the reason why ``neuron``, which may run in ``layouts``, cannot take the choice; None if it can."""
         for what, there, here in (("k", self.order, neuron.order), ("d", self.dilation, neuron.dilation)):
             if there != here:
                 return f"{what} = {there} in the selection, {here} here"
@@ -58,7 +58,7 @@ class Choice:
         return None
 
     def measured(self, neuron: Neuron) -> Measured:
-        """What measuring ``neuron`` would have found if nothing else could serve it."""
+        """Return the choice as a measurement of ``neuron`` that has no other candidates."""
         shape, _, device = neuron.meta
         shape = Layout.TIME_FIRST.shape_from(shape, neuron.layout)
         training = Candidate(self.layout, self.kernel, self.forward_ms, self.backward_ms)
@@ -72,7 +72,7 @@ class Choice:
 def replayed(
     found: Sequence[Neuron], choices: Mapping[str, Choice], layouts: Mapping[str, Sequence[Layout]]
 ) -> dict[str, Measured]:
-    """For each of ``found`` that its choice fits, what stands for its measurement; the others are named in a warning.
+    """Return measurements made from ``choices`` for the neurons that these fit; name the others in a warning.
 
     Args:
         found: the neurons of a graph.
@@ -95,7 +95,7 @@ def replayed(
 
 
 def choices_of(selection: Any) -> dict[str, Choice]:
-    """Return what a selection chose for each layer.
+    """Return the choice of a selection for each layer, by name.
 
     Args:
         selection: a ``Selection``, the JSON text that its ``to_json`` wrote, or the path of it.

@@ -1,4 +1,4 @@
-"""Measure what was predicted: the planned network and its uniform alternatives, end to end."""
+"""Check the prediction: measure the planned network and its uniform alternatives end to end."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _WARM_UP = 2
 
 
 class VerifyPlan(Pass):
-    """Measure a training step of the plan and of each uniform layout on the example; keep the plan unless it lost.
+    """Measure a training step of the plan and of each uniform layout on the example; replace a plan that is slower.
 
-    Before and after: ``conv -> lif -> linear``; ``context.plan`` is another if that one proved faster. Copies are
-    measured, turn by turn; parameters, statistics and random generators stay as they are. If another layout beats the
-    planned one by more than the two spreads together, eager or compiled, and loses in neither, it is taken. The
-    selection table shows the times and the verdict.
+    Before and after: ``conv -> lif -> linear``; ``context.plan`` is replaced if an alternative is faster. Copies are
+    measured in turn; parameters, statistics and random generators stay as they are. An alternative is taken if it is
+    faster than the plan by more than the sum of the two spreads, eager or compiled, and slower by more than that in
+    neither. The selection table shows the times and the verdict.
 
     Args:
-        mode: in place of the context's option ``verify``. ``False``: nothing is done; ``True``: eager and under
+        mode: overrides the context's option ``verify``. ``False``: nothing is done; ``True``: eager and under
             ``torch.compile``, which takes as long as compiling up to three networks; ``"eager"`` or ``"compiled"``:
-            that alone. What does not compile is measured in eager mode, and the table says so.
-        repeats, progress: in place of the context's options; at least 5 samples are taken of each network.
+            that mode alone. What does not compile is measured in eager mode, with a note in the table.
+        repeats, progress: override the context's options; at least 5 samples are taken of each network.
     """
 
     name = "verify_plan"
@@ -73,7 +73,7 @@ class VerifyPlan(Pass):
     def _verified(
         self, variants: Mapping[str, fx.GraphModule], context: PassContext
     ) -> tuple[list[tuple[str, str, float, float]], str]:
-        """(mode, name, milliseconds, spread) of each, and what could not be measured."""
+        """Return (mode, name, milliseconds, spread) of each variant, and a note on what could not be measured."""
         verified, failed, modes = [], "", list(_MODES[context.options.verify])
         while modes:
             mode = modes.pop(0)
@@ -103,7 +103,7 @@ class VerifyPlan(Pass):
             }
             samples: dict[str, list[float]] = {name: [] for name in variants}
             for index in tqdm(range(rounds), desc=f"verify {mode}", unit="round", disable=silent):
-                for name, step in steps.items():  # turn by turn: what disturbs the machine disturbs all of them
+                for name, step in steps.items():  # in turn, so that other load on the machine slows all of them
                     ms = next(step)
                     if index >= _WARM_UP:
                         samples[name].append(ms)
@@ -117,9 +117,9 @@ def _variant(gm: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _step(gm: fx.GraphModule, run: Callable, example: Example, devices: set[torch.device]) -> Iterator[float]:
-    """Milliseconds of one training step after the other."""
+    """Run training steps one after the other; yield the milliseconds of each."""
     while True:
-        _fresh(gm)
+        _reset(gm)
         bound = bind_arguments(gm, example.args, dict(example.kwargs))
         given = pytree.tree_map_only(Tensor, torch.clone, bound)
         with torch.enable_grad():
@@ -133,11 +133,12 @@ def _step(gm: fx.GraphModule, run: Callable, example: Example, devices: set[torc
             yield (time.perf_counter() - started) * 1e3
 
 
-def _fresh(gm: nn.Module) -> None:
+def _reset(gm: nn.Module) -> None:
+    """Clear the gradients, and the states that SpikingJelly's layers keep from the last step."""
     gm.zero_grad(set_to_none=True)
     for module in gm.modules():
         if callable(getattr(module, "reset", None)) and not isinstance(module, MulFreePSN):
-            module.reset()  # what SpikingJelly's layers remember of the last step
+            module.reset()
 
 
 def _synchronize(devices: set[torch.device]) -> None:
@@ -147,13 +148,13 @@ def _synchronize(devices: set[torch.device]) -> None:
 
 
 def _summary(samples: list[float]) -> tuple[float, float]:
-    """Median and half the distance between the quartiles."""
+    """Return the median and half the interquartile range."""
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return median, (high - low) / 2
 
 
 def _decided(verified: list[tuple[str, str, float, float]], chosen: str) -> tuple[str, str]:
-    """Which to take, and what to say."""
+    """Return the name of the plan to take, and the verdict as text."""
     times: dict[str, dict[str, tuple[float, float]]] = {}
     for mode, name, ms, spread in verified:
         times.setdefault(mode, {})[name] = ms, spread
@@ -162,8 +163,8 @@ def _decided(verified: list[tuple[str, str, float, float]], chosen: str) -> tupl
         return chosen, ""
 
     def lead(mode: str, name: str) -> tuple[float, float]:
-        (ours, noise), (theirs, more) = times[mode][chosen], times[mode][name]
-        return ours - theirs, noise + more
+        (chosen_ms, chosen_spread), (ms, spread) = times[mode][chosen], times[mode][name]
+        return chosen_ms - ms, chosen_spread + spread
 
     def better(name: str) -> bool:
         leads = [lead(mode, name) for mode in times]
@@ -171,23 +172,23 @@ def _decided(verified: list[tuple[str, str, float, float]], chosen: str) -> tupl
 
     candidates = [name for name in others if better(name)]
     best = min(candidates, key=lambda n: sum(one[n][0] / one[chosen][0] for one in times.values()), default=chosen)
-    said = []
+    lines = []
     for mode, one in times.items():
         fastest = min(one, key=lambda name: one[name][0])
         ms, noise = lead(mode, fastest)
         if fastest == chosen:
-            said.append(f"end to end ({mode}) {chosen} is the fastest, as predicted")
+            lines.append(f"end to end ({mode}) {chosen} is the fastest, as predicted")
         elif ms <= noise:
-            said.append(
+            lines.append(
                 f"end to end ({mode}) {fastest} is ahead of {chosen} by {ms:.3f} ms, within the spread of "
                 f"{noise:.3f} ms"
             )
         else:
-            said.append(
+            lines.append(
                 f"end to end ({mode}) {fastest} is faster than {chosen} by {ms:.3f} ms, more than the spread of "
                 f"{noise:.3f} ms"
             )
     if best != chosen:
-        return best, f"{'; '.join(said)}: the prediction was wrong, and {best} is used"
-    stays = "" if all(line.endswith("as predicted") for line in said) else f": {chosen} stays"
-    return chosen, "; ".join(said) + stays
+        return best, f"{'; '.join(lines)}: the prediction was wrong, and {best} is used"
+    stays = "" if all(line.endswith("as predicted") for line in lines) else f": {chosen} stays"
+    return chosen, "; ".join(lines) + stays

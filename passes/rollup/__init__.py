@@ -1,1 +1,1 @@
-"""One graph over all of time in the place of a loop over steps."""
+"""Roll an unrolled loop over steps up into one graph over all of time."""

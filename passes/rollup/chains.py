@@ -1,4 +1,4 @@
-"""Neurons through time: which calls of a neuron follow each other, linked by the state that each hands to the next."""
+"""Find each neuron's chain of calls through time, linked by the state that each call passes to the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 from mfpsn_fx.model.sources.stepping import Stepping, is_stepping, stepping_of
 
-from .errors import RollUpError
+from ..errors import RollUpError
 from .ops import MAKES_ZEROS
 
 __all__ = ["Chain", "Chains", "find_chains", "input_of", "used_at_all_steps"]
@@ -26,20 +26,20 @@ class Chain:
 
     @property
     def sequence(self) -> bool:
-        """Whether one call runs over all of time."""
+        """True if one call runs over all of time."""
         return self.stepping.sequence or self.lifted
 
 
 @dataclasses.dataclass
 class Chains:
-    """What :func:`find_chains` finds.
+    """The chains of a graph, as :func:`find_chains` returns them.
 
     Attributes:
         chains: one for each place of a neuron in the network.
-        calls: of each call, the number of its chain and its step (None where it runs over all of time).
+        calls: for each call, the number of its chain and its step (None where it runs over all of time).
         carried: inputs of the graph that carry a state in.
-        steps: how many the loop has; None where the graph is one step, or none of its neurons is called step by step.
-        one_step: the graph is one step, not a loop.
+        steps: steps of the loop; None where the graph is one step, or none of its neurons is called step by step.
+        one_step: True if the graph is one step, not a loop.
     """
 
     chains: list[Chain]
@@ -50,24 +50,24 @@ class Chains:
 
 
 def input_of(call: fx.Node) -> fx.Node:
-    """Return what a neuron is fed in a call of it."""
+    """Return the input of a neuron's call."""
     return call.args[0] if call.args else next(iter(call.kwargs.values()))
 
 
 def find_chains(gm: fx.GraphModule, one_step: bool) -> Chains:
-    """Find each neuron's calls in an unrolled graph, and which of them follow each other.
+    """Find each neuron's calls in an unrolled graph, and link those that follow each other.
 
     Raises:
-        RollUpError: a state is touched between two steps or does not start from zero, or neurons run for different
+        RollUpError: a state is changed between two steps or does not start from zero, or neurons run for different
             numbers of steps.
     """
     return _Linker(gm, one_step).link()
 
 
 def used_at_all_steps(gm: fx.GraphModule, chains: Chains) -> set[fx.Node]:
-    """Find the items that some neuron reads, not past other neurons, at each of its steps.
+    """Return the items (``x[i]``) that some neuron reads at each of its steps, not through other neurons.
 
-    ``x[0]`` in ``x[t] - x[0]`` is no step of the loop, but the same for all of them.
+    ``x[0]`` in ``x[t] - x[0]`` is no step of the loop, but a value that all steps share.
     """
     if chains.steps is None:
         return set()
@@ -131,7 +131,7 @@ class _Linker:
         if inside:
             raise RollUpError(
                 f"{node.target}.{inside[0]}: {node.target} ({type(module).__name__}) runs its own code (it has hooks, "
-                "or cannot be traced), in which its neurons cannot be told from step to step"
+                "or cannot be traced), in which its neurons cannot be followed from step to step"
             )
 
     def _steps(self) -> int | None:
@@ -144,7 +144,7 @@ class _Linker:
             )
         if 1 in lengths and not self.one_step:
             raise RollUpError(
-                f"{lengths[1].path}: every call starts from the initial state, so nothing runs through time: hand each "
+                f"{lengths[1].path}: every call starts from the initial state, so nothing runs through time: pass each "
                 "step's state to the next, and use an example of at least two steps"
             )
         return None if self.one_step else next(iter(lengths), None)
@@ -169,7 +169,7 @@ class _Linker:
             call = _taken_from(state, stepping.position(name))
             if call is None or call not in self.calls or call.target != node.target:
                 raise RollUpError(
-                    f"{node.target}: its state {name!r} is not handed on from its own last step untouched, but comes "
+                    f"{node.target}: its state {name!r} is not passed on unchanged from its own last step, but comes "
                     f"from {_described(state)}: what changes a state between steps is no filter of the input"
                 )
             found.add(call)
@@ -190,7 +190,7 @@ class _Linker:
             return True
         if state.op == "get_attr":
             if not state.meta.get("zero", False):
-                raise RollUpError(f"{state.target}: a state that starts from other values than zeros is not taken over")
+                raise RollUpError(f"{state.target}: a state that starts from other values than zeros is not supported")
             return True
         if state.op in ("call_function", "call_method") and state.target in MAKES_ZEROS:
             return True

@@ -1,4 +1,4 @@
-"""The rolled-up graph in its general form: what runs at once, once; what reads a single step, from that step."""
+"""Emit the rolled-up graph: one node for what runs for all steps at once, and every other node as it was."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.sources.description import NotAFilterError
 from mfpsn_fx.model.time_axis import expect_steps, fold_time, repeat_in_time, unfold_time, with_item
 
-from .errors import RollUpError
-from .fused_axis import without_batch
+from ..errors import RollUpError
+from .flattened_axis import without_batch
 from .legality import Legality, carries_batch
 from .value_numbering import ValueNumbering
 from .values import Drawn, Fixed, Group, Output, TimeSlice, Value
@@ -24,16 +24,16 @@ __all__ = ["WITHOUT_RESET", "emit"]
 
 _log = logging.getLogger("mfpsn_fx")
 
-WITHOUT_RESET = "without_reset"  # node.meta: a membrane is read out without the reset that it had
+WITHOUT_RESET = "without_reset"  # node.meta: a membrane is read out without the reset of its source
 _WRAPPED = (expect_steps, fold_time, repeat_in_time, unfold_time, with_item)
 
 
 def emit(numbering: ValueNumbering, legality: Legality, outputs: object) -> fx.GraphModule:
-    """Make the rolled-up graph module.
+    """Return the rolled-up graph module.
 
-    A group that runs at once is emitted at the place of its first node, on the fused T·N axis; a neuron over all of T;
-    every other node as it is, reading step t of a sequence s as ``s[t]``. For the peepholes, ``node.meta["val"]`` has
-    what a node was on the example, and ``node.meta["steps"]`` the length of a sequence.
+    A group that runs at once is emitted at the place of its first node, on the flattened T·N axis; a neuron over all of
+    T; every other node as it is, reading step t of a sequence s as ``s[t]``. For the peepholes, ``node.meta["val"]`` is
+    the node's value on the example, and ``node.meta["steps"]`` the length of a sequence.
     """
     return _Emitter(numbering, legality).emit(outputs)
 
@@ -43,12 +43,12 @@ class _Emitter:
         self.gm, self.numbering, self.legality = numbering.gm, numbering, legality
         self.groups, self.recorded, self.chains = numbering.groups, numbering.recorded, numbering.chains
         self.graph = fx.Graph()
-        self.modules: dict[str, object] = {}  # what the graph needs, by path
+        self.modules: dict[str, object] = {}  # modules and attributes that the graph uses, by path
         self.without_reset: list[str] = []
-        self.single: dict[fx.Node, fx.Node] = {}  # of the unrolled graph's nodes, those emitted as they are
-        self.sequences: dict[int, fx.Node] = {}  # (T, N, *), by the number of what runs at once
-        self.folded: dict[int, fx.Node] = {}  # (T·N, *)
-        self.shared_folded: dict[tuple[int, object], fx.Node] = {}
+        self.single: dict[fx.Node, fx.Node] = {}  # by node of the unrolled graph: those emitted as they are
+        self.sequences: dict[int, fx.Node] = {}  # (T, N, *), by the number of the group that runs at once
+        self.flattened: dict[int, fx.Node] = {}  # (T·N, *)
+        self.shared_flattened: dict[tuple[int, object], fx.Node] = {}
         self.selected: dict[Value, fx.Node] = {}
         self.length: fx.Node | None = None  # T, where the unrolled graph is one step
         self.sliced = self._made_into_slices()
@@ -71,7 +71,7 @@ class _Emitter:
             if node.op == "call_module" and node.target in self.without_reset:
                 node.meta[WITHOUT_RESET] = True
             if node.target in _WRAPPED:
-                node.meta["is_wrapped"] = True  # FX traces its own code again when it unpickles: leave them calls
+                node.meta["is_wrapped"] = True  # unpickling traces the generated code again: keep these as calls
         rolled = fx.GraphModule(self._root(), self.graph, type(self.gm).__name__)
         rolled.training = self.gm.training
         sources = dict(self.gm.named_modules())
@@ -83,7 +83,7 @@ class _Emitter:
         return rolled
 
     def _made_into_slices(self) -> set[fx.Node]:
-        """What becomes a sequence that is read step by step: it has a T axis."""
+        """Return the nodes that have a T axis: the sequences that are read step by step, and their inputs."""
         reached: set[fx.Node] = set()
         stack = [group.kind.source for group in self.groups if isinstance(group.kind, TimeSlice)]
         while stack:
@@ -100,19 +100,19 @@ class _Emitter:
         if isinstance(group.kind, Fixed):
             self.single[node] = self._select(group.kind.value)
             return
-        if isinstance(group.kind, Output):  # of a neuron that runs over sequences by itself
+        if isinstance(group.kind, Output):  # of a neuron whose own call runs over the sequence
             self.single[node] = self._neuron(group.kind)
             self.single[node].meta["val"] = self.recorded.get(node.name)
             return
         args, kwargs = self._arguments(node, self._value)
         source = self.recorded.get(node.args[0].name) if node.args and isinstance(node.args[0], fx.Node) else None
         if value.index is not None or self._has_samples_first(node, group):
-            args, kwargs = without_batch(node, args, kwargs, source)  # N is the example's only in the example
+            args, kwargs = without_batch(node, args, kwargs, source)  # other inputs have another N than the example
         self.single[node] = self._create(node, args, kwargs)
         self.single[node].meta["val"] = self.recorded.get(node.name)
 
     def _has_samples_first(self, node: fx.Node, group: Group) -> bool:
-        """Whether a value comes from the input as all steps see it, (N, *), and has no T."""
+        """Return True if a value is computed from an input (N, *) that all steps share, and has no T."""
         number = self.numbering.values[node].number
         return carries_batch(self.numbering, number) and not group.from_steps and node not in self.sliced
 
@@ -120,7 +120,7 @@ class _Emitter:
         return self._select(self.numbering.values[node])
 
     def _select(self, value: Value) -> fx.Node:
-        """A value that is the same for all steps, or of one step."""
+        """Return the node of a value that is the same for all steps, or of one step."""
         if value.index is None or value.index not in self.legality.at_once.get(value.number, ()):
             return self.single[self.numbering.member(value)]
         if value not in self.selected:
@@ -134,7 +134,7 @@ class _Emitter:
 
     def _at_once(self, number: int) -> None:
         group = self.groups[number]
-        if number in self.sequences or number in self.folded or isinstance(group.kind, (TimeSlice, Output)):
+        if number in self.sequences or number in self.flattened or isinstance(group.kind, (TimeSlice, Output)):
             return
         steps = self.legality.at_once[number]
         node = group.at[steps[0]]
@@ -145,30 +145,30 @@ class _Emitter:
             self.sequences[number] = self.graph.call_module(node.target, (self._rows(argument, node, steps),))
             return
         repeats = isinstance(group.kind, Drawn)
-        args, kwargs = self._arguments(node, lambda n: self._folded_argument(n, node, steps, repeats))
+        args, kwargs = self._arguments(node, lambda n: self._flattened_argument(n, node, steps, repeats))
         source = self.recorded.get(node.args[0].name) if node.args and isinstance(node.args[0], fx.Node) else None
         args, kwargs = without_batch(node, args, kwargs, source)
-        self.folded[number] = self._create(node, args, kwargs)
+        self.flattened[number] = self._create(node, args, kwargs)
 
-    def _folded_argument(self, argument: fx.Node, node: fx.Node, steps: range, repeats: bool) -> fx.Node:
-        """An argument of a layer on the fused axis, (len(steps)·N, *)."""
+    def _flattened_argument(self, argument: fx.Node, node: fx.Node, steps: range, repeats: bool) -> fx.Node:
+        """Return an argument of a layer on the flattened axis, (len(steps)·N, *)."""
         value = self.numbering.values[argument]
         if value.index is not None:
             if self._indices(argument, node, steps) != self.legality.at_once[value.number]:
                 return self._call(fold_time, (self._rows(argument, node, steps),))
-            if value.number not in self.folded:
-                self.folded[value.number] = self._call(fold_time, (self._sequence(value.number),))
-            return self.folded[value.number]
+            if value.number not in self.flattened:
+                self.flattened[value.number] = self._call(fold_time, (self._sequence(value.number),))
+            return self.flattened[value.number]
         if not repeats and not carries_batch(self.numbering, value.number):
             return self.single[self.numbering.member(value)]
         key = (value.number, len(steps))
-        if key not in self.shared_folded:
+        if key not in self.shared_flattened:
             repeated = self._call(repeat_in_time, (self._select(value), self._length(steps)))
-            self.shared_folded[key] = self._call(fold_time, (repeated,))
-        return self.shared_folded[key]
+            self.shared_flattened[key] = self._call(fold_time, (repeated,))
+        return self.shared_flattened[key]
 
     def _indices(self, argument: fx.Node, node: fx.Node, steps: range) -> range:
-        """At which indices ``argument`` is read, if ``node`` runs at ``steps``."""
+        """Return the indices at which ``argument`` is read if ``node`` runs at ``steps``."""
         offset = self.numbering.values[argument].index - self.numbering.values[node].index
         return range(steps.start + offset, steps.stop + offset, steps.step)
 
@@ -176,17 +176,17 @@ class _Emitter:
         return self._steps_of(self.numbering.values[argument].number, self._indices(argument, node, steps))
 
     def _steps_of(self, number: int, indices: range) -> fx.Node:
-        """Some steps of a sequence, (len(indices), N, *), in this order."""
-        sequence, there = self._sequence(number), self.legality.at_once[number]
-        if indices == there:
+        """Return some steps of a sequence, (len(indices), N, *), in this order."""
+        sequence, steps = self._sequence(number), self.legality.at_once[number]
+        if indices == steps:
             return sequence
         if indices.step < 0:
             return self._call(torch.flip, (self._steps_of(number, indices[::-1]), (0,)))
-        positions = range(there.index(indices[0]), there.index(indices[-1]) + 1, max(1, indices.step // there.step))
+        positions = range(steps.index(indices[0]), steps.index(indices[-1]) + 1, max(1, indices.step // steps.step))
         return self._call(operator.getitem, (sequence, slice(positions.start, positions.stop, positions.step)))
 
     def _sequence(self, number: int) -> fx.Node:
-        """What runs at once, as (T, N, *)."""
+        """Return the output of a group that runs at once, as (T, N, *)."""
         if number not in self.sequences:
             group = self.groups[number]
             if isinstance(group.kind, TimeSlice):
@@ -195,7 +195,7 @@ class _Emitter:
                 made = self._neuron(group.kind)
             else:
                 steps = self._length(self.legality.at_once[number])
-                made = self._call(unfold_time, (self.folded[number], steps))
+                made = self._call(unfold_time, (self.flattened[number], steps))
             shown = self.recorded.get(group.node.name)
             if isinstance(shown, Tensor) and not self.chains.one_step:
                 made.meta["steps"] = len(self.legality.at_once[number])
@@ -204,7 +204,7 @@ class _Emitter:
         return self.sequences[number]
 
     def _length(self, steps: range) -> object:
-        """T: a number where a loop was rolled up; read from the input where the network was one step."""
+        """Return T: a number where a loop was rolled up; a node that reads it from the input for a one-step graph."""
         if not self.chains.one_step:
             return len(steps)
         if self.length is None:
@@ -217,7 +217,7 @@ class _Emitter:
         if self.chains.one_step:
             return self.single[kind.source]
         source, steps = self._select(value), len(self.legality.at_once[number])
-        if self.recorded[kind.source.name].shape[kind.dim] > steps:  # a loop over the first of them
+        if self.recorded[kind.source.name].shape[kind.dim] > steps:  # the loop runs over the first steps alone
             source = self._call(torch.narrow, (source, kind.dim, 0, steps))
         elif not self.groups[value.number].from_steps:
             source = self._call(expect_steps, (source, kind.dim, steps))
@@ -274,7 +274,7 @@ class _Emitter:
         return self.graph.call_function(target, args)
 
     def _keep(self, path: str, value: object) -> None:
-        """Note what the graph calls or reads at ``path``."""
+        """Register the module or attribute that the graph uses at ``path``."""
         if self.modules.setdefault(path, value) is not value:
             raise RollUpError(
                 f"{path}: it keeps one mask for all steps at once in one place, and for single steps in another: give "
@@ -288,7 +288,7 @@ class _Emitter:
             owner, _, name = node.target.rpartition(".")
             value = getattr(self.gm.get_submodule(owner), name)
             path = node.target
-            if any(owner == chain.path for chain in self.chains.chains):  # the neuron will be gone, its threshold stays
+            if any(owner == chain.path for chain in self.chains.chains):  # the neuron is replaced, its parameter stays
                 path = path.replace(".", "_")
             self._keep(path, value)
             attribute = self.graph.get_attr(path)
@@ -308,7 +308,7 @@ class _Emitter:
         return structure
 
     def _root(self) -> nn.Module:
-        """Layers, neurons and constants at the paths that the source has them."""
+        """Return a module that holds layers, neurons and constants at their paths in the source."""
         root = nn.Module()
         for path, value in self.modules.items():
             owner = root

@@ -1,4 +1,4 @@
-"""Whether a network that was rolled up over time gives what its own code gives."""
+"""Check that a network that was rolled up over time computes what the source network computes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mfpsn_fx.model.integrator import LeakyIntegrator
 from mfpsn_fx.model.sources.stepping import stepping_of
 from mfpsn_fx.model.time_axis import expect_steps
 
+from ..errors import RollUpError
 from ..op_traits import draws_random
 from .emit import WITHOUT_RESET
-from .errors import RollUpError
 
 __all__ = ["check_rolled"]
 
@@ -30,21 +30,21 @@ _log = logging.getLogger("mfpsn_fx")
 
 
 def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str, object], one_step: bool) -> None:
-    """Run both, in evaluation and in float64, on the example, on values that are drawn, and with one sample more.
+    """Raise if ``rolled`` and ``model`` differ on the example, on random values, or with one sample more.
 
-    What a graph does not show (an operation in place whose result is not used, an attribute that is read or written
-    between steps, the example's batch size as a number) shows here. A single step that takes its states as arguments
-    is given those that its last call returned. Not compared: networks that draw random numbers, and membranes that
-    are read out without their reset.
+    Both run in evaluation and in float64. This finds what tracing does not see: an operation in place whose result is
+    not used, an attribute that is read or written between steps, the example's batch size as a number. A single step
+    that takes its states as arguments is given those that its last call returned. Not compared: networks that draw
+    random numbers, and membranes that are read out without their reset.
 
     Args:
-        rolled: with the source's own neurons in it, resets and all.
+        rolled: the rolled-up graph, with the source's own neurons in it, resets included.
         model: the source; both are left as they are.
         example: by the names of ``model``'s arguments.
-        one_step: ``model`` sees one step a call.
+        one_step: True if ``model`` sees one step in each call.
 
     Raises:
-        RollUpError: they differ.
+        RollUpError: their outputs, or the inputs of their neurons, differ.
     """
     if any(n.op != "call_module" and draws_random(rolled, n) for n in rolled.graph.nodes):
         return
@@ -55,10 +55,10 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
     except NotSteppedError as error:
         _log.warning("%s was not compared with its rolled-up graph, which may differ: %s", name, error)
         return
-    with preserved_rng(), torch.no_grad(), _Wide():
+    with preserved_rng(), torch.no_grad(), _Float64():
         torch.manual_seed(0)
         values = {k: _double(v) for k, v in example.items()}
-        drawn = [{k: _drawn(v, factor) if k in given else v for k, v in values.items()} for factor in (1, 4, 16)]
+        drawn = [{k: _redrawn(v, factor) if k in given else v for k, v in values.items()} for factor in (1, 4, 16)]
         for inputs in (values, *drawn):
             try:
                 found = _difference(rolled, model, inputs, given, one_step, states)
@@ -90,8 +90,8 @@ def check_rolled(rolled: fx.GraphModule, model: nn.Module, example: Mapping[str,
             )
 
 
-class _Wide(TorchFunctionMode):
-    """What a library makes float32 by name (snnTorch's spikes) is float64 here."""
+class _Float64(TorchFunctionMode):
+    """Mode in which explicit casts to float32, such as those of snnTorch's spikes, give float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is Tensor.float:
@@ -105,12 +105,12 @@ class _RolledError(Exception):
 
 
 def _double(value: object) -> object:
-    # float64, so that rounding does not turn a spike where layers see T·N samples instead of N
+    # in float64 rounding does not flip a spike where layers see T·N samples instead of N
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _drawn(value: object, factor: float) -> object:
-    """Other values about the same mean; ``factor`` times as far from it, for neurons that the example hardly drives."""
+def _redrawn(value: object, factor: float) -> object:
+    """Return random values with the same mean and ``factor`` times the deviation, to make neurons fire that rest."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return value
     spread = value.std(correction=0) if bool((value != value.flatten()[0]).any()) else value.abs().mean() + 1
@@ -118,7 +118,7 @@ def _drawn(value: object, factor: float) -> object:
 
 
 def _one_sample_more(rolled: fx.GraphModule, inputs: dict[str, object], one_step: bool) -> dict[str, object] | None:
-    """The inputs with their first sample once more at the end; None where the graph does not tell which dim is N."""
+    """Return the inputs with their first sample repeated at the end, or None if the graph does not show N's dim."""
     larger = dict(inputs)
     timed = [n for n in rolled.graph.nodes if n.target in (expect_steps, torch.narrow)]
     for node in (n for n in rolled.graph.nodes if n.op == "placeholder"):
@@ -141,32 +141,34 @@ def _difference(
     one_step: bool,
     states: StateArguments | None,
 ) -> str | None:
-    """The first output that differs, in words; None where all are the same, or the source itself fails."""
+    """Describe the first output that differs; return None where all are the same, or the source itself fails."""
     try:
-        expected, fed = _run_source(model, inputs, one_step, states)
-    except Exception as error:  # not in float64, or not at this size: it cannot be asked
+        expected, source_inputs = _run_source(model, inputs, one_step, states)
+    except Exception as error:  # the source does not run in float64, or not at this size: nothing to compare with
         _log.debug("%s does not run beside its rolled-up graph: %s", type(model).__name__, error)
         return None
-    whole = copied(rolled, share=True).eval().double()
+    copy = copied(rolled, share=True).eval().double()
     try:
-        with _inputs_of(whole, (OverTime, LeakyIntegrator)) as met:
-            found = whole(**{k: _cloned(v) for k, v in inputs.items() if k in given})
+        with _inputs_of(copy, (OverTime, LeakyIntegrator)) as rolled_inputs:
+            found = copy(**{k: _cloned(v) for k, v in inputs.items() if k in given})
     except Exception as error:
         raise _RolledError(str(error).strip().splitlines()[0]) from error
     output = next(n for n in rolled.graph.nodes if n.op == "output").args[0]
-    # what neurons are fed comes first: networks that hardly fire put out the same silence, whatever they do
-    pairs = [*_fed(rolled, met, fed), *_leaves("", output, found, expected, one_step)]
+    # inputs of neurons come first: networks that hardly fire give the same output even if they differ
+    pairs = [
+        *_neuron_inputs(rolled, rolled_inputs, source_inputs), *_leaves("", output, found, expected, one_step)
+    ]  # fmt: skip
     for path, node, ours, theirs in pairs:
         if _reads_without_reset(node, tuple(n.target for n in rolled.graph.nodes if WITHOUT_RESET in n.meta)):
             continue
-        where = path if path.startswith("what ") else f"output{path}" if path else "its output"
+        where = path if path.startswith("the input of ") else f"output{path}" if path else "its output"
         if theirs is None:
             return f"{where} is a tensor, where the source returns something else"
         if ours.shape != theirs.shape:
             return f"{where} has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
         if ours.is_floating_point() != theirs.is_floating_point():
             return f"{where} is {ours.dtype} instead of {theirs.dtype}"
-        # decays and kernels that a library keeps in float32 round there; spikes are 0 and 1
+        # some libraries round decays and kernels to float32; spikes are 0 and 1
         apart = ~torch.isclose(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
         if bool(apart.any()):
             return f"{where} differs in {float(apart.double().mean()):.0%} of its values"
@@ -174,13 +176,13 @@ def _difference(
 
 
 def _states(model: nn.Module, example: Mapping[str, object], given: list[str]) -> StateArguments | None:
-    """How its states go round, if it takes them as arguments."""
+    """Return how states are passed from call to call, or None if ``model`` does not take them as arguments."""
     if not set(inspect.signature(model.forward).parameters) - set(given):
         return None
     states = state_arguments(model, example)
     for argument, layer in states.lost.items():
         raise RollUpError(
-            f"{layer}: its state goes in as {argument!r} and is not returned, so that no step can hand it to the next: "
+            f"{layer}: its state goes in as {argument!r} and is not returned, so that no step can pass it to the next: "
             "return it beside the output"
         )
     return states
@@ -189,7 +191,7 @@ def _states(model: nn.Module, example: Mapping[str, object], given: list[str]) -
 def _run_source(
     model: nn.Module, inputs: dict[str, object], one_step: bool, states: StateArguments | None
 ) -> tuple[object, dict[str, list]]:
-    """What the source returns, at each step if it is called for each, and what each neuron was fed, call by call."""
+    """Return the source's result (one for each step, if it is one step), and the inputs of each neuron's calls."""
     source = copied(model, share=True).eval().double()
     kinds = []
     for m in source.modules():
@@ -197,8 +199,8 @@ def _run_source(
             kinds.append(type(m))
             if stepping.reset is not None:
                 stepping.reset(m)
-    with _inputs_of(source, tuple(kinds)) as fed:
-        return _results(source, model, inputs, one_step, states), fed
+    with _inputs_of(source, tuple(kinds)) as neuron_inputs:
+        return _results(source, model, inputs, one_step, states), neuron_inputs
 
 
 def _results(
@@ -221,36 +223,36 @@ def _results(
 
 @contextlib.contextmanager
 def _inputs_of(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[dict[str, list]]:
-    """The first arguments of all calls of modules of these classes, by path."""
-    met: dict[str, list] = {}
+    """Record the first arguments of all calls of modules of these classes, by path."""
+    inputs: dict[str, list] = {}
 
     def note(path: str):
-        return lambda _module, args: met.setdefault(path, []).append(_cloned(args[0]) if args else None)
+        return lambda _module, args: inputs.setdefault(path, []).append(_cloned(args[0]) if args else None)
 
     handles = [
         m.register_forward_pre_hook(note(path)) for path, m in model.named_modules() if path and isinstance(m, kinds)
     ]
     try:
-        yield met
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _fed(
-    rolled: fx.GraphModule, met: dict[str, list], fed: dict[str, list]
+def _neuron_inputs(
+    rolled: fx.GraphModule, rolled_inputs: dict[str, list], source_inputs: dict[str, list]
 ) -> Iterator[tuple[str, fx.Node, Tensor, Tensor]]:
-    """(place, node, input, source's inputs) of each neuron that is called once a step, or once for all of them."""
+    """Yield (description, node, input, source's input) of each neuron that is called once a step, or once in all."""
     nodes = {n.target: n for n in rolled.graph.nodes if n.op == "call_module"}
-    for path, calls in fed.items():
-        if path not in nodes or path not in met or f"{path}@2" in nodes or len(met[path]) != 1:
-            continue  # a neuron at several places: whose call is whose is not known here
-        ours = met[path][0]
+    for path, calls in source_inputs.items():
+        if path not in nodes or path not in rolled_inputs or f"{path}@2" in nodes or len(rolled_inputs[path]) != 1:
+            continue  # a neuron at several places: its calls cannot be matched
+        ours = rolled_inputs[path][0]
         if not all(isinstance(value, Tensor) for value in (ours, *calls)) or len({c.shape for c in calls}) > 1:
             continue
         theirs = calls[0] if len(calls) == 1 and calls[0].ndim == ours.ndim else torch.stack(calls)
         if ours.shape == theirs.shape:
-            yield f"what {path} is fed", nodes[path].args[0], ours, theirs
+            yield f"the input of {path}", nodes[path].args[0], ours, theirs
 
 
 def _has_default(model: nn.Module, name: str) -> bool:
@@ -259,14 +261,14 @@ def _has_default(model: nn.Module, name: str) -> bool:
 
 
 def _cloned(value: object) -> object:
-    """Containers too: a forward may put its states into the list that it was given."""
+    """Clone tensors and their containers: a forward may put its states into the list that it was given."""
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 def _leaves(
     path: str, node: object, ours: object, theirs: object, one_step: bool
 ) -> Iterator[tuple[str, fx.Node, Tensor, Tensor]]:
-    """(place, node, value, source's value) of each tensor that is returned; what the rolled-up network drops is not.
+    """Yield (path, node, value, source's value) of each tensor that the rolled-up network returns.
 
     The source's value is None where it is no tensor.
     """
@@ -284,6 +286,7 @@ def _leaves(
 
 
 def _reads_without_reset(node: fx.Node, paths: tuple[str, ...]) -> bool:
+    """Return True if ``node`` depends on a module at one of ``paths``."""
     seen, stack = set(), [node]
     while stack:
         at = stack.pop()

@@ -1,11 +1,11 @@
-"""What neurons are fed: the same computation at every step, or an error that says where the steps part."""
+"""Check that each neuron's input is the same computation at every step, or report where the steps differ."""
 
 from __future__ import annotations
 
 from torch import fx
 
+from ..errors import RollUpError
 from .chains import Chain, input_of
-from .errors import RollUpError
 from .value_numbering import ValueNumbering
 from .values import Feed, Output, TimeSlice, Value
 
@@ -13,13 +13,13 @@ __all__ = ["feeds_of"]
 
 
 def feeds_of(numbering: ValueNumbering) -> dict[int, Feed]:
-    """Return what each chain is fed, by its number.
+    """Return the input of each chain, by the chain's number.
 
-    What has one number at all steps of a chain was there before its first step, so it cannot depend on what the chain
-    puts out.
+    A value that has one number at all steps of a chain was computed before its first step, so it cannot depend on the
+    chain's output.
 
     Raises:
-        RollUpError: a neuron is not fed the same computation at every step.
+        RollUpError: a neuron's input is not the same computation at every step.
     """
     feeds = {}
     for number, chain in enumerate(numbering.chains.chains):
@@ -35,25 +35,25 @@ def feeds_of(numbering: ValueNumbering) -> dict[int, Feed]:
 
 
 def _reason(numbering: ValueNumbering, chain: Chain, first: Value, value: Value, step: int) -> str:
-    """Why a chain cannot be fed ``first`` and, at a later step, ``value``."""
+    """Return the reason why a chain's input cannot be ``first`` at step 0 and ``value`` at a later step."""
     pure = value.index is not None and numbering.groups[value.number].reach == (0, 0)
     if pure and value.index != step:
         back = _other_steps(numbering, input_of(chain.calls[step]), step)
         return f"at step {step} it is fed what belongs to step {value.index}" + (
             ", fed back from a neuron" if back else ""
         )
-    words, parted = _difference(numbering, first, value)
-    others = _other_steps(numbering, parted, step)
+    description, node = _difference(numbering, first, value)
+    others = _other_steps(numbering, node, step)
     if others:
         return (
             f"at step {step} its input depends on what {', '.join(map(repr, others))} put out at another step: a "
             "connection back in time cannot run for all steps at once"
         )
-    return f"step {step} is not like step 0: {words}"
+    return f"step {step} is not like step 0: {description}"
 
 
 def _other_steps(numbering: ValueNumbering, fed: fx.Node, step: int) -> list[str]:
-    """Return the neurons whose output at another step than ``step`` is in ``fed``."""
+    """Return the neurons on whose output at another step than ``step`` the node ``fed`` depends."""
     found, seen, stack = set(), set(), [fed]
     while stack:
         node = stack.pop()
@@ -78,32 +78,32 @@ def _is_output(numbering: ValueNumbering, value: Value) -> bool:
 
 
 def _difference(numbering: ValueNumbering, one: Value, other: Value) -> tuple[str, fx.Node]:
-    """Where two values first part, in words, and the node of ``other`` there."""
+    """Describe where two values first differ; return that with the node of ``other`` there."""
     while True:
         a, b = numbering.member(one), numbering.member(other)
         kinds = [numbering.groups[v.number].kind for v in (one, other)]
         special = any(isinstance(kind, (TimeSlice, Output)) for kind in kinds)
         if special or (a.op, numbering.target_key(a)) != (b.op, numbering.target_key(b)):
-            return f"{_spoken(numbering, other)} stands where {_spoken(numbering, one)} was", b
+            return f"{_description(numbering, other)} stands where {_description(numbering, one)} was", b
         ours, theirs = _leaves((a.args, a.kwargs)), _leaves((b.args, b.kwargs))
         if len(ours) != len(theirs):
-            return f"{_spoken(numbering, other)} has {len(theirs)} arguments where it had {len(ours)}", b
-        parted = [
+            return f"{_description(numbering, other)} has {len(theirs)} arguments where it had {len(ours)}", b
+        different = [
             (mine, yours)
             for mine, yours in zip(ours, theirs, strict=True)
             if numbering.key(mine, one.index) != numbering.key(yours, other.index)
         ]
-        if not parted:
-            return f"{_spoken(numbering, other)} differs", b
-        mine, yours = parted[0]
+        if not different:
+            return f"{_description(numbering, other)} differs", b
+        mine, yours = different[0]
         if not isinstance(mine, fx.Node) or not isinstance(yours, fx.Node):
-            return f"{_spoken(numbering, other)} has {yours!r} where it had {mine!r}", b
+            return f"{_description(numbering, other)} has {yours!r} where it had {mine!r}", b
         one, other = numbering.values[mine], numbering.values[yours]
         if one.number == other.number:
-            return f"{_spoken(numbering, other)} is taken from another step", yours
+            return f"{_description(numbering, other)} is taken from another step", yours
 
 
-def _spoken(numbering: ValueNumbering, value: Value) -> str:
+def _description(numbering: ValueNumbering, value: Value) -> str:
     node, kind = numbering.member(value), numbering.groups[value.number].kind
     if isinstance(kind, Output):
         return f"layer {numbering.chains.chains[kind.chain].path!r}"

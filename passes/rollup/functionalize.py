@@ -1,4 +1,4 @@
-"""Writes into tensors as values: after ``out[t] = v`` every reader of ``out`` reads a new tensor."""
+"""Functionalize writes into tensors: after ``out[t] = v`` every reader of ``out`` reads a new tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 from mfpsn_fx.model.time_axis import with_item
 
-from .errors import RollUpError
+from ..errors import RollUpError
 from .ops import OUT_OF_PLACE
 
 __all__ = ["functionalize"]
@@ -34,9 +34,9 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
         %select : call_function[target=torch.select](args = (%x, 0, 0))
         %getitem : call_function[target=operator.getitem](args = (%select, (slice(None), slice(1, None))))
 
-    ``+=`` and its kin become ``+`` where nobody else reads the tensor that they change. Of a tensor that is written
-    to under another name (a view, a second entry of a list) nothing is seen; comparing with the source shows it.
-    A step that is taken together with a part of it is taken first.
+    ``+=`` and the like become ``+`` where nothing else reads the tensor that they change. A write through an alias (a
+    view, a second entry of a list) is not detected here, but by comparing with the source. An index that takes a step
+    together with a part of it, ``x[:, t, 2:]``, is split so that the step is taken first.
 
     Raises:
         RollUpError: a tensor from before the loop is changed in place by a method and used again.
@@ -46,7 +46,7 @@ def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    written: dict[object, fx.Node] = {}  # by the tensor's node, or its path: what it is after the last write
+    written: dict[object, fx.Node] = {}  # by the tensor's node, or its path: its value after the last write
     for node in gm.graph.nodes:
 
         def current(n: fx.Node) -> fx.Node:
@@ -80,7 +80,7 @@ def _is_write(node: fx.Node) -> bool:
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    """Whether a node changes a tensor in place that only readers of what it returns see."""
+    """Return True if a node changes a tensor in place that nothing else reads, so that it can run out of place."""
     if node.op not in ("call_function", "call_method") or node.target not in OUT_OF_PLACE:
         return False
     tensor = node.args[0]
@@ -90,12 +90,12 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a tensor was made by the forward itself, not kept by the network."""
+    """Return True if a tensor was made by the forward itself, not kept by the network."""
     return node.target.rpartition(".")[2].startswith("_tensor_constant")
 
 
 def _step_and_part(node: fx.Node) -> tuple[int, int, tuple] | None:
-    """(dim, index, rest) of ``x[:, t, 2:]``: what is left of the item once ``x`` at ``t`` was taken; else None."""
+    """Return (dim, index, rest) of ``x[:, t, 2:]``, rest being the index into ``x`` at ``t``; None for any other."""
     item = node.args[1] if node.target is operator.getitem else None
     if not isinstance(item, tuple) or not all(type(part) in (int, slice) for part in item):
         return None

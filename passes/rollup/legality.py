@@ -1,4 +1,4 @@
-"""What runs for all steps at once, what is left at single steps, and what can be neither."""
+"""Decide what runs for all steps at once and what runs step by step; reject what can be neither."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mfpsn_fx.model.capturing.steps import BATCH_LAYERS, has_batch_statistics
 from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.sources.description import is_source, looks_like_a_neuron
 
+from ..errors import RollUpError
 from .chains import input_of
-from .errors import RollUpError
-from .fused_axis import FusedAxis
+from .flattened_axis import FlattenedAxis
 from .value_numbering import ValueNumbering
 from .values import Feed, Fixed, Group, Output, TimeSlice, Value
 
@@ -20,32 +20,32 @@ __all__ = ["Legality", "carries_batch"]
 
 
 def carries_batch(numbering: ValueNumbering, number: int) -> bool:
-    """Return True if a value that belongs to no single step comes from the input, batch and all."""
+    """Return True if a value that belongs to no single step is computed from the input and has its batch dim."""
     group = numbering.groups[number]
     value = numbering.recorded.get(group.node.name)
     return group.from_input and isinstance(value, Tensor) and value.ndim > 0
 
 
 class Legality:
-    """Decides, from what is returned, what has to be computed, and what of it runs for all steps at once.
+    """Decides, from what is returned, which nodes have to be computed, and which of them run for all steps at once.
 
-    What a neuron is fed has to run at once: on T·N samples a layer must give what it gives step by step. What is only
-    read out may as well run step by step: so does what mixes samples, what is read at a single step, and what sees no
-    evenly spaced steps.
+    Inputs of neurons have to be computed at once: a layer must give on T·N samples what it gives step by step. What is
+    only read out may run step by step: layers that mix samples, and values that are read at a single step or at steps
+    that are not evenly spaced.
 
     Args:
         numbering: of the unrolled graph.
-        feeds: what its chains are fed.
+        feeds: the inputs of its chains.
         returned: the values that are returned.
         accept_batch_statistics: let batch norms see T·N samples.
 
     Attributes:
         needed: nodes that have to be computed; one for each value.
         at_once: by the number of a group, the indices at which it runs at once.
-        outputs: what of its neurons is needed.
+        outputs: the outputs of neurons that are needed.
 
     Raises:
-        RollUpError: what a neuron is fed cannot run at once, or a neuron cannot run over time.
+        RollUpError: the input of a neuron cannot be computed at once, or a neuron cannot run over time.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Legality:
         self._feeding = self._reached(
             input_of(call)
             for call, (chain, _) in numbering.chains.calls.items()
-            if call in self.needed and feeds[chain].stride  # else it is fed one value at all steps
+            if call in self.needed and feeds[chain].stride  # else its input is one value at all steps
         )
         self.at_once: dict[int, range] = {}
-        self._fused = FusedAxis(numbering)
+        self._flattened_axis = FlattenedAxis(numbering)
         values = [v for node in self.needed if isinstance(v := numbering.values[node], Value)]
         indices: dict[int, list[int]] = {}
         values += [g.kind.value for v in values if isinstance((g := numbering.groups[v.number]).kind, Fixed)]
@@ -82,7 +82,7 @@ class Legality:
                 self._decide(number, sorted(indices[number]))
 
     def _reached(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, None]:
-        """Everything that ``nodes`` are made of, each value once."""
+        """Return everything that ``nodes`` are computed from, with ``nodes`` themselves, each value once."""
         values, calls = self.numbering.values, self.numbering.chains.calls
         reached: dict[fx.Node, None] = {}
         whole: set[int] = set()  # chains of which one call was reached, and so all
@@ -95,7 +95,7 @@ class Legality:
             if node in reached:
                 continue
             reached[node] = None
-            if node in calls:  # not the state: that is its chain's own
+            if node in calls:  # its state is internal to its chain
                 stack.append(input_of(node))
                 number = calls[node][0]
                 if number not in whole:
@@ -106,7 +106,7 @@ class Legality:
         return reached
 
     def _feeds(self, group: Group) -> bool:
-        """Whether it has to run at once: it feeds a neuron, or there is but one step to be seen."""
+        """Return True if a group has to run at once: it feeds a neuron, or the graph is one step."""
         return (
             self.numbering.chains.one_step
             or group.node in self._feeding
@@ -125,16 +125,17 @@ class Legality:
                 self._check_memory(group)
 
     def _check_fed_membrane(self, output: Output) -> None:
-        """A membrane is a readout: nothing that it reaches feeds a neuron, unless it never resets."""
+        """Raise if a neuron's input depends on the membrane of a neuron that resets, which can only be read out."""
         chains = self.numbering.chains.chains
         membrane = self.numbering.groups[self.feeds[output.chain].number].membrane
         if membrane is not None:
             raise RollUpError(
-                f"{chains[membrane].path}: its membrane feeds {chains[output.chain].path!r}, but with its reset gone "
+                f"{chains[membrane].path}: its membrane feeds {chains[output.chain].path!r}, but without its reset "
                 "that membrane is another one; a membrane may be read out, or come from a neuron without reset"
             )
 
     def _check_channels(self, output: Output) -> None:
+        """Raise if a neuron's input has no channels, or its parameters are not along dim 1."""
         chain = self.numbering.chains.chains[output.chain]
         x = self.numbering.recorded[input_of(chain.calls[0]).name]
         if x.ndim < 2 + chain.sequence:
@@ -153,19 +154,20 @@ class Legality:
             places = [dim - value.ndim for dim, size in enumerate(value.shape) if size > 1]
             if [place % len(shape) for place in places] != [1]:
                 raise RollUpError(
-                    f"{chain.path}: its {name} of shape {tuple(value.shape)} meets dim {places[-1] % len(shape)} of "
-                    f"its input {shape}, but channels are dim 1: give it as {(shape[1], *[1] * (len(shape) - 2))}"
+                    f"{chain.path}: its {name} of shape {tuple(value.shape)} broadcasts along dim "
+                    f"{places[-1] % len(shape)} of its input {shape}, but channels are dim 1: give it as "
+                    f"{(shape[1], *[1] * (len(shape) - 2))}"
                 )
 
     def _check_memory(self, group: Group) -> None:
-        """No layer on the fused axis may remember: its steps would be other samples."""
+        """Raise if a layer on the flattened axis keeps a state: its next step would be another sample."""
         for path, module in self.gm.get_submodule(group.node.target).named_modules():
             layer = ".".join(filter(None, (group.node.target, path)))
             if isinstance(module, MulFreePSN) or (isinstance(module, nn.RNNBase) and self._feeds(group)):
                 raise RollUpError(f"{layer}: a {type(module).__name__} in a loop over steps already runs over time")
             if is_source(module) or looks_like_a_neuron(module):
                 raise RollUpError(
-                    f"{layer}: how a {type(module).__name__} is stepped is not known: tell with "
+                    f"{layer}: how a {type(module).__name__} is stepped is not known: register it with "
                     "mfpsn_fx.model.register_stepping"
                 )
 
@@ -177,8 +179,8 @@ class Legality:
         found = list(self.gm.graph.output_node().meta.get(BATCH_LAYERS, ()))
         for number in sorted(indices):
             group = self.numbering.groups[number]
-            often = group.count > max(1, len(group.at))  # of several calls one is left
-            if often or (group.at and self._feeds(group)):
+            repeated = group.count > max(1, len(group.at))  # identical calls become one
+            if repeated or (group.at and self._feeds(group)):
                 found += self._with_batch_statistics(group, indices[number])
         if found:
             raise RollUpError(
@@ -187,15 +189,15 @@ class Legality:
             )
 
     def _with_batch_statistics(self, group: Group, indices: list[int]) -> list[str]:
-        """The layers of a group that, in training, normalize with the statistics of what they see."""
+        """Return the layers of a group that normalize with batch statistics in training."""
         if group.node.op != "call_module":
             return []
         modules = dict(self.gm.get_submodule(group.node.target).named_modules())
         found = [
             ".".join(filter(None, (group.node.target, path))) for path, m in modules.items() if has_batch_statistics(m)
         ]
-        own = any(not type(m).__module__.startswith("torch.nn.") for m in modules.values())  # those are known
-        if own and indices and self._fused.mixes_in_training(group.node):
+        custom = any(not type(m).__module__.startswith("torch.nn.") for m in modules.values())
+        if custom and indices and self._flattened_axis.mixes_in_training(group.node):
             found.append(group.node.target)
         return found
 
@@ -218,28 +220,28 @@ class Legality:
             return
         if not feeds and not self.accept and self._with_batch_statistics(group, indices):
             return
-        if not feeds and self._remembers(group.node):
+        if not feeds and self._has_state(group.node):
             return
-        reason = self._fused.differs(group.node)
+        reason = self._flattened_axis.differs(group.node)
         if reason is None:
             self.at_once[number] = steps
         elif feeds:
             raise RollUpError(reason)
 
     def _arguments_at_once(self, group: Group, steps: range) -> bool:
-        """Whether all that a group reads at these steps runs at once."""
+        """Return True if everything that a group reads at these steps runs at once."""
         read = (self.numbering.values[node] for node in group.at[steps[0]].all_input_nodes)
         offsets = {(value.number, value.index - steps[0]) for value in read if value.index is not None}
         return all(step + offset in self.at_once.get(number, ()) for number, offset in offsets for step in steps)
 
-    def _remembers(self, node: fx.Node) -> bool:
+    def _has_state(self, node: fx.Node) -> bool:
         return node.op == "call_module" and any(
             isinstance(m, nn.RNNBase) for m in self.gm.get_submodule(node.target).modules()
         )
 
 
 def _evenly(indices: list[int]) -> range | None:
-    """The indices as a range, if they are evenly spaced."""
+    """Return the indices as a range, or None if they are not evenly spaced."""
     if not indices:
         return None
     stride = indices[1] - indices[0] if len(indices) > 1 else 1

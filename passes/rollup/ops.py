@@ -1,4 +1,4 @@
-"""What the roll-up has to know of single operators: which make zeros, or add."""
+"""Operators that the roll-up recognizes: additions, constructors of zeros, and in-place operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rolled-up network returns, where the unrolled one also hands out states."""
+"""Find the outputs of the rolled-up network: those of the unrolled one, without states."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["outputs_of"]
 def outputs_of(numbering: ValueNumbering) -> object:
     """Return the structure that the graph returns, with a :class:`Value` for each node; states are None.
 
-    A network that is one step returns its membranes so that they are given to it again: such a membrane is a state
-    too, unless it is what the network is for.
+    A network that is one step returns its membranes so that they are passed to its next call: such a membrane is a
+    state too, unless it is the network's readout.
     """
     return _Outputs(numbering).structure()
 
@@ -24,12 +24,12 @@ def outputs_of(numbering: ValueNumbering) -> object:
 class _Outputs:
     def __init__(self, numbering: ValueNumbering) -> None:
         self.numbering = numbering
-        self.places: dict[fx.Node, int] = {}  # how many places are left in which a node is returned
+        self.remaining: dict[fx.Node, int] = {}  # how often a node is returned after the current place
         (self.output,) = (n for n in numbering.gm.graph.nodes if n.op == "output")
 
     def structure(self) -> object:
         def count(node: fx.Node) -> fx.Node:
-            self.places[node] = self.places.get(node, 0) + 1
+            self.remaining[node] = self.remaining.get(node, 0) + 1
             return node
 
         fx.map_arg(self.output.args, count)
@@ -48,21 +48,22 @@ class _Outputs:
 
     def _returned(self, node: fx.Node) -> object:
         value = self.numbering.values[node]
-        if isinstance(value, Call):  # a tuple, as it came
+        if isinstance(value, Call):  # the whole tuple of a neuron's results
             outputs = self.numbering.chains.chains[value.chain].stepping.outputs
             values = [
                 self.numbering.output_of(value, name, position, node) for position, name in enumerate(outputs)
             ]  # fmt: skip
             return tuple(None if self._is_state(v) else v for v in values)
-        self.places[node] -= 1
-        elsewhere = self.places[node] > 0  # of several places the last is the state's
-        return None if self._is_state(value, elsewhere) else value
+        self.remaining[node] -= 1
+        again = self.remaining[node] > 0  # a node that is returned several times is a state the last time
+        return None if self._is_state(value, again) else value
 
-    def _is_state(self, value: Value | State, elsewhere: bool = False) -> bool:
+    def _is_state(self, value: Value | State, again: bool = False) -> bool:
+        """Return True if ``value`` is returned as a state; ``again``: it is returned once more after this."""
         if isinstance(value, State):
             return True
         chains, kind = self.numbering.chains, self.numbering.groups[value.number].kind
-        if elsewhere or not chains.one_step or not isinstance(kind, Output) or kind.name != "membrane":
+        if again or not chains.one_step or not isinstance(kind, Output) or kind.name != "membrane":
             return False
         chain = chains.chains[kind.chain]
         stepping = chain.stepping
@@ -71,6 +72,6 @@ class _Outputs:
         fires = any(u.op == "output" for u in users) or any(
             u.target is operator.getitem and u.args[1] == position and u.users for u in users
         )
-        if not fires:  # nobody looks at its spikes: the membrane is what it is for
+        if not fires:  # its spikes are not used: the membrane is the readout
             return False
         return bool(stepping.states) and not (stepping.reads_out or stepping.outputs[0] == "membrane")

@@ -1,8 +1,8 @@
-"""Small rewrites after the roll-up: what a loop did step by step, as the operation over time that torch has for it.
+"""Peephole rewrites after the roll-up: operations step by step become torch's operation over the T axis.
 
-Each looks at a few neighboring nodes, at what they were on the example (``node.meta["val"]``), and at which of them are
-sequences, and how long (``node.meta["steps"]``; any other first dim is the example's alone); none of them
-knows of neurons or loops. ``s[t]`` below is ``operator.getitem`` of a sequence and a number, at all steps or some of
+Each looks at a few neighboring nodes, at their values on the example (``node.meta["val"]``), and at which of them are
+sequences, and how long (``node.meta["steps"]``; the first dim of any other node depends on the example); none of them
+depends on neurons or loops. ``s[t]`` below is ``operator.getitem`` of a sequence and a number, at all steps or some of
 them, in order and each once.
 """
 
@@ -24,7 +24,7 @@ _DIVISIONS = (operator.truediv, torch.div, "div")
 
 
 def simplify(gm: fx.GraphModule) -> None:
-    """Apply all of :data:`PEEPHOLES`, drop what nobody reads any more, and forget the example's values."""
+    """Apply all of :data:`PEEPHOLES`, then erase nodes without readers and the example's values."""
     for peephole in PEEPHOLES:
         for node in gm.graph.nodes:
             peephole(node)
@@ -42,7 +42,7 @@ def simplify(gm: fx.GraphModule) -> None:
 
 
 def writes_to_stack(node: fx.Node) -> None:
-    """``with_item(… with_item(zeros, 0, a) …, T - 1, z)`` → ``stack([a, …, z])``: nothing is left of the zeros."""
+    """Rewrite ``with_item(… with_item(zeros, 0, a) …, T - 1, z)`` → ``stack([a, …, z])``."""
     if node.target is not with_item or any(user.target is with_item and user.args[0] is node for user in node.users):
         return
     values: dict[int, fx.Node] = {}
@@ -70,7 +70,7 @@ def writes_to_stack(node: fx.Node) -> None:
 
 
 def nested_cat_to_cat(node: fx.Node) -> None:
-    """``cat([cat([a, b]), c])`` → ``cat([a, b, c])``"""
+    """Rewrite ``cat([cat([a, b]), c])`` → ``cat([a, b, c])``."""
     joined = _joined(node, torch.cat)
     if joined is None:
         return
@@ -86,7 +86,7 @@ def nested_cat_to_cat(node: fx.Node) -> None:
 
 
 def unsqueezed_cat_to_stack(node: fx.Node) -> None:
-    """``cat([a.unsqueeze(d), b.unsqueeze(d)], d)`` → ``stack([a, b], d)``; so for ``a[None]``, which is at dim 0."""
+    """Rewrite ``cat([a.unsqueeze(d), b.unsqueeze(d)], d)`` → ``stack([a, b], d)``; likewise ``a[None]``, at dim 0."""
     joined = _joined(node, torch.cat)
     if joined is None:
         return
@@ -96,7 +96,7 @@ def unsqueezed_cat_to_stack(node: fx.Node) -> None:
 
 
 def stack_to_sequence(node: fx.Node) -> None:
-    """``stack([s[0], …, s[T - 1]], d)`` → ``movedim(s, 0, d)``, or ``s`` itself where d is 0."""
+    """Rewrite ``stack([s[0], …, s[T - 1]], d)`` → ``movedim(s, 0, d)``, or ``s`` itself where d is 0."""
     joined = _joined(node, torch.stack)
     steps = None if joined is None else _steps(joined[0])
     if steps is None:
@@ -110,7 +110,7 @@ def stack_to_sequence(node: fx.Node) -> None:
 
 
 def cat_to_flatten(node: fx.Node) -> None:
-    """``cat([s[0], …, s[T - 1]], d)`` → ``movedim(s, 0, d).flatten(d, d + 1)``"""
+    """Rewrite ``cat([s[0], …, s[T - 1]], d)`` → ``movedim(s, 0, d).flatten(d, d + 1)``."""
     joined = _joined(node, torch.cat)
     steps = None if joined is None else _steps(joined[0])
     if steps is None or joined[1] < 0:
@@ -124,7 +124,7 @@ def cat_to_flatten(node: fx.Node) -> None:
 
 
 def additions_to_sum(node: fx.Node) -> None:
-    """``start + s[0] + … + s[T - 1]`` → ``start + s.sum(0)``; no start is left of 0, or of zeros of the same shape."""
+    """Rewrite ``start + s[0] + … + s[T - 1]`` → ``start + s.sum(0)``, without ``start`` if that is 0 or zeros."""
     if not _is_addition(node) or all(map(_is_addition, node.users)):
         return
     terms: list[fx.Node] = []
@@ -145,7 +145,7 @@ def additions_to_sum(node: fx.Node) -> None:
     total, term = _shown(node), None if steps is None else _shown(terms[0])
     if total is None or term is None:
         return
-    nothing = rest is None or (not isinstance(rest, fx.Node) and rest == 0) or _is_zeros_like(rest, term)
+    from_zero = rest is None or (not isinstance(rest, fx.Node) and rest == 0) or _is_zeros_like(rest, term)
     if not term.is_floating_point() and (rest is None or total.dtype is torch.bool):
         return  # True + True is True
     if term.is_floating_point() and total.dtype != term.dtype:
@@ -153,7 +153,7 @@ def additions_to_sum(node: fx.Node) -> None:
     dtype = {} if term.is_floating_point() else {"dtype": total.dtype}
     with node.graph.inserting_before(node):
         rows = _rows(*steps)
-        if nothing:
+        if from_zero:
             _replace(node, "sum", (rows, 0), dtype)
             return
         added = node.graph.call_method("sum", (rows, 0), dtype)
@@ -161,7 +161,7 @@ def additions_to_sum(node: fx.Node) -> None:
 
 
 def sum_to_mean(node: fx.Node) -> None:
-    """``s.sum(0) / T`` → ``s.mean(0)``"""
+    """Rewrite ``s.sum(0) / T`` → ``s.mean(0)``."""
     if node.target not in _DIVISIONS or len(node.args) != 2 or node.kwargs:
         return
     total, count = node.args
@@ -174,7 +174,7 @@ def sum_to_mean(node: fx.Node) -> None:
 
 
 def last_step(node: fx.Node) -> None:
-    """``s[T - 1]`` → ``s[-1]``"""
+    """Rewrite ``s[T - 1]`` → ``s[-1]``."""
     if _is_step(node) and node.args[1] == node.args[0].meta["steps"] - 1:
         node.args = (node.args[0], -1)
 
@@ -186,13 +186,13 @@ PEEPHOLES: tuple[Callable[[fx.Node], None], ...] = (
 
 
 def _shown(value: object) -> Tensor | None:
-    """What a node was on the example, if that is a tensor."""
+    """Return the value of a node on the example if that is a tensor, else None."""
     shown = value.meta.get("val") if isinstance(value, fx.Node) else None
     return shown if isinstance(shown, Tensor) else None
 
 
 def _replace(node: fx.Node, target: object, args: tuple, kwargs: dict | None = None) -> None:
-    """Put another call in the place of ``node``."""
+    """Replace ``node`` by another call."""
     op = "call_method" if isinstance(target, str) else "call_function"
     with node.graph.inserting_before(node):
         new = node.graph.create_node(op, target, args, kwargs or {})
@@ -202,7 +202,7 @@ def _replace(node: fx.Node, target: object, args: tuple, kwargs: dict | None = N
 
 
 def _is_step(node: object) -> bool:
-    """Whether it is ``s[t]``, of a tensor that has a step t."""
+    """Return True if ``node`` is ``s[t]``, of a tensor that has a step t."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem or type(node.args[1]) is not int:
         return False
     steps = node.args[0].meta.get("steps")
@@ -210,7 +210,7 @@ def _is_step(node: object) -> bool:
 
 
 def _steps(parts: list[fx.Node]) -> tuple[fx.Node, range] | None:
-    """The tensor of which ``parts`` are at least two evenly spaced steps, in order, and which; else None."""
+    """Return the sequence, and the indices, of which ``parts`` are evenly spaced steps in order, at least two."""
     if len(parts) < 2 or not all(map(_is_step, parts)) or len({part.args[0] for part in parts}) > 1:
         return None
     sequence = parts[0].args[0]
@@ -220,7 +220,7 @@ def _steps(parts: list[fx.Node]) -> tuple[fx.Node, range] | None:
 
 
 def _rows(sequence: fx.Node, steps: range) -> fx.Node:
-    """Those steps of a sequence, as a node; the sequence itself if they are all."""
+    """Return a node with those steps of a sequence; the sequence itself if they are all."""
     if steps == range(sequence.meta["steps"]):
         return sequence
     part = slice(steps.start, steps.stop, steps.step)
@@ -230,7 +230,7 @@ def _rows(sequence: fx.Node, steps: range) -> fx.Node:
 
 
 def _joined(node: object, target: object) -> tuple[list[fx.Node], int] | None:
-    """The parts and the dim of a call of torch.stack or torch.cat."""
+    """Return the parts and the dim of a call of torch.stack or torch.cat, or None for any other node."""
     if not isinstance(node, fx.Node) or node.target is not target or not isinstance(node.args[0], (list, tuple)):
         return None
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
@@ -244,7 +244,7 @@ def _joined(node: object, target: object) -> tuple[list[fx.Node], int] | None:
 
 
 def _position(index: object) -> tuple[int, int] | None:
-    """(dim, index) of what ``out[index] = …`` writes to, where that is one position of one dim."""
+    """Return (dim, index) if ``out[index] = …`` writes to one position of one dim, else None."""
     parts = list(index) if isinstance(index, tuple) else [index]
     places = [(dim, part) for dim, part in enumerate(parts) if type(part) is int]
     if len(places) != 1 or places[0][1] < 0 or any(p != slice(None) for p in parts if type(p) is not int):
@@ -253,7 +253,7 @@ def _position(index: object) -> tuple[int, int] | None:
 
 
 def _unsqueezed(node: fx.Node) -> int | None:
-    """At which dim a node is an unsqueezed tensor."""
+    """Return the dim at which a node unsqueezes a tensor, or None for any other node."""
     if node.target is operator.getitem and node.args[1] is None:
         return 0
     if node.target in ("unsqueeze", torch.unsqueeze):

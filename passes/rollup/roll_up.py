@@ -1,4 +1,4 @@
-"""One graph over all of time in the place of a loop over steps."""
+"""Roll an unrolled loop over steps up into one graph over all of time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mfpsn_fx.model.sources.stepping import Stepping
 
 from ..base import Pass, Result
 from ..context import PassContext
+from ..errors import RollUpError
 from .chains import Chains, find_chains, input_of
 from .emit import emit
-from .errors import RollUpError
 from .feeds import feeds_of
 from .functionalize import functionalize
 from .legality import Legality
@@ -31,7 +31,7 @@ ACCEPTABLE = ("batch_statistics",)
 
 
 def check_accept(accept: Collection[str]) -> None:
-    """``ValueError`` if something in ``accept`` is not of :data:`ACCEPTABLE`."""
+    """Raise ``ValueError`` if something in ``accept`` is not in :data:`ACCEPTABLE`."""
     given = {accept} if isinstance(accept, str) else set(accept)
     if isinstance(accept, str) or given - set(ACCEPTABLE):
         unknown = ", ".join(map(repr, sorted(given)))
@@ -39,7 +39,7 @@ def check_accept(accept: Collection[str]) -> None:
 
 
 class RollUp(Pass):
-    """Fold an unrolled loop over time into one graph that takes the whole sequence (T, N, *) at once.
+    """Roll an unrolled loop over time up into one graph that takes the whole sequence (T, N, *) at once.
 
     Before, at T = 2::
 
@@ -62,10 +62,10 @@ class RollUp(Pass):
         %unfold_time : call_function[target=unfold_time](args = (%fc, 2))
         %lif : call_module[target=lif](args = (%unfold_time,))
 
-    Layers run on the fused T·N axis; each neuron (:class:`OverTime` until it is replaced) once over all of T; what
-    reads single steps reads them from the sequence, and what is stacked, added up or averaged over steps becomes the
-    same operation over the T axis (:mod:`.peephole`). A membrane that is read out becomes a :class:`LeakyIntegrator`.
-    Each layer that a neuron depends on is run on the fused axis and step by step (:class:`FusedAxis`), and must agree.
+    Layers run on the flattened T·N axis; each neuron (:class:`OverTime` until it is replaced) once over all of T; nodes
+    that read single steps read them from the sequence, and stacks, sums and means over steps become the same operation
+    over the T axis (:mod:`.peephole`). A membrane that is read out becomes a :class:`LeakyIntegrator`. Each layer that
+    a neuron depends on is run on the flattened axis and step by step (:class:`FlattenedAxis`); the results must agree.
 
     The context's example is the whole sequence.
 
@@ -102,7 +102,7 @@ class RollUp(Pass):
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the unrolled graph and keeps what every node made; states that were not given start afresh."""
+    """Runs the unrolled graph and keeps the value of every node; neurons start from their initial state."""
 
     def __init__(self, gm: fx.GraphModule, chains: Chains) -> None:
         super().__init__(gm)
@@ -118,7 +118,7 @@ class _Recorder(fx.Interpreter):
                 result = _lifted(chain.stepping, module, value)
             else:
                 result = chain.stepping.first(module, value)
-        elif n.target is operator.getitem and self.env[n.args[0]] is None:  # a state, in a list of them not given
+        elif n.target is operator.getitem and self.env[n.args[0]] is None:  # a state from a list that was not given
             result = None
         else:
             result = super().run_node(n)
@@ -127,7 +127,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _lifted(stepping: Stepping, module: nn.Module, x: Tensor) -> object:
-    """What Norse's Lift returns for a cell: its first output at all steps, stacked, and the last state."""
+    """Return what Norse's Lift returns for a cell: its first output at all steps, stacked, and the last state."""
     results = [stepping.first(module, x[0])]
     for step in x[1:]:
         results.append(module(step, *stepping.next_states(results[-1])))
@@ -137,20 +137,20 @@ def _lifted(stepping: Stepping, module: nn.Module, x: Tensor) -> object:
 
 
 def _record(gm: fx.GraphModule, chains: Chains, args: tuple, kwargs: dict) -> dict[str, object]:
-    """What each node makes of the example, by name; of its first step where the graph is one step."""
+    """Return the value of each node on the example, by name; on its first step where the graph is one step."""
     given = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values: dict[str, object] = dict(zip((n.target for n in given), args, strict=False)) | kwargs
     for name in (node.target for node in chains.carried):
         if any(isinstance(v, Tensor) and bool((v != 0).any()) for v in tree_leaves(values.pop(name, None))):
             raise RollUpError(
                 f"the example's {name!r} carries a state in that is not zero; the converted network starts every "
-                "sequence from rest: give zeros, or nothing"
+                "sequence from the zero state: give zeros, or nothing"
             )
     shapes = [tuple(value.shape) for value in values.values() if isinstance(value, Tensor)]
     lengths = {shape[:1] for shape in shapes}
     if chains.one_step and (len(lengths) != 1 or not shapes[0]):
         raise RollUpError(
-            "the network sees one step a call, so the example is the sequences of its inputs, (T, N, *), of one "
+            "the network sees one step in each call, so the example is the sequences of its inputs, (T, N, *), of one "
             f"length T; found shapes {shapes}"
         )
     inputs = []

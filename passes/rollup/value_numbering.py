@@ -1,9 +1,9 @@
-"""Value numbering of an unrolled loop: which nodes are the same computation, at another step.
+"""Value numbering of an unrolled loop: nodes that are the same computation at different steps get one number.
 
-Each node gets a number by *what computes it*: op, target, constants and, through its arguments, all that it is wired
-to, with the step left open. Names play no part, and a constant that differs at one step makes another number. What is
-read from one step of a sequence has an index besides: its place in time. Of an argument counts how far its index lies
-from the node's own, so that ``x[t] - x[t - 1]`` is one computation at all t.
+A node's number is determined by its op, target, constants and, recursively, its arguments, regardless of the step.
+Names do not count, and a constant that differs at one step makes another number. A value that is read from one step of
+a sequence also has an index, its position in time. An argument's index counts relative to the node's own, so that
+``x[t] - x[t - 1]`` is one computation at all t.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from ..errors import RollUpError
 from ..op_traits import draws_random
 from .chains import Chains, input_of, used_at_all_steps
-from .errors import RollUpError
 from .values import Call, Drawn, Fixed, Group, Output, State, TimeSlice, Value
 
 __all__ = ["ValueNumbering"]
@@ -29,11 +29,11 @@ class ValueNumbering:
     Args:
         gm: as :func:`~.functionalize.functionalize` leaves it.
         chains: its neurons.
-        recorded: what each node made of the example, by name.
+        recorded: the value of each node on the example, by name.
 
     Attributes:
-        groups: by number; what a group is made of has lower numbers.
-        values: of each node.
+        groups: by number; the arguments of a group have lower numbers.
+        values: by node.
 
     Raises:
         RollUpError: something else than spikes and membranes leaves a neuron.
@@ -53,12 +53,12 @@ class ValueNumbering:
                 self.values[node] = self._read(node)
 
     def member(self, value: Value) -> fx.Node:
-        """Return the first node that is ``value``."""
+        """Return the first node with this value."""
         group = self.groups[value.number]
         return group.node if value.index is None else group.at[value.index]
 
     def output_of(self, call: Call | State, name: str, position: int, node: fx.Node) -> Value | State:
-        """Return what the output called ``name`` of a neuron's call is; ``node`` takes it out."""
+        """Return the value of the output called ``name`` of a neuron's call, which ``node`` takes."""
         if name not in ("spikes", "membrane"):
             return State(call.chain, call.index, position)
         chain = self.chains.chains[call.chain]
@@ -69,10 +69,10 @@ class ValueNumbering:
             group = Group(node, Output(call.chain, name), from_input=fed.from_input, from_steps=True)
             group.membrane = call.chain if resets else fed.membrane
             self._add(key, group)
-        return self._seen(self._known[key], call.index, node)
+        return self._register(self._known[key], call.index, node)
 
     def key(self, part: object, index: int | None) -> object:
-        """Return what of an argument counts when two nodes are compared; ``index`` is the node's own."""
+        """Return the key by which arguments of two nodes are compared; ``index`` is the node's own."""
         if isinstance(part, fx.Node):
             value = self.values[part]
             if not isinstance(value, Value) or value.index is None:
@@ -87,7 +87,7 @@ class ValueNumbering:
         return (type(part).__name__, repr(part))  # 1, 1.0 and True are three constants
 
     def target_key(self, node: fx.Node) -> object:
-        """Return what a node calls; a constant that tracing made counts by its contents, not its name."""
+        """Return the target of a node; for a constant that tracing made, a key of its contents."""
         if node.op != "get_attr" or not node.target.rpartition(".")[2].startswith("_tensor_constant"):
             return node.target
         if node.target not in self._contents:
@@ -160,13 +160,14 @@ class ValueNumbering:
     def _intern(self, key: tuple, group: Group, index: int | None, node: fx.Node) -> Value:
         if key not in self._known:
             self._add(key, group)
-        return self._seen(self._known[key], index, node)
+        return self._register(self._known[key], index, node)
 
     def _add(self, key: tuple, group: Group) -> None:
         self._known[key] = len(self.groups)
         self.groups.append(group)
 
-    def _seen(self, number: int, index: int | None, node: fx.Node) -> Value:
+    def _register(self, number: int, index: int | None, node: fx.Node) -> Value:
+        """Count ``node`` in the group ``number``; return its value."""
         group = self.groups[number]
         group.count += 1
         if index is not None:
@@ -176,13 +177,13 @@ class ValueNumbering:
     # -- random numbers
 
     def _nth_draw(self, node: fx.Node, index: int) -> int:
-        """Two draws in one step are two values; the first of each step belong together."""
+        """Return which of the equal draws of its step ``node`` is: the n-th draws of all steps share a number."""
         key = (node.target, self.key(node.args, index), index)
         self._draws[key] = self._draws.get(key, -1) + 1
         return self._draws[key]
 
     def _draw_of_a_step(self, node: fx.Node) -> int | None:
-        """Random numbers from one input at every step (rate coding): the steps are the order of the draws."""
+        """Return the step of a draw from one input at every step (rate coding), by the order of the draws."""
         count = self._draws_in_all[node]
         if count == 1 or not node.all_input_nodes:
             return None
@@ -277,7 +278,7 @@ class ValueNumbering:
 
 
 def _count_draws(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    """How often each random op does the same to the same: as often as there are steps is once a step."""
+    """Return, for each random node, how many nodes are the same op on the same arguments."""
     random = [node for node in gm.graph.nodes if draws_random(gm, node)]
     if not random:
         return {}

@@ -1,4 +1,4 @@
-"""What the nodes of an unrolled loop are: values with a number and a place in time, in groups of one number."""
+"""Data types of value numbering: a value has a number and an index in time; nodes of one number form a group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Call", "Drawn", "Feed", "Fixed", "Group", "Output", "State", "TimeSl
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What a node is: a number, and its index in time; None where it belongs to no single step."""
+    """A node's value: its number, and its index in time, None where it belongs to no single step."""
 
     number: int
     index: int | None = None
@@ -19,7 +19,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a neuron's call returned, before it is taken apart."""
+    """All results of a neuron's call, before its items are taken."""
 
     chain: int
     index: int | None
@@ -27,7 +27,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """A state that is no tensor of its own: something to hand to the next step."""
+    """A state of a neuron, of use only to be passed to the next step."""
 
     chain: int
     index: int | None
@@ -36,7 +36,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class TimeSlice:
-    """Of a group: one position of ``source`` along ``dim``."""
+    """Kind of a group: one position of ``source`` along ``dim``."""
 
     source: fx.Node
     dim: int
@@ -44,7 +44,7 @@ class TimeSlice:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Of a group: what a neuron puts out, ``"spikes"`` or ``"membrane"``."""
+    """Kind of a group: the output of a neuron, ``"spikes"`` or ``"membrane"``."""
 
     chain: int
     name: str
@@ -52,14 +52,14 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """Of a group: one step of a neuron's output, read by another loop at all of its own steps."""
+    """Kind of a group: one step of a neuron's output, read by another loop at all of its own steps."""
 
     value: Value
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Of a group: random numbers, drawn at every step from what is the same at all of them."""
+    """Kind of a group: random numbers, drawn at every step from an input that all steps share."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,13 +68,13 @@ class Group:
 
     Attributes:
         node: the first of them.
-        at: the first of each index; empty where they belong to no single step.
-        kind: what the group is, if it is no plain operation.
-        count: how many nodes there are.
-        reach: how far before and after its own index it reads, through all that it is made of.
-        from_input: it comes from an input of the graph.
-        from_steps: it comes from single steps, or from a neuron.
-        membrane: a chain whose membrane it is made of, which would be another one without its reset.
+        at: by index, the first node; empty where they belong to no single step.
+        kind: the kind of the group; None for a plain operation.
+        count: the number of nodes.
+        reach: how far before and after its own index it reads, arguments of arguments included.
+        from_input: it depends on an input of the graph.
+        from_steps: it depends on single steps, or on a neuron.
+        membrane: the chain on whose membrane it depends, if that membrane changes when the reset is dropped.
     """
 
     node: fx.Node
@@ -89,7 +89,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What a chain is fed: at step t the index ``start + stride * t`` of a number, or one value at all steps."""
+    """The input of a chain: at step t the index ``start + stride * t`` of a number, or one value at all steps."""
 
     number: int
     start: int | None

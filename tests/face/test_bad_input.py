@@ -66,7 +66,7 @@ def test_rank_without_channels():
     model = nn.Sequential(neuron.LIFNode(step_mode="m"))
     with pytest.raises(ConversionError, match=r"0: its input has shape \(4, 3\), .*\(T, N, C, \*\)"):
         quick(model, torch.randn(4, 3))
-    with pytest.raises(ConversionError, match=r"0: its number of channels is not told by the graph"):
+    with pytest.raises(ConversionError, match=r"0: its number of channels is not known from the graph"):
         mfpsn_fx.convert(model)
 
 

@@ -311,7 +311,7 @@ class TestChannelDims:
         x = torch.randn(STEPS, 2, 5, 3)  # tokens (T, N, L, C)
         converted = quick(net, x)
         assert converted.get_submodule("1").channels == 5
-        assert "if channels are dim 3, say channel_dims={'1': 3}" in " ".join(
+        assert "if channels are dim 3, give channel_dims={'1': 3}" in " ".join(
             mfpsn_fx.selection(converted).rows[0].notes
         )
         for dim, layout in ((3, "time_first"), (-1, "time_last")):

@@ -618,18 +618,18 @@ class TestRefusals:
             (op_at_step_1, {}, r"lif1: step 1 is not like step 0: tanh\(...\) stands where relu\(...\) was"),
             (recurrent, {}, r"lif1: at step 1 its input depends on what 'lif1' put out at another step"),
             (delayed, {}, r"lif2: .*(step 0|another step)"),
-            (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but with its reset gone"),
+            (membrane_onwards, {}, r"lif1: its membrane feeds 'lif2', but without its reset"),
             (membrane_to_an_integrator, {"li": snntorch.Leaky(beta=0.5, reset_mechanism="none")},
-             r"lif1: its membrane feeds 'li', but with its reset gone"),
-            (membrane_halved, {}, r"lif1: its state 'mem' is not handed on .* but comes from mul"),
-            (membranes_swapped, {}, r"lif1: its state 'mem' is not handed on from its own last step"),
+             r"lif1: its membrane feeds 'li', but without its reset"),
+            (membrane_halved, {}, r"lif1: its state 'mem' is not passed on unchanged .* but comes from mul"),
+            (membranes_swapped, {}, r"lif1: its state 'mem' is not passed on unchanged from its own last step"),
             (normed, {"norm": nn.BatchNorm1d(3)}, r"norm: normalized with .* pass accept=\('batch_statistics',\)"),
             (norm_of_each_step, {"norms": nn.ModuleList(map(nn.BatchNorm1d, [3] * 4))},
              r"lif1: step 1 is not like step 0: layer 'norms.1' stands where"),
             (across_the_batch, {}, r"mean\w* \(mean\) does not give on T·N samples at once what it gives step by step"),
             (rows_of_the_batch, {}, r"chunk\w* \(chunk\) does not give on T·N samples at once"),
             (branching, {}, r"steps cannot be read from its code: .*control flow"),
-            (detached, {}, r"lif1: its state 'mem' is not handed on .* but comes from detach"),
+            (detached, {}, r"lif1: its state 'mem' is not passed on unchanged .* but comes from detach"),
             (twice, {}, r"different numbers of steps \('lif2' 4, 'lif1' 12\)"),
         ],
     )  # fmt: skip
@@ -780,10 +780,14 @@ class TestRefusals:
         """On images whose height and width are as many as their channels: only the place tells them apart."""
         x = torch.randn(3, 2, 1, 4, 4)
         leaky = snntorch.Leaky(beta=torch.linspace(0.1, 0.9, 4).reshape(shape), init_hidden=True)
-        with pytest.raises(RollUpError, match=r"1: its beta of shape .* meets dim [23] .* give it as \(4, 1, 1\)"):
+        with pytest.raises(
+            RollUpError, match=r"1: its beta of shape .* broadcasts along dim [23] .* give it as \(4, 1, 1\)"
+        ):
             converted(nn.Sequential(nn.Conv2d(1, 4, 1), leaky), x)
         cell = norse.LIFBoxCell(norse.LIFBoxParameters(v_th=torch.linspace(0.1, 0.9, 4).reshape(shape)))
-        with pytest.raises(RollUpError, match=r"1: its v_th of shape .* meets dim [23] .* give it as \(4, 1, 1\)"):
+        with pytest.raises(
+            RollUpError, match=r"1: its v_th of shape .* broadcasts along dim [23] .* give it as \(4, 1, 1\)"
+        ):
             converted(norse.SequentialState(nn.Conv2d(1, 4, 1), cell), x)
 
     def test_parameters_of_channels(self):
@@ -811,7 +815,7 @@ class TestRefusals:
 
     def test_decay_of_the_last_dim(self):
         net = nn.Sequential(nn.Conv2d(1, 2, 3), snntorch.Leaky(beta=torch.tensor([0.5, 0.6]), init_hidden=True))
-        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) meets dim 3 .* as \(2, 1, 1\)"):
+        with pytest.raises(ConversionError, match=r"beta of shape \(2,\) broadcasts along dim 3 .* as \(2, 1, 1\)"):
             converted(net, torch.randn(4, 2, 1, 4, 4))
         net[1] = snntorch.Leaky(beta=torch.tensor([0.5, 0.6]).reshape(2, 1, 1), init_hidden=True)
         ours = converted(net, torch.randn(4, 2, 1, 4, 4))

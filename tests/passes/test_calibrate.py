@@ -110,7 +110,7 @@ class TestSimulate:
     def test_delayed_current(self):
         """Norse's order: the membrane reads the current of the step before."""
         x = torch.randn(STEPS, 2, 3, dtype=torch.float64)
-        source = SourceNeuron("late", TwoPole(ONE * 0.4, ONE * 0.7, ONE * 0.9, delay=1), ONE * 0.3, reset="zero")
+        source = SourceNeuron("delayed", TwoPole(ONE * 0.4, ONE * 0.7, ONE * 0.9, delay=1), ONE * 0.3, reset="zero")
         v = i = torch.zeros_like(x[0])
         wanted = []
         for step in x:
@@ -195,8 +195,8 @@ class TestFit:
         tail.add(filtered(x, fit.taps, 1), mask)
         assert tail.counts.sum() == 2 * mask.sum()
 
-    def test_data_that_tell_nothing(self):
-        """A channel that meets zeros, and one whose target is constant, keep the source's taps."""
+    def test_data_that_determine_nothing(self):
+        """A channel whose inputs are zeros, and one whose target is constant, keep the source's taps."""
         x = torch.randn(9, 6, 2)
         x[:, :, 0] = 0
         target = torch.randn(9, 6, 2)
@@ -209,7 +209,7 @@ class TestFit:
         assert fit.r2[0] == 0
 
     @pytest.mark.parametrize("kind", ["normal", "spikes"])
-    def test_rates_are_met(self, kind):
+    def test_rates_are_matched(self, kind):
         u = torch.randn(50, 40, 3)
         if kind == "spikes":
             u = (u > 0.5).float() + 0.5 * (torch.randn_like(u) > 0).float()
@@ -246,7 +246,7 @@ class LifNet(nn.Module):
 
 @pytest.fixture
 def hot(net):
-    """The network with neurons that fire, its norm at rest."""
+    """The network with neurons that fire and an untrained norm."""
     with torch.no_grad():
         for p in net.parameters():
             if p.ndim > 1:
@@ -309,7 +309,7 @@ def test_weights_are_powers_of_two_and_fold_to_themselves(hot):
             folded = m.folded()
             assert torch.equal(folded.taps, m.weight)
             assert (torch.frexp(m.weight).mantissa.abs() == 0.5).all()
-    # the statistics are those of the filter on the data: the first step of training fires nearly alike
+    # the statistics are those of the filter on the data: spikes of the first training step are nearly the same
     x = torch.cat(batches, 1)
     quiet = copy.deepcopy(converted).train()
     quiet.get_submodule("features.1").eval()
@@ -418,7 +418,7 @@ def test_progress_bar(hot, example, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_silent_source_is_told(hot, example, caplog):
+def test_a_silent_source_is_logged(hot, example, caplog):
     hot.features[2].v_threshold = 1e6
     with caplog.at_level(logging.WARNING, "mfpsn_fx"):
         converted = quick(hot, example, calibrate=[example])

@@ -1,4 +1,4 @@
-"""Batch norms folded into the load of the neurons behind them: the same network, one tensor less."""
+"""Batch norms fused with the load of the neurons after them: the same network, one tensor less."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def conv_net(norm=None, channels=4):
 
 
 class OverTime(nn.Module):
-    """(T, N, 2, 3, 3) → (T, N, 4, 3, 3): torch's own layers with T and N as one, taken apart in some way."""
+    """(T, N, 2, 3, 3) → (T, N, 4, 3, 3): torch's own layers with T flattened into N, and ``apart`` to undo that."""
 
     def __init__(self, apart):
         super().__init__()
@@ -64,8 +64,8 @@ def converted(net, x, **options):
     return mfpsn_fx.convert(net, x, repeats=1, progress=False, **options)
 
 
-def folded(model, *x):
-    """A copy of ``model`` with its norms folded."""
+def fused(model, *x):
+    """Return a copy of ``model`` with its norms fused."""
     pipeline = Pipeline([PropagateShapes(), FuseNorms()], given=("neurons",))
     return pipeline(copy.deepcopy(model), PassContext(Example(x)))
 
@@ -84,7 +84,7 @@ def run(model, x, mask=None):
     return out.detach(), x.grad
 
 
-def assert_alike(one, other, x, mask=None, batches=2):
+def assert_equivalent(one, other, x, mask=None, batches=2):
     """Outputs, gradients and running statistics over some training steps and an evaluation."""
     for step in range(batches):
         (out, dx), (out2, dx2) = run(one, x + 0.1 * step, mask), run(other, x + 0.1 * step, mask)
@@ -120,10 +120,10 @@ def test_it_computes_what_the_layers_did(x, options):
         nn.init.uniform_(net[1].weight, 0.5, 2)
         nn.init.uniform_(net[1].bias, -1, 1)
     model = converted(net, x)
-    twin = folded(model, x)
+    twin = fused(model, x)
     assert [node.args[0].target for node in fused_norms(twin)] == ["1", "5"]
     assert not [n for n in twin.graph.nodes if n.op == "call_module" and n.target in ("1", "5")]
-    assert_alike(model, twin, x)
+    assert_equivalent(model, twin, x)
 
 
 APART = {
@@ -137,9 +137,9 @@ APART = {
 @pytest.mark.parametrize("apart", APART.values(), ids=APART)
 def test_views_between_norm_and_neuron_stay(x, apart):
     model = converted(OverTime(apart).double(), x)
-    twin = folded(model, x)
+    twin = fused(model, x)
     assert [node.args[0].target for node in fused_norms(twin)] == ["bn"]
-    assert_alike(model, twin, x)
+    assert_equivalent(model, twin, x)
     more = torch.randn(5, 2, 2, 3, 3, dtype=torch.float64)
     assert torch.equal(model(more), twin(more))
 
@@ -156,16 +156,16 @@ def test_kernels_and_layouts(x, kernel, layout):
     assert len(fused_norms(twin)) == 2
     assert {(n.kernel, str(n.layout)) for n in neurons(twin)} == {(kernel, layout)}
     assert all(n.affine and n.problem().affine for n in neurons(twin))
-    assert_alike(model, twin, x)
+    assert_equivalent(model, twin, x)
 
 
 def test_half_and_single_precision(x):
     x = x.float()
     model = converted(conv_net(), x)
-    twin = folded(model, x)
+    twin = fused(model, x)
     (out, dx), (out2, dx2) = run(model, x), run(twin, x)
     assert (out != out2).double().mean() < 0.01  # a value at the threshold may fall to the other side
-    assert (dx - dx2).norm() < 0.05 * dx.norm()  # whatever fell
+    assert (dx - dx2).norm() < 0.05 * dx.norm()  # also with spikes that differ
     if torch.equal(out, out2):
         torch.testing.assert_close(dx, dx2, rtol=1e-3, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -223,20 +223,20 @@ class TestMasks:
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("own_layers", [False, True])
-    def test_alike(self, x, masked, own_layers):
+    def test_equivalent(self, x, masked, own_layers):
         net = OverTime(APART["unflatten"]) if own_layers else conv_net()
         model = converted(net.double(), x)
-        twin = folded(model, x)
+        twin = fused(model, x)
         if masked:
             assert mfpsn_fx.mask_batch_norms(model) == mfpsn_fx.mask_batch_norms(twin) > 0
             assert fused_norms(twin)
-            again = folded(model, x)  # masked first, folded then
+            again = fused(model, x)  # masked first, fused then
             assert len(fused_norms(again)) == len(fused_norms(twin))
-            assert_alike(copy.deepcopy(model), again, x, self.mask)
-        assert_alike(model, twin, x, self.mask)
+            assert_equivalent(copy.deepcopy(model), again, x, self.mask)
+        assert_equivalent(model, twin, x, self.mask)
 
     def test_padding_is_not_read(self, x):
-        twin = folded(converted(conv_net().double(), x), x)
+        twin = fused(converted(conv_net().double(), x), x)
         mfpsn_fx.mask_batch_norms(twin)
         bad = x.masked_fill(~self.mask[..., None, None, None], torch.nan)
         with mfpsn_fx.valid_steps(self.mask):
@@ -250,7 +250,7 @@ class TestMasks:
         """A masked norm counts a batch once; the second run, in backward, has the mask of the first."""
         model = converted(conv_net().double(), x)
         mfpsn_fx.mask_batch_norms(model)
-        plain, twin = folded(model, x), folded(model, x)
+        plain, twin = fused(model, x), fused(model, x)
         run(plain, x, self.mask)
         run(lambda v: checkpoint(twin, v, use_reentrant=False), x, self.mask)
         for name, value in plain.state_dict().items():
@@ -305,27 +305,27 @@ class TestLeftAlone:
 
 
 class TestAfterwards:
-    """What may be done to a network whose norms are folded."""
+    """Operations on a network whose norms are fused."""
 
     @pytest.fixture
     def pair(self, x):
         model = converted(conv_net().double(), x)
-        return model, folded(model, x)
+        return model, fused(model, x)
 
     def test_idempotent_and_back(self, pair, x):
         model, twin = pair
-        again = folded(twin, x)
+        again = fused(twin, x)
         assert str(again.graph) == str(twin.graph)
         assert unfuse_norms(again) == ["1", "5"]
         assert not fused_norms(again)
-        assert_alike(model, again, x)
+        assert_equivalent(model, again, x)
 
-    @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-    def test_copies_and_pickles(self, pair, x, way):
+    @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_and_pickles(self, pair, x, copy_of):
         model, twin = pair
-        other = way(twin)
+        other = copy_of(twin)
         assert len(fused_norms(other)) == 2
-        assert_alike(model, other, x)
+        assert_equivalent(model, other, x)
 
     def test_state_dicts_go_both_ways(self, pair, x):
         model, twin = pair
@@ -338,21 +338,21 @@ class TestAfterwards:
         model, twin = pair
         mfpsn_fx.plan(twin, x, layout="time_last", kernels="shifted-add", repeats=1, progress=False)
         assert len(fused_norms(twin)) == 2
-        assert_alike(model, twin, x)
+        assert_equivalent(model, twin, x)
         assert len(mfpsn_fx.selection(twin).rows) == 2
 
     def test_hooks_and_other_classes_that_come_later(self, pair, x):
         model, twin = pair
         seen = []
         handle = twin.get_submodule("1").register_forward_hook(lambda *_: seen.append(1))
-        assert_alike(model, twin, x)
+        assert_equivalent(model, twin, x)
         assert len(seen) == 3
         handle.remove()
         # as libraries do that wrap a layer: the instance gets a forward of its own
         for one in pair:
             norm = one.get_submodule("1")
             norm.forward = lambda x, norm=norm: 2 * type(norm).forward(norm, x)
-        assert_alike(model, twin, x)
+        assert_equivalent(model, twin, x)
         for one in pair:
             del one.get_submodule("1").forward
 
@@ -364,7 +364,7 @@ class TestAfterwards:
             other = Doubled(5).double()
             other.load_state_dict(one.get_submodule("5").state_dict())
             one.set_submodule("5", other)
-        assert_alike(model, twin, x)
+        assert_equivalent(model, twin, x)
 
     def test_one_value_per_channel(self, pair):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -377,7 +377,7 @@ class TestAfterwards:
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, twin.state_dict()[name])
 
-    def test_statistics_found_afresh(self, pair, x):
+    def test_statistics_recomputed(self, pair, x):
         model, twin = pair
         for one in pair:
             mfpsn_fx.recompute_statistics(one, [x, 2 * x])
@@ -385,7 +385,7 @@ class TestAfterwards:
             torch.testing.assert_close(value, twin.state_dict()[name])
 
     def test_compiled(self, x):
-        pair = model, twin = (net := converted(OverTime(APART["unflatten"]).double(), x)), folded(net, x)
+        pair = model, twin = (net := converted(OverTime(APART["unflatten"]).double(), x)), fused(net, x)
         compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
         for mask in (None, TestMasks.mask):
             (out, dx), (out2, dx2) = run(model, x, mask), run(compiled, x, mask)
@@ -409,12 +409,12 @@ def test_statistics_come_from_the_kernel_of_highest_rank_that_reads_once(x):
     register(names[2], rank=80)(parts)
     try:
         model = converted(conv_net().double(), x)
-        kernels = [node.kwargs["kernel"] for node in fused_norms(folded(model, x))]
+        kernels = [node.kwargs["kernel"] for node in fused_norms(fused(model, x))]
         assert set(kernels) == {names[1]}
         unregister_kernel(names.pop(1))
-        kernels = {node.kwargs["kernel"] for node in fused_norms(folded(model, x))}
+        kernels = {node.kwargs["kernel"] for node in fused_norms(fused(model, x))}
         assert kernels <= {"fused-cpp", "reads-once"}
-        torch.testing.assert_close(folded(model, x).train()(x), copy.deepcopy(model).train()(x))
+        torch.testing.assert_close(fused(model, x).train()(x), copy.deepcopy(model).train()(x))
     finally:
         for name in names:
             unregister_kernel(name)

@@ -1,4 +1,4 @@
-"""What is declared of operators against what they do to tensors."""
+"""Declared traits of operators against their observed effects on tensors."""
 
 from __future__ import annotations
 

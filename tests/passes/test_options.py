@@ -75,7 +75,7 @@ class TestValues:
             ConvertOptions.from_json('{"ordre": 3}')
 
     @pytest.mark.parametrize(
-        ("name", "value", "error", "says"),
+        ("name", "value", "error", "message"),
         [
             ("layout", "sideways", ValueError, "unknown layout 'sideways'"),
             ("kernels", "fast", ValueError, "unknown kernel 'fast'"),
@@ -86,7 +86,7 @@ class TestValues:
             ("budget_s", float("nan"), ValueError, "at least 0"),
             ("cache", "yes", ValueError, "cache must be True or False"),
             ("progress", 1, ValueError, "progress must be"),
-            ("verify", "fast", ValueError, "unknown way to verify"),
+            ("verify", "fast", ValueError, "unknown verify"),
             ("order", 0, ValueError, "order must be"),
             ("order", {"a": 2.0}, ValueError, "order of a must be"),
             ("dilation", "saw", ValueError, "unknown dilation"),
@@ -103,8 +103,8 @@ class TestValues:
             ("min_exponent", -200, ValueError, "exponent bounds"),
         ],
     )
-    def test_they_check_themselves(self, name, value, error, says):
-        with pytest.raises(error, match=says):
+    def test_they_check_themselves(self, name, value, error, message):
+        with pytest.raises(error, match=message):
             ConvertOptions(**{name: value})
 
     def test_frozen_and_replaced(self):

@@ -65,11 +65,11 @@ class TestOneByOne:
 
     def test_passes_tell_what_they_changed(self, gm, example):
         context = on(example)
-        told = {one.name: one(gm, context).changes for one in conversion_pipeline()}
-        assert told["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
-        assert told["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
-        assert "100%" not in told["initialize_neurons"][0]
-        assert told["observe_inputs"] == (
+        changes = {one.name: one(gm, context).changes for one in conversion_pipeline()}
+        assert changes["replace_neurons"][0].startswith("features.2: LIFNode -> MulFreePSN(4, order=2")
+        assert changes["assign_dilations"] == ("features.4: dilation 1 -> 2", "features.7: dilation 1 -> 3")
+        assert "100%" not in changes["initialize_neurons"][0]
+        assert changes["observe_inputs"] == (
             "features.2: (6, 5, 4, 8)",
             "features.4: (6, 5, 4, 8)",
             "features.7: (6, 5, 6)",
@@ -281,7 +281,7 @@ class TestPipeline:
             Pipeline([AssignDilations(), Autoselect(), ReplaceNeurons(), InitializeNeurons()])
         text = str(error.value)
         assert (
-            "0: assign_dilations needs 'neurons', which nothing before it gives; move it behind replace_neurons" in text
+            "0: assign_dilations needs 'neurons', which nothing before it gives; move it after replace_neurons" in text
         )
         assert "1: autoselect needs 'shapes', which nothing before it gives; no pass in the pipeline gives it" in text
         assert len(text.splitlines()) == 4

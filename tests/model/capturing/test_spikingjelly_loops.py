@@ -161,7 +161,7 @@ class TestRefusals:
 
         torch.manual_seed(0)
         with pytest.raises(
-            ConversionError, match=r"what n2 is fed differs in .* a reset of its neurons within the loop"
+            ConversionError, match=r"the input of n2 differs in .* a reset of its neurons within the loop"
         ):
             quick(Resets(), torch.rand(2, 8))
 

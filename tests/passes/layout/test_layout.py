@@ -1,4 +1,4 @@
-"""The planner: the cut against brute force, labels in graphs, what is inserted against what was planned."""
+"""The planner: the minimum cut against brute force, labels in graphs, inserted conversions against planned ones."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def twin(gm):
 
 
 def distort(distorted, cheap):
-    """Times of neurons and layers as ``cheap(layout, shape) -> ms`` says; a conversion costs 0.5 ms one way."""
+    """Set the times of neurons and layers to ``cheap(layout, shape)`` ms; a conversion costs 0.5 ms each time."""
 
     def times(problem, name):
         ms = cheap(problem.layout, Layout.TIME_FIRST.shape_from(problem.shape, problem.layout))
@@ -223,7 +223,7 @@ def training_step(gm, x):
 
 class TestPlan:
     def test_a_mixed_plan_stands_inside_and_computes_the_same(self, converted, distorted):
-        """Issue's own: with costs that favor it, conversions stand inside; outputs and gradients are uniform's."""
+        """With costs that favor it, conversions stand inside; outputs and gradients equal those of a uniform layout."""
         gm, x = converted
         gm, x = gm.double().train(), x.double()
         uniform = twin(gm)
@@ -473,7 +473,7 @@ class TestGraphs:
         for got, value in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
             torch.testing.assert_close(got, value)
 
-    def test_writes_in_place_are_seen_by_whoever_saw_them(self):
+    def test_writes_in_place_are_seen_by_the_same_readers(self):
         """A tensor, and a view of it, that others read after it was written into."""
 
         class Writes(nn.Module):
@@ -794,7 +794,7 @@ class TestOperators:
 
 
 def test_the_manuals_example():
-    """docs/design/layout.md: an operator of one's own, run in its form."""
+    """docs/design/layout.md: a custom operator runs in its registered form."""
     text = (pathlib.Path(__file__).parents[3] / "docs" / "design" / "layout.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(import.*?)```", text, flags=re.DOTALL)
     names: dict = {"__name__": "manual"}
@@ -858,7 +858,7 @@ class TestDynamo:
 
 class TestVerify:
     def clock(self, monkeypatch, ms):
-        """Steps of each network take what ``ms`` says of its neurons' layouts, with a little noise."""
+        """Make a step of each network take ``ms`` of its neurons' layouts, with a little noise."""
 
         def step(gm, run, example, devices):
             layouts = "".join("l" if n.layout == "time_last" else "f" for n in neurons(gm))
@@ -958,7 +958,7 @@ class TestVerify:
         assert {mode for mode, _, _, _ in table.verified_ms} == {"eager"}
         assert table.verdict.endswith("; not measured compiled: RuntimeError: no compiler")
 
-    def test_unknown_way(self, converted):
+    def test_unknown_mode(self, converted):
         gm, x = converted
-        with pytest.raises(ValueError, match="unknown way to verify 'fast'"):
+        with pytest.raises(ValueError, match="unknown verify 'fast'"):
             mfpsn_fx.plan(gm, x, verify="fast")

@@ -1,4 +1,4 @@
-"""Layers without a memory in time-last form: the same values, gradients, statistics and draws as time-first."""
+"""Stateless layers in time-last form: the same values, gradients, statistics and draws as time-first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forms of reading a loop's input and of reading out its steps: each rolled up is the loop, gradients and all."""
+"""Ways to read a loop's input and to read out its steps: rolled up, each equals the loop, gradients included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes as values: the graph after, that it gives what the graph before gave, and what is left alone."""
+"""Functionalized writes: the graph after, its results against the graph before, and writes that stay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mfpsn_fx.model.time_axis import with_item
-from mfpsn_fx.passes.rollup.errors import RollUpError
+from mfpsn_fx.passes.errors import RollUpError
 from mfpsn_fx.passes.rollup.functionalize import functionalize
 
 

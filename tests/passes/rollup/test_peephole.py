@@ -1,4 +1,4 @@
-"""Each peephole: what it makes of a graph, that the result is the same, and where it must leave the graph alone."""
+"""Each peephole: the graph that it makes, its result against the original's, and graphs that it must not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loop over time may have in it: batch norms of one's own, draws behind layers, ..."""
+"""Loops over time with custom batch norms, random draws after layers, code under no_grad, and writes step by step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class OwnDropout(nn.Module):
         return x * (torch.rand_like(x) > 0.5) if self.training else 0.5 * x
 
 
-class Behind(nn.Module):
+class AfterLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.fc, self.layer, self.lif = nn.Linear(3, 4), layer, snntorch.Leaky(beta=0.9)
@@ -51,18 +51,18 @@ class Behind(nn.Module):
         return torch.stack(spikes)
 
 
-def test_a_batch_norm_of_ones_own():
+def test_a_custom_batch_norm():
     x = torch.randn(4, 2, 3)
     with pytest.raises(RollUpError, match=r"layer: normalized with .* pass accept=\('batch_statistics',\)"):
-        mfpsn_fx.convert(Behind(OwnNorm(4)), x, **QUICK)
-    ours = mfpsn_fx.convert(Behind(OwnNorm(4)), x, accept=("batch_statistics",), **QUICK)
+        mfpsn_fx.convert(AfterLayer(OwnNorm(4)), x, **QUICK)
+    ours = mfpsn_fx.convert(AfterLayer(OwnNorm(4)), x, accept=("batch_statistics",), **QUICK)
     assert ours(x).shape == (4, 2, 4)
-    assert mfpsn_fx.convert(Behind(OwnDropout()), x, **QUICK)(x).shape == (4, 2, 4)
+    assert mfpsn_fx.convert(AfterLayer(OwnDropout()), x, **QUICK)(x).shape == (4, 2, 4)
 
 
 @pytest.mark.parametrize("draw", [nn.Dropout(0.5), lambda c: torch.bernoulli(c.sigmoid().clamp(0.1, 0.9))])
-def test_draws_behind_layers_on_a_static_input(draw):
-    class Static(Behind):
+def test_draws_after_layers_on_a_static_input(draw):
+    class Static(AfterLayer):
         def forward(self, x):
             mem, spikes = None, []
             for _ in range(20):
@@ -83,7 +83,7 @@ def test_draws_behind_layers_on_a_static_input(draw):
 
 
 def test_no_grad_within_a_forward():
-    class Frozen(Behind):
+    class Frozen(AfterLayer):
         def forward(self, x):
             with torch.no_grad():
                 x = 2 * x
@@ -92,7 +92,9 @@ def test_no_grad_within_a_forward():
     with pytest.raises(ConversionError, match=r"under torch\.no_grad\(\), .* detach"):
         mfpsn_fx.convert(Frozen(nn.Identity()), torch.randn(4, 2, 3), **QUICK)
     with torch.no_grad():
-        assert isinstance(mfpsn_fx.convert(Behind(nn.Identity()), torch.randn(4, 2, 3), **QUICK), torch.fx.GraphModule)
+        assert isinstance(
+            mfpsn_fx.convert(AfterLayer(nn.Identity()), torch.randn(4, 2, 3), **QUICK), torch.fx.GraphModule
+        )
 
 
 @pytest.mark.parametrize("make", [lambda x, *shape: x.new_zeros(*shape), lambda x, *shape: torch.zeros(*shape)])
@@ -100,7 +102,7 @@ def test_no_grad_within_a_forward():
 def test_written_step_by_step(make, along):
     """out[t] = … and out[:, t] = … into zeros like the input, which are not there any more."""
 
-    class Written(Behind):
+    class Written(AfterLayer):
         fault = None
 
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Whether a layer gives on the fused T·N axis what it gives step by step."""
+"""Check that a layer computes on the flattened T·N axis what it computes step by step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mfpsn_fx.model.capturing.capture import copied, preserved_rng
 from ..op_traits import draws_random
 from .value_numbering import ValueNumbering
 
-__all__ = ["FusedAxis", "without_batch"]
+__all__ = ["FlattenedAxis", "without_batch"]
 
 _STEPS = 3
 
 
-class FusedAxis:
-    """Runs single layers on the fused axis and step by step, on random values of the shapes that the example showed.
+class FlattenedAxis:
+    """Runs single layers on the flattened axis and step by step, on random values of the example's shapes.
 
-    The values are drawn, not the example's: on a constant example a mean over the batch looks like a layer that treats
+    The values are random, not the example's: on a constant example a mean over the batch looks like a layer that treats
     each sample by itself.
     """
 
@@ -29,8 +29,8 @@ class FusedAxis:
         self.gm, self.numbering, self.recorded = numbering.gm, numbering, numbering.recorded
 
     def differs(self, node: fx.Node) -> str | None:
-        """Why ``node`` on T·N samples is not ``node`` on N samples, T times, in words; None if it is."""
-        # layers run in evaluation here, where a dropout inside draws nothing
+        """Return the reason why ``node`` on T·N samples is not ``node`` on N samples, T times; None if it is."""
+        # layers run in evaluation here, where a dropout within them is off
         draws = node.op != "call_module" and draws_random(self.gm, node)
         if draws or not _tensors(self.recorded[node.name]):
             return None
@@ -49,24 +49,24 @@ class FusedAxis:
         )
 
     def mixes_in_training(self, node: fx.Node) -> bool:
-        """Whether in training, where it normalizes, a layer's output for a sample depends on the other samples.
+        """Return True if a layer's output for a sample depends on the other samples in training.
 
-        The layer runs twice on the fused axis, with the same draws, and with its first sample changed: outputs for the
-        others must stay.
+        The layer runs twice on the flattened axis with the same random numbers, the second time with its first sample
+        changed: the outputs for the other samples must be equal.
         """
         try:
             with torch.no_grad(), preserved_rng():
                 torch.manual_seed(0)
-                fused = self._drawn(node)[0]
-                inputs = [t for t in _tensors(fused) if t.ndim]
+                flattened = self._random_arguments(node)[0]
+                inputs = [t for t in _tensors(flattened) if t.ndim]
                 samples = {len(t) for t in inputs}
-                changed = map_aggregate(fused, _first_changed)
+                changed = map_aggregate(flattened, _first_changed)
                 results = []
-                for args, kwargs in (fused, changed):
+                for args, kwargs in (flattened, changed):
                     torch.manual_seed(1)
                     module = copied(self.gm.get_submodule(node.target), share=True).train()
                     results.append(_tensors(module(*args, **kwargs)))
-        except Exception:  # in evaluation it ran; in training it cannot be asked
+        except Exception:  # it runs in evaluation, but not in training
             return False
         before, after = results
         return len(samples) == 1 and any(
@@ -76,26 +76,26 @@ class FusedAxis:
         )
 
     def _agrees(self, node: fx.Node) -> bool:
-        fused, *steps = self._drawn(node)
+        flattened, *steps = self._random_arguments(node)
         stepwise = [_tensors(self._apply(node, *step)) for step in steps]
-        args, kwargs = without_batch(node, *fused, self.recorded.get(_name(node.args)))
+        args, kwargs = without_batch(node, *flattened, self.recorded.get(_name(node.args)))
         together = _tensors(self._apply(node, args, kwargs))
         return len(together) == len(stepwise[0]) and all(
             _close(whole, torch.cat([p if p.ndim else p.unsqueeze(0) for p in parts]))
             for whole, *parts in zip(together, *stepwise, strict=True)
         )
 
-    def _drawn(self, node: fx.Node) -> list[tuple]:
-        """Arguments of ``node`` on the fused axis, and at each of some steps."""
-        values = [self._draw(argument) for argument in _nodes(node)]
-        drawn = []
-        for place in range(_STEPS + 1):
+    def _random_arguments(self, node: fx.Node) -> list[tuple]:
+        """Return arguments of ``node`` on the flattened axis, and at each of ``_STEPS`` steps."""
+        values = [self._random_argument(argument) for argument in _nodes(node)]
+        arguments = []
+        for position in range(_STEPS + 1):
             each = iter(values)
-            drawn.append(_replaced(node, lambda _, each=each, place=place: next(each)[place]))
-        return drawn
+            arguments.append(_replaced(node, lambda _, each=each, position=position: next(each)[position]))
+        return arguments
 
-    def _draw(self, argument: fx.Node) -> list[object]:
-        """An argument on the fused axis, and at each step."""
+    def _random_argument(self, argument: fx.Node) -> list[object]:
+        """Return an argument on the flattened axis, and at each step."""
         value, read = self.recorded[argument.name], self.numbering.values[argument]
         if not _tensors(value):
             return [self._number(argument), *[value] * _STEPS]
@@ -108,17 +108,17 @@ class FusedAxis:
         return [_joined(parts), *parts]
 
     def _number(self, node: fx.Node) -> object:
-        """A number or shape that was worked out from one step, as it comes out on the fused axis."""
+        """Return the value on the flattened axis of a number or shape that was computed from one step."""
         if self.numbering.values[node].index is None:
             return self.recorded[node.name]
 
-        def fused(argument: fx.Node) -> object:
+        def flattened(argument: fx.Node) -> object:
             shown = self.recorded[argument.name]
             if isinstance(shown, Tensor):
                 return torch.empty(_STEPS * len(shown), *shown.shape[1:], device="meta")
             return self._number(argument)
 
-        return self._apply(node, *_replaced(node, fused))
+        return self._apply(node, *_replaced(node, flattened))
 
     def _apply(self, node: fx.Node, args: tuple, kwargs: dict) -> object:
         args, kwargs = map_aggregate((args, kwargs), lambda a: a.clone() if isinstance(a, Tensor) else a)
@@ -130,10 +130,12 @@ class FusedAxis:
 
 
 def without_batch(node: fx.Node, args: tuple, kwargs: dict, source: object) -> tuple[tuple, dict]:
-    """``view(N, …)`` with the N of one step, which on the fused axis is another number, as ``view(-1, …)``.
+    """Return the arguments of ``view(N, …)``, with N the batch size of one step, as those of ``view(-1, …)``.
+
+    On the flattened axis, and for other inputs than the example, that size is another number.
 
     Args:
-        source: what is viewed, as one step of the example has it.
+        source: the viewed value at one step of the example.
     """
     if node.target not in ("view", "reshape", torch.reshape) or kwargs or not isinstance(source, Tensor):
         return args, kwargs
@@ -150,7 +152,7 @@ def without_batch(node: fx.Node, args: tuple, kwargs: dict, source: object) -> t
 
 
 def _random(value: object, step: int) -> object:
-    """Another value of the same kind: drawn if it is floating point, else the samples in another order."""
+    """Return another value of the same kind: random if it is floating point, else the samples in another order."""
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     return torch.randn_like(value) if value.is_floating_point() else value.roll(step, 0)
@@ -172,14 +174,14 @@ def _joined(parts: list) -> object:
 
 
 def _nodes(node: fx.Node) -> list[fx.Node]:
-    """Arguments that are nodes, each mention of them."""
+    """Return the arguments that are nodes, with repetitions."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
 def _replaced(node: fx.Node, function: Callable[[fx.Node], object]) -> tuple[tuple, dict]:
-    """Arguments, with nodes replaced. (What fx.map_arg leaves is of FX's own list types, which copies of it keep.)"""
+    """Return the arguments with nodes replaced, in plain containers: fx.map_arg returns FX's own list types."""
     return tuple(fx.map_arg(tuple(node.args), function)), dict(fx.map_arg(dict(node.kwargs), function))
 
 
