@@ -9,17 +9,9 @@ if __name__ != "mfpsn_fx.kernels":
         "operators a second time; install the project (pip install -e .) and import mfpsn_fx.kernels"
     )
 
+from . import implementations  # noqa: F401  (its modules register their kernels)
 from .bn_fold import fold
 from .constants import NeuronConstants
-from .implementations import (  # noqa: F401  (each registers its kernels)
-    conv1d,
-    conv2d,
-    fused_cpu,
-    fused_cuda,
-    fused_triton,
-    shifted_add,
-    toeplitz,
-)
 from .layout import Layout, to_layout
 from .op import backward_input, backward_reductions, fire, neuron, statistics
 from .quantizer import Gradient, dequantize, exponents, power_of_two, quantize

@@ -260,6 +260,9 @@ class ConvertOptions(MeasureOptions):
         if self.channel_dims is not None:
             self._set(channel_dims=dict(self.channel_dims))
             for path, dims in self.channel_dims.items():
+                one = dims if isinstance(dims, (tuple, list)) else (dims,)
+                if any(isinstance(dim, int) and dim < 0 for dim in one):  # counted from the back: the rank is needed
+                    continue
                 try:
                     check_dims(dims)
                 except ValueError as error:

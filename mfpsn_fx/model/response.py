@@ -17,10 +17,16 @@ __all__ = ["Geometric", "PerStep", "Taps", "TwoPole"]
 # dataclass.
 @dataclasses.dataclass(eq=False)
 class Geometric:
-    """The response gain·ratio^j at lag j: LIF, IF (ratio 1). ``gain`` and ``ratio`` are () or (C,) tensors."""
+    """The response gain·ratio^j at lag j: LIF, IF (ratio 1). ``gain`` and ``ratio``: numbers, or tensors () or (C,)."""
 
     gain: Tensor
     ratio: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gain, Tensor):
+            self.gain = torch.as_tensor(self.gain)
+        if not isinstance(self.ratio, Tensor):
+            self.ratio = torch.as_tensor(self.ratio)
 
     def __call__(self, lags: Tensor) -> Tensor:
         """Return the taps at ``lags`` (k,), as (k,) or (C, k) in float64."""

@@ -41,7 +41,7 @@ OPTIONS = {
     "only": st.one_of(st.none(), st.sets(st.text("ab."))),
     "surrogate": st.sampled_from([None, mfpsn_fx.ATan(3.0), mfpsn_fx.Sigmoid(1.5)]),
     "gradient": st.sampled_from(["straight-through", "round-only", "none"]),
-    "channel_dims": st.sampled_from([None, {"a": 3, "b": (2, 3)}]),
+    "channel_dims": st.sampled_from([None, {"a": 3, "b": (2, 3), "c": -1}]),
     "fold_norms": st.booleans(),
     "eps": st.floats(1e-8, 1),
     "momentum": st.floats(0, 1),

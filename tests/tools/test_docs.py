@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import torch
 
@@ -29,6 +33,40 @@ def test_links_lead_somewhere():
                 assert anchor in slugs, f"{page.relative_to(root)}: {target}"
             count += 1
     assert count > 80
+
+
+def test_the_recipes_pass_in_one_file_and_one_test_file(tmp_path):
+    """What CONTRIBUTING shows stands alone beside a copy of the sources: tests pass, and ruff is content."""
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        parts = re.split(r"^# ([\w/]+\.py).*\n", block, flags=re.MULTILINE)
+        files |= {path: code.strip() + "\n" for path, code in zip(parts[1::2], parts[2::2], strict=True)}
+    assert len(files) == 6
+    installed = {"kernels": "mfpsn_fx/kernels", "passes": "mfpsn_fx/passes"}
+    for folder in ("mfpsn_fx", "kernels", "passes", "tests"):
+        target = tmp_path / installed.get(folder, folder)
+        shutil.copytree(DOCS.parent / folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(DOCS.parent / "pyproject.toml", tmp_path)
+    written = {}
+    for path, code in files.items():
+        top, _, rest = path.partition("/")
+        written[path] = tmp_path / installed.get(top, top) / rest
+        assert not written[path].exists(), path
+        written[path].write_text(code, encoding="utf-8")
+
+    def run(*command):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False,
+                              env=environment)  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    run("-m", "ruff", "check", *map(str, written.values()))
+    tests = [str(path) for name, path in written.items() if name.startswith("tests/")]
+    assert "3 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    # without another file that names it
+    assert "one-tap" in run("-c", "import mfpsn_fx; print(*[k.name for k in mfpsn_fx.kernels.kernels()])").split()
 
 
 def test_the_reference_of_options_is_up_to_date():

@@ -184,7 +184,9 @@ class TestCommandLine:
     def test_kernels(self):
         done = self.run("kernels")
         assert done.returncode == 0
-        for kernel in mfpsn_fx.kernels.kernels():
+        built_in = [k for k in mfpsn_fx.kernels.kernels() if k.parts.__class__.__module__.startswith("mfpsn_fx.")]
+        assert len(built_in) >= 8
+        for kernel in built_in:  # others may be registered in this process by other tests
             assert kernel.name in done.stdout
         assert "cpu" in done.stdout
 

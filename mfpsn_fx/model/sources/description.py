@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 
+RESETS = ("none", "zero", "subtract", "late-zero", "late-subtract")
+
+
 class NotAFilterError(ValueError):
     """Raised for a neuron that is not a linear causal filter, with the reason; ``convert`` adds the layer's name."""
 
@@ -35,7 +39,7 @@ class SourceNeuron:
 
     Attributes:
         response: lags (k,) of int → taps (k,), or (C, k) where channels differ; picklable.
-        threshold: () or (C,).
+        threshold: a number, or a tensor () or (C,).
         surrogate: the one that the source was trained with.
         strict: True if the source fires at H > threshold only, not at H ≥ threshold.
         reset: effect of a spike on the membrane of a source whose response is a recursion; conversion drops it,
@@ -44,6 +48,9 @@ class SourceNeuron:
             decay and input (snnTorch).
         channels: number of channels, if the neuron has it; else None.
         notes: properties that the conversion drops or approximates, for the selection table.
+
+    Raises:
+        ValueError: the reset is unknown.
     """
 
     name: str
@@ -54,6 +61,12 @@ class SourceNeuron:
     reset: str = "none"
     channels: int | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.reset not in RESETS:
+            raise ValueError(f"{self.name}: unknown reset {self.reset!r}; choose one of {', '.join(map(repr, RESETS))}")
+        if not isinstance(self.threshold, Tensor):
+            object.__setattr__(self, "threshold", torch.as_tensor(self.threshold))
 
 
 Adapter = Callable[[nn.Module], SourceNeuron]

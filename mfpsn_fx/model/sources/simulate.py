@@ -84,14 +84,12 @@ def simulate(source: SourceNeuron, x: Tensor) -> tuple[Tensor, Tensor]:
         of the same shape and dtype.
 
     Raises:
-        ValueError: the reset is unknown, or there is a reset but the response has no known recursion.
+        ValueError: there is a reset but the response has no known recursion.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     if x.shape[0] == 0:
         return torch.empty_like(x), torch.empty_like(x)
-    if source.reset not in ("none", "zero", "subtract", "late-zero", "late-subtract"):
-        raise ValueError(f"{source.name}: unknown reset {source.reset!r}")
     threshold = _broadcast(source.threshold, x[0])
     fires = torch.gt if source.strict else torch.ge
     if source.reset == "none":

@@ -210,3 +210,11 @@ def test_looks():
     functional.reset_net(Mine())
     with pytest.raises(ValueError, match="at least one class"):
         mfpsn_fx.register_source()
+
+
+def test_numbers_will_do_and_resets_are_checked():
+    source = SourceNeuron("Mine", Geometric(1.0, 0.5), 1.0, reset="zero")
+    assert torch.equal(source.response(torch.arange(3)), torch.tensor([1, 0.5, 0.25], dtype=torch.float64))
+    assert torch.equal(source.threshold, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="Mine: unknown reset 'substract'; choose one of 'none', 'zero', 'subtract'"):
+        SourceNeuron("Mine", Geometric(1.0, 0.5), 1.0, reset="substract")
