@@ -7,7 +7,7 @@ import operator
 import torch
 
 from ..build.cpu import OPS, unavailable
-from ..constants import NeuronConstants
+from ..constants import ALL, NeuronConstants
 from ..kernel import Call, NeuronKernel
 from ..registry import Problem, register_kernel
 
@@ -17,8 +17,8 @@ _SURROGATES = ("atan", "rational", "sigmoid")
 # the schemas are made, too: as keywords they added 2.4 us to the 7 us that ``layer`` takes on the smallest input.
 _FILTER = ("dilation", "layout")
 _SURROGATE = ("surrogate", "alpha", *_FILTER)
-_ALL = ("eps", "surrogate", "alpha", "gradient", "min_exponent", "max_exponent", "training", *_FILTER)
-_LAYER = (*_ALL, "layer")
+_LAYER = tuple(name for name in ALL if name != "method")
+_ALL = tuple(name for name in _LAYER if name != "layer")
 _AFFINE = "Tensor? scale, Tensor? shift, Tensor? mask"
 
 for _name, _tensors, _constants, _results in (

@@ -440,7 +440,7 @@ def test_bad_input(hot, example):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
     for wrong, kinds in (([(example, torch.zeros(5))], "Tensor, Tensor"), ([{"image": example}], "image")):
         with pytest.raises(
-            TypeError, match=rf"a batch of {kinds} does not fit what the network takes.*labels are no part"
+            TypeError, match=rf"a batch of {kinds} does not fit what the network takes.*labels are not part"
         ):
             mfpsn_fx.calibrate(converted, wrong, progress=False)
         with pytest.raises(TypeError, match=rf"a batch of {kinds} does not fit"):

@@ -72,7 +72,7 @@ class _OverRanks(torch.autograd.Function):
         all_ranks = fold_backward(folded, *group.total(*own), weight, gamma, mean, constants.gradient, count)
         needs = ctx.needs_input_grad
         dx, through, dscale, dshift = backward_input(
-            grad, x, folded.taps, folded.bias, weight, all_ranks.offset, all_ranks.inner, scale, shift, mask,
+            grad, x, folded.taps, folded.bias, weight, all_ranks.offset, all_ranks.slope, scale, shift, mask,
             input_grad=needs[0], **keywords,
         )  # fmt: skip
         grads = (dx, mine.weight + through, mine.gamma, mine.beta, dscale, dshift)
