@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import sys
@@ -39,7 +40,6 @@ from mfpsn_fx.passes import (
     SeparateUses,
     VerifyPlan,
 )
-from mfpsn_fx.passes.fuse_norms import fuse_norms
 from mfpsn_fx.passes.planning.replay import choices_of
 from mfpsn_fx.passes.rollup.roll_up import check_accept
 
@@ -225,12 +225,11 @@ def plan(
     example = _example(example_args, example_kwargs)
     if not example:
         raise ValueError("plan needs an example input: kernels are measured at its shapes")
-    context = PassContext(example)
+    before = copy.deepcopy(gm.graph)
     try:
-        return planning_pipeline(options)(gm, context)
+        return planning_pipeline(options)(gm, PassContext(example))
     except BaseException:
-        if context.norms_unfused:
-            fuse_norms(gm)
+        gm.graph = before
         raise
 
 
@@ -242,8 +241,6 @@ def _options(kind: type[MeasureOptions], given: MeasureOptions | None, overrides
         given = kind()
     elif not isinstance(given, kind):  # ConvertOptions extend MeasureOptions
         given = kind(**vars(given))
-    elif type(given) is not kind:
-        given = kind(**{field.name: getattr(given, field.name) for field in dataclasses.fields(kind)})
     return given.replace(**overrides)
 
 
@@ -282,7 +279,19 @@ def _check_model(model: nn.Module) -> None:
 
 def _has_nan(tensor: torch.Tensor) -> bool:
     """Return True if a value is NaN; unlike ``isnan().any()`` this takes no memory, and the minimum of NaN is NaN."""
-    return tensor.numel() > 0 and tensor.is_floating_point() and bool(tensor.detach().amin().isnan())
+    tensor = tensor.detach()
+    if tensor.numel() == 0 or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    try:
+        return bool(tensor.amin().isnan())
+    except (NotImplementedError, RuntimeError):  # eight-bit floating point, sparse tensors
+        return (
+            bool(tensor.to_dense().float().isnan().any())
+            if tensor.layout is not torch.strided
+            else bool(tensor.float().isnan().any())
+        )
 
 
 @contextlib.contextmanager

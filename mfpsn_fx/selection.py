@@ -14,6 +14,7 @@ from mfpsn_fx.model.neuron import MulFreePSN
 from mfpsn_fx.model.results import Candidate, ConversionRecord, Measured, record_of
 from mfpsn_fx.model.sources.description import qualified_name, source_paths
 from mfpsn_fx.passes import Neuron, conversion_nodes, neurons
+from mfpsn_fx.passes.check_sources import source_of_use
 
 from .tables import check_style, format_table
 
@@ -302,4 +303,4 @@ def _notes(neuron: Neuron, measured: Measured | None):
 def _unconverted(gm: fx.GraphModule, record: ConversionRecord):
     for path, module in source_paths(gm).items():
         why = record.unconverted.get(path, "it was left as it was")
-        yield path, f"{qualified_name(type(module))}: {why}"
+        yield path, f"{qualified_name(type(source_of_use(module)))}: {why}"

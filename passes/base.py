@@ -38,7 +38,7 @@ class Pass(PassBase):
 
     A subclass gives ``name``, ``call(gm, context) -> Result``, a docstring with the graph before and after, what it
     ``needs`` from passes before it, and what it ``gives`` to passes after it. It reads ``context.options``, and keeps
-    no state of a network, so that one instance serves any network. It can also be run by FX's pass manager.
+    no state of a network, so that one instance serves any network. FX's pass manager runs it with an empty context.
 
     Args:
         options: options by name that override the context's; those that are None do not.
@@ -52,8 +52,8 @@ class Pass(PassBase):
     gives: tuple[str, ...] = ()
 
     def __init__(self, **options: object) -> None:
-        self.options = {name: value for name, value in options.items() if value is not None}
-        ConvertOptions().replace(**self.options)
+        self.overrides = {name: value for name, value in options.items() if value is not None}
+        ConvertOptions().replace(**self.overrides)
 
     def __call__(self, gm: fx.GraphModule, context: PassContext | None = None) -> Result:
         """Run the pass on ``gm``.
@@ -64,10 +64,9 @@ class Pass(PassBase):
         """
         context = PassContext() if context is None else context
         given, options = context.options, context.options or ConvertOptions()
-        own = vars(self).get("options") or {}
-        if own.keys() - {field.name for field in dataclasses.fields(options)}:
+        if not isinstance(options, ConvertOptions):  # of which a pass may read any
             options = ConvertOptions(**vars(options))
-        context.options = options.replace(**own)
+        context.options = options.replace(**vars(self).get("overrides", {}))
         try:
             self.requires(gm)
             result = self.call(gm, context)
@@ -81,7 +80,9 @@ class Pass(PassBase):
 
     def __repr__(self) -> str:
         settings = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, bool))}
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in (settings | vars(self).get('options', {})).items())})"
+        return (
+            f"{self.name}({', '.join(f'{k}={v!r}' for k, v in (settings | vars(self).get('overrides', {})).items())})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
     given: tuple[str, ...] = ()
-    options: MeasureOptions | None = None
+    # its mappings are not hashable
+    options: MeasureOptions | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(self.passes))
@@ -135,7 +137,7 @@ class Pipeline:
         for index, one in enumerate(self.passes):
             before = _graph_text(gm) if folder else ""
             started = time.perf_counter()
-            result = one(gm, context) if isinstance(one, Pass) else one(gm)
+            result = one(gm, context) if isinstance(one, (Pass, Pipeline)) else one(gm)
             seconds = time.perf_counter() - started
             gm = gm if result is None else getattr(result, "graph_module", result)
             changes = getattr(result, "changes", ())

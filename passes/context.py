@@ -59,6 +59,7 @@ class PassContext:
         fixed: neurons whose kernels are given: they are neither measured nor bound.
         cache: the times kept on this machine; None: not used.
         norms_unfused: True if batch norms were fused with neurons when the pipeline began.
+        converted: True if the pipeline has put the neurons into the network.
         layout_graph: the tensors with a T axis in the current graph; None: not read yet, or out of date.
         measurements: for each neuron, every candidate's times.
         stats: the cost of measuring.
@@ -73,6 +74,7 @@ class PassContext:
     fixed: frozenset[str] = frozenset()
     cache: SelectionCache | None = None
     norms_unfused: bool = False
+    converted: bool = False
     layout_graph: LayoutGraph | None = None
     measurements: dict[str, Measured] = dataclasses.field(default_factory=dict)
     stats: MeasurementStats = dataclasses.field(default_factory=MeasurementStats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 
 from torch import fx
@@ -72,7 +73,7 @@ class UnfuseNorms(Pass):
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         changed = unfuse_norms(gm)
-        context.norms_unfused = context.norms_unfused or bool(changed)
+        context.norms_unfused |= bool(changed)
         context.layout_graph = None
         return Result(gm, changed)
 
@@ -86,8 +87,10 @@ def unfuse_norms(gm: fx.GraphModule) -> list[str]:
     """Turn the fused batch norms of ``gm`` back into layers, in place; return their paths."""
     changed = []
     for node in fused_norms(gm):
-        attribute, x = node.args[:2]
-        time_last = node.kwargs.get("layout") == Layout.TIME_LAST
+        # by name: a graph that is unpickled has them by position
+        given = inspect.signature(norm_affine).bind(*node.args, **node.kwargs).arguments
+        attribute, x = given["norm"], given["x"]
+        time_last = given.get("layout") == Layout.TIME_LAST
         with gm.graph.inserting_before(node):
             if time_last:
                 layer = gm.graph.call_function(run_time_last, (attribute, x, _DIRECT))

@@ -19,10 +19,9 @@ from mfpsn_fx.kernels.surrogate import Surrogate, get_surrogate
 from mfpsn_fx.model.batch import check_repeatable
 from mfpsn_fx.model.channel_dims import check_dims
 
-__all__ = ["DEFAULT_ORDER", "LAYOUTS", "VERIFY", "ConvertOptions", "MeasureOptions", "dilation_sequence", "order_of"]
+__all__ = ["DEFAULT_ORDER", "LAYOUTS", "ConvertOptions", "MeasureOptions", "dilation_sequence", "first_use"]
 
 LAYOUTS = ("auto", "uniform", "keep", *map(str, Layout))
-VERIFY = (False, True, "eager", "compiled")
 DEFAULT_ORDER = 2
 _SAWTOOTH = 3  # the sawtooth's period (paper, equation 11)
 
@@ -100,7 +99,7 @@ class MeasureOptions:
         self._check_flag("cache")
         if self.progress is not None:
             self._check_flag("progress")
-        if self.verify not in VERIFY:
+        if not isinstance(self.verify, bool) and self.verify not in ("eager", "compiled"):
             raise ValueError(f"unknown verify {self.verify!r}: choose True, 'eager' or 'compiled'")
         if self.selection is not None and (self.layout != "auto" or self.kernels != "auto"):
             raise ValueError("selection= sets layouts and kernels: leave layout= and kernels= at 'auto'")
@@ -138,7 +137,10 @@ class MeasureOptions:
             raise ValueError(f"these are no options written by to_json: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"these are no options written by to_json: an object is needed, found {given!r}")
-        return cls().replace(**{name: cls._parsed(name, value) for name, value in given.items()})
+        try:
+            return cls().replace(**{name: cls._parsed(name, value) for name, value in given.items()})
+        except KeyError as error:
+            raise ValueError(f"these are no options written by to_json: {error} is missing") from error
 
     def _plain(self, name: str) -> object:
         value = getattr(self, name)
@@ -267,20 +269,24 @@ class ConvertOptions(MeasureOptions):
                     check_dims(dims)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from None
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (self.eps, self.momentum)):
+            raise TypeError(f"eps and momentum are numbers, found {self.eps!r} and {self.momentum!r}")
         if not (self.eps > 0 and math.isfinite(self.eps) and 0 <= self.momentum <= 1):
             raise ValueError(f"eps must be positive and momentum in [0, 1], found {self.eps} and {self.momentum}")
         check_exponent_bounds(self.min_exponent, self.max_exponent)
 
     def excludes(self, path: str, module: nn.Module) -> bool:
-        """Return True if ``only`` leaves out the neuron at ``path`` in the user's model."""
+        """Return True if ``only`` leaves out the neuron at ``path`` of the model (``path@2``: its second use)."""
         if self.only is None:
             return False
-        return not (self.only(path, module) if callable(self.only) else path in self.only)
+        if callable(self.only):
+            return not self.only(path, module)
+        return path not in self.only and first_use(path) not in self.only
 
 
-def order_of(order: int | Mapping[str, int], path: str) -> int:
-    """Return k of the neuron at ``path`` in the user's model."""
-    return order.get(path, DEFAULT_ORDER) if isinstance(order, Mapping) else order
+def first_use(path: str) -> str:
+    """Return the path in the user's model of the neuron whose further use is called ``path@2``, ``path@3``, …"""
+    return path.partition("@")[0]
 
 
 def dilation_sequence(dilation: str | int | Sequence[int], period: int = _SAWTOOTH) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,10 +20,10 @@ from mfpsn_fx.model.sources.description import NotAFilterError, describe, source
 
 from .base import Pass, Result
 from .channel_inference import channels_before, heads_note
-from .check_sources import LEFT_OUT
+from .check_sources import LEFT_OUT, source_of_use
 from .context import PassContext
 from .errors import ConversionError, refusal_message
-from .options import ConvertOptions, order_of
+from .options import DEFAULT_ORDER, ConvertOptions, first_use
 from .separate_uses import has_state
 
 __all__ = ["ReplaceNeurons"]
@@ -76,7 +77,7 @@ class ReplaceNeurons(Pass):
                 raise ValueError(f"{name} names layers that are no neurons: {unknown}; the neurons are {known}")
         for path, old in paths.items():
             if (reason := value_for_path(gm, context.refusals, path)) is not None or (
-                options.excludes(user_path(gm, path), old) and (reason := LEFT_OUT)
+                _excluded(gm, path, old, options) and (reason := LEFT_OUT)
             ):
                 failed[path] = reason
                 continue
@@ -94,15 +95,16 @@ class ReplaceNeurons(Pass):
         if unfit and options.strict:
             raise ConversionError(refusal_message(unfit, len(failed) + len(swaps)))
         context.refusals |= failed
-        keep_record(gm, dataclasses.replace(record_of(gm), unconverted=failed))
+        context.converted = True
         for path, new in swaps:
             gm.set_submodule(path, new)
+        keep_record(gm, dataclasses.replace(record_of(gm), unconverted=failed))
         return Result(gm, [f"{path}: {new.source.name} -> {new!r}" for path, new in swaps])
 
 
 def _make(gm: fx.GraphModule, context: PassContext, path: str, old: nn.Module) -> MulFreePSN:
     source, options = describe(old), context.options
-    given = value_for_path(gm, options.channel_dims or {}, path)
+    given = _by_use(gm, options.channel_dims or {}, path)
     shape = _observed_shape(gm, context.inputs, path)
     dims = DEFAULT_DIMS if given is None else _checked(path, given, None if shape is None else len(shape))
     channels = source.channels or channels_before(gm, path)
@@ -146,9 +148,22 @@ def _checked(path: str, dims: object, rank: int | None) -> tuple[int, ...]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _excluded(gm: fx.GraphModule, path: str, old: nn.Module, options: ConvertOptions) -> bool:
+    source = source_of_use(old)
+    return options.excludes(user_path(gm, path), source) and (callable(options.only) or options.excludes(path, source))
+
+
 def _order(gm: fx.GraphModule, order: int | Mapping[str, int], path: str) -> int:
-    by_path = isinstance(order, Mapping) and path in order
-    return order_of(order, path if by_path else user_path(gm, path))
+    if not isinstance(order, Mapping):
+        return order
+    found = _by_use(gm, order, path)
+    return DEFAULT_ORDER if found is None else found
+
+
+def _by_use(gm: fx.GraphModule, by_path: Mapping[str, Any], path: str) -> Any:
+    """Return the value for the neuron at ``path``; of a further use without one of its own, that of the first."""
+    found = value_for_path(gm, by_path, path)
+    return value_for_path(gm, by_path, first_use(path)) if found is None else found
 
 
 def _observed_shape(gm: fx.GraphModule, seen: Mapping[str, tuple], path: str) -> tuple[int, ...] | None:

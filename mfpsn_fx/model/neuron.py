@@ -22,7 +22,7 @@ from .distributed.group import Group, active_group
 from .distributed.neuron import neuron_over_ranks
 from .padding_mask import current_mask
 from .recompute import RecomputeGuard
-from .results import Calibrated
+from .results import Calibrated, ConversionRecord
 from .sources.description import SourceNeuron
 
 __all__ = ["MulFreePSN"]
@@ -96,6 +96,7 @@ class MulFreePSN(nn.Module):
         self.kernel = self.eval_kernel = ""
         self.path = ""  # the name of this layer in messages
         self.source: SourceNeuron | None = None
+        self.conversion_record: ConversionRecord | None = None  # of the network, shared by its neurons
         self.calibrated: Calibrated | None = None  # the result of calibration, if there was one
         self.ranks: Group | None = None  # batch statistics are taken over these ranks; None: this process alone
         self._recompute_guard = RecomputeGuard()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from torch import fx
+from torch import nn
 
 __all__ = ["Calibrated", "Candidate", "ConversionRecord", "Measured", "Plan", "keep_record", "record_of"]
 
-_RECORD = "conversion_record"
-_PRESERVED = "_user_preserved_attributes"  # gm.meta: the attributes that FX's deepcopy sets on the copy
+_RECORD = "conversion_record"  # the attribute of MulFreePSN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +108,20 @@ class ConversionRecord:
     unconverted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def record_of(gm: fx.GraphModule) -> ConversionRecord:
+def record_of(gm: nn.Module) -> ConversionRecord:
     """Return the record that is kept with ``gm``, an empty one if there is none."""
-    return getattr(gm, _RECORD, None) or ConversionRecord()
+    found = (vars(m).get(_RECORD) for m in gm.modules())
+    return next((record for record in found if record is not None), ConversionRecord())
 
 
-def keep_record(gm: fx.GraphModule, record: ConversionRecord) -> None:
-    """Store ``record`` with ``gm``, so that deep copies and pickles keep it."""
-    setattr(gm, _RECORD, record)
-    gm.meta.setdefault(_PRESERVED, {})[_RECORD] = record
+def keep_record(gm: nn.Module, record: ConversionRecord) -> None:
+    """Keep ``record`` with ``gm``, its copies, pickles and transformations.
+
+    All neurons hold the one object: of a GraphModule, FX carries nothing through all of these but what its graph calls.
+    """
+    for module in gm.modules():
+        if _RECORD in vars(module):
+            setattr(module, _RECORD, record)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Canonicalize(Pass):
 
     def call(self, gm: fx.GraphModule, context: PassContext) -> Result:
         unfused = unfuse_norms(gm)
-        context.norms_unfused = bool(unfused)
+        context.norms_unfused |= bool(unfused)
         context.layout_graph = None
         changes = [f"{path}: unfused" for path in unfused]
         if context.options.layout != "keep":

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import fx
 
+from mfpsn_fx.kernels.layout import Layout
 from mfpsn_fx.kernels.registry import get_kernel
 from mfpsn_fx.model.results import Plan, keep_record, record_of
 
@@ -83,18 +84,36 @@ def _check(plan: Plan, found: dict[str, Neuron]) -> None:
         if name not in found:
             faults.append(f"{name}: there is no such neuron; the neurons are {list(found)}")
             continue
+        layout = _planned_layout(plan, found[name])
         for kernel in dict.fromkeys(filter(None, kernels)):
-            if plan.time_last is None and (reason := _refusal(found[name], kernel)) is not None:
+            try:
+                reason = _refusal(found[name], kernel, layout)
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+                continue
+            if reason is not None:
                 faults.append(f"{name}: kernel {kernel!r} {reason}")
     if faults:
         raise ValueError("the kernels asked for do not support these layers:\n  " + "\n  ".join(faults))
 
 
-def _refusal(neuron: Neuron, kernel: str) -> str | None:
-    """Return the reason why ``kernel`` does not support ``neuron``, or None if it does."""
+def _planned_layout(plan: Plan, neuron: Neuron) -> Layout | None:
+    """Return the layout that ``neuron`` has under ``plan``; None if only the graph without conversions tells."""
+    if plan.time_last is None or neuron.node is None:
+        return neuron.layout
+    if neuron.node.name in plan.time_last:
+        return Layout.TIME_LAST
+    # a time-last one is made time-first, unless it is the user's own in a network written time-last
+    return Layout.TIME_FIRST if neuron.layout is Layout.TIME_FIRST else None
+
+
+def _refusal(neuron: Neuron, kernel: str, layout: Layout | None) -> str | None:
+    """Return the reason why ``kernel`` does not support ``neuron`` in ``layout``, or None if it does."""
     candidate = get_kernel(kernel)
-    problem = neuron.problem()
+    if layout is None:
+        return None
+    problem = neuron.problem(layout)
     if problem is None:
-        served = neuron.layout in candidate.layouts
-        return None if served else f"serves {' and '.join(map(str, candidate.layouts))}, not {neuron.layout}"
+        served = layout in candidate.layouts
+        return None if served else f"serves {' and '.join(map(str, candidate.layouts))}, not {layout}"
     return candidate.refusal(problem)

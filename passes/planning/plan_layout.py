@@ -18,7 +18,6 @@ from ..layout.graph import LayoutGraph
 from ..layout.labels import Labeling, one_layout, solve
 from ..layout.min_cut import Costs
 from ..neurons import Neuron, neurons
-from ..options import ConvertOptions
 from .canonicalize import layouts_in
 from .measure_layers import AS_IS, measure_layers
 from .measure_neurons import cost_of, fastest, forced_kernel, neurons_share, spread_of
@@ -226,9 +225,8 @@ def _measured_neurons(gm: fx.GraphModule, context: PassContext) -> list[Neuron]:
 
 
 def _fuse_norms(context: PassContext) -> bool:
-    """Return True if the user wants norms fused, or, without an option for that, if they were fused before."""
-    options = context.options
-    return options.fold_norms if isinstance(options, ConvertOptions) else context.norms_unfused
+    """Return True if norms are fused: those that were, and those of a network that is being converted."""
+    return context.options.fold_norms and (context.converted or context.norms_unfused)
 
 
 def _best(

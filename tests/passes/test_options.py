@@ -206,7 +206,7 @@ class TestPipelines:
 
     def test_a_passes_own_options_come_before_the_contexts(self, net, example):
         asked = Autoselect(kernels="conv2d")
-        assert asked.options == {"kernels": "conv2d"}
+        assert asked.overrides == {"kernels": "conv2d"}
         gm = quick(net, example)
         context = PassContext(Example((example,)), MeasureOptions(repeats=1, progress=False, cache=False))
         pipeline = mfpsn_fx.planning_pipeline().replaced("autoselect", asked).without("plan_layout")

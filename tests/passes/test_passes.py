@@ -298,7 +298,7 @@ class TestPipeline:
         assert longer[6].name == "snap_weights"
         assert pipeline.inserted(SnapWeights())[-1].name == "snap_weights"
         assert pipeline.inserted(SnapWeights(), before="autoselect")[9].name == "snap_weights"
-        assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].options == {"dilation": 7}
+        assert pipeline.replaced("assign_dilations", AssignDilations(7))[4].overrides == {"dilation": 7}
         assert len(pipeline) == len(names)
         with pytest.raises(ValueError, match="no pass called 'x'"):
             pipeline.without("x")

@@ -111,8 +111,9 @@ def copied(
 
     Args:
         model: left as it is.
-        share: let the copy's parameters have the model's memory: for trying a network. Buffers, hooks, flags and
-            gradients are the copy's own; the weights, nearly all of its memory, are not copied.
+        share: let the copy's parameters have the model's memory until one of the two is written: for trying a network.
+            Buffers, hooks, flags and gradients are the copy's own; the weights, nearly all of its memory, are not
+            copied, unless a forward writes into them.
         but: with ``share``, modules of these types have parameters of their own.
 
     Raises:
@@ -123,7 +124,8 @@ def copied(
         own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
         for p in model.parameters():
             if type(p) is nn.Parameter and id(p) not in own:
-                memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
+                with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse tensors, say: they are copied
+                    memo[id(p)] = nn.Parameter(torch._lazy_clone(p.detach()), p.requires_grad)
     if any(is_stepping(m) for m in model.modules()):
         # States that stepping neurons keep after a batch are non-leaf tensors of that batch's autograd graph, which
         # deepcopy refuses. They are reset before use, so that detached copies serve.
