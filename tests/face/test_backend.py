@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import mfpsn_fx
 from mfpsn_fx import Backend, MulFreePSN
-from mfpsn_fx.backend import backend_pipeline
+from mfpsn_fx.backend import backend_pipeline, count_recompiles_by_module
 from mfpsn_fx.kernels import Layout
 from mfpsn_fx.kernels.layout import to_layout
 from mfpsn_fx.model import recompute as reruns
@@ -29,7 +29,6 @@ from mfpsn_fx.passes import (
     Result,
     neurons,
 )
-from mfpsn_fx.recompile_budget import count_recompiles_by_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,9 +22,9 @@ def _small():
     """Files of examples/ import each other; on tensors this small, threads would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(EXAMPLES / "japanese_vowels"))
     yield
-    sys.path.remove(str(EXAMPLES))
+    sys.path.remove(str(EXAMPLES / "japanese_vowels"))
     torch.set_num_threads(threads)
 
 
@@ -203,7 +203,7 @@ def test_the_example_in_small(example, tmp_path, capsys):
     assert [len(result[course]["seconds"]) for course in ("source", "longer", "after", "first")] == [2] * 4
     assert max(result["after"]["accuracies"]) > 50  # nine speakers: chance is 11
     text = files["markdown"].read_text()
-    assert "python examples/japanese_vowels.py --quick --only SlidingPSN" in text
+    assert "python examples/japanese_vowels/japanese_vowels.py --quick --only SlidingPSN" in text
     for row in ("| SlidingPSN | k = ", "| SlidingPSN |", "![Accuracy after conversion](vowels.png)"):
         assert row in text
     assert files["png"].read_bytes()[1:4] == b"PNG"

@@ -2,7 +2,7 @@
 
 The Japanese Vowels data: 12 cepstral coefficients of an utterance, 7 to 29 steps long; 270 utterances to train on, 370
 to test. The PyPI package ``aeon`` carries it (``pip install --no-deps aeon``: its files are read, nothing of it is
-imported). Run ``python examples/japanese_vowels.py``; needs the extras ``spikingjelly`` and ``snntorch``, and ``plot``
+imported). Run ``python examples/japanese_vowels/japanese_vowels.py``; needs the extras ``spikingjelly`` and ``snntorch``, and ``plot``
 for ``--png``.
 """
 
@@ -496,7 +496,9 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         parser.error("ours can be tuned by itself, but not converted from nothing: name a source")
     data, test = load()
-    command = shlex.join(["python", "examples/japanese_vowels.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(
+        ["python", "examples/japanese_vowels/japanese_vowels.py", *(sys.argv[1:] if argv is None else argv)]
+    )
     results: list[Result] = []
     for seed, name in tqdm(list(itertools.product(range(options.seeds), names)), desc="training", unit="network"):
         results.append(run(SOURCES[name], seed, data, test, options.epochs, options.batch))
