@@ -2,8 +2,8 @@
 
 The Japanese Vowels data: 12 cepstral coefficients of an utterance, 7 to 29 steps long; 270 utterances to train on, 370
 to test. The PyPI package ``aeon`` carries it (``pip install --no-deps aeon``: its files are read, nothing of it is
-imported). Run ``python examples/japanese_vowels/japanese_vowels.py``; needs the extras ``spikingjelly`` and ``snntorch``, and ``plot``
-for ``--png``.
+imported). Run ``python examples/japanese_vowels/japanese_vowels.py``; needs the extras ``spikingjelly`` and
+``snntorch``, and ``plot`` for ``--png``.
 """
 
 from __future__ import annotations
