@@ -286,12 +286,9 @@ def _has_nan(tensor: torch.Tensor) -> bool:
         tensor = torch.view_as_real(tensor.resolve_conj())
     try:
         return bool(tensor.amin().isnan())
-    except (NotImplementedError, RuntimeError):  # eight-bit floating point, sparse tensors
-        return (
-            bool(tensor.to_dense().float().isnan().any())
-            if tensor.layout is not torch.strided
-            else bool(tensor.float().isnan().any())
-        )
+    except RuntimeError:  # torch has no minimum of eight-bit floating point and of sparse tensors
+        dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+        return bool(dense.float().isnan().any())
 
 
 @contextlib.contextmanager

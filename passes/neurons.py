@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class NeuronInput:
     op_dtype: torch.dtype
 
 
-class Neuron:
+class Neuron(abc.ABC):
     """A neuron of a graph: its properties, its input, and its layout and kernels, which can be set.
 
     ``node`` is None for a neuron inside a leaf module, whose layout and kernels are kept by the module itself;
@@ -79,9 +80,9 @@ class Neuron:
         arguments = {} if self.node is None else self._arguments()
         return any(arguments.get(name) is not None for name in ("scale", "shift"))
 
+    @abc.abstractmethod
     def _arguments(self) -> Mapping[str, object]:
         """Return the arguments of its node by name, defaults included."""
-        raise NotImplementedError
 
     @property
     def meta(self) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:

@@ -124,7 +124,7 @@ def copied(
         own = {id(p) for m in model.modules() if isinstance(m, but) for p in m.parameters()}
         for p in model.parameters():
             if type(p) is nn.Parameter and id(p) not in own:
-                with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse tensors, say: they are copied
+                with contextlib.suppress(RuntimeError):  # torch clones no sparse tensor lazily: it is copied
                     memo[id(p)] = nn.Parameter(torch._lazy_clone(p.detach()), p.requires_grad)
     if any(is_stepping(m) for m in model.modules()):
         # States that stepping neurons keep after a batch are non-leaf tensors of that batch's autograd graph, which
